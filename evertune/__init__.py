@@ -1,0 +1,1 @@
+"""Evertune keeps one language model learning for years, and proves that nothing it could do was lost."""

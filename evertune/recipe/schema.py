@@ -1,0 +1,411 @@
+"""The recipe: a tree of small frozen models, checked in full before any weight is loaded.
+
+A field is here only when code reads it. `None` means "not asked for": the preset or the stage decides. YAML and
+Python build the same objects; `evertune/recipe/load.py` adds file, line and "did you mean" to what goes wrong here.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
+Share = Annotated[float, Field(ge=0.0, lt=1.0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Points = Annotated[float, Field(gt=0.0, lt=1.0, allow_inf_nan=False)]
+
+
+class Config(BaseModel):
+    """Frozen, unknown keys refused, no silent conversion of strings to numbers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+Names = Annotated[list[Name], BeforeValidator(_as_list), Field(min_length=1)]
+
+RowFormat = Literal["messages", "preference", "verifiable", "choice", "text"]
+
+
+class DataSource(Config):
+    """Training rows: JSONL or Parquet, one file or a glob."""
+
+    path: str
+    """File or glob, relative to the recipe. `.jsonl`, `.jsonl.gz` or `.parquet`."""
+    format: RowFormat = "messages"
+    """Shape of a row: `{"messages"}`, `{"prompt","chosen","rejected"}`, `{"prompt"|"messages","answer"}`,
+    `{"prompt","choices","answer"}` or `{"text"}`. An sft stage reads `messages` and `text`."""
+    limit: int | None = Field(None, gt=0)
+    """Use only the first rows of the source, in file order."""
+
+
+class Verifier(Config):
+    """How a generated answer is checked: exactly one key, or its bare name where no argument is needed."""
+
+    exact: dict[str, Any] | None = None
+    """The answer equals the item's `answer` after trimming white space."""
+    contains: dict[str, Any] | None = None
+    """The item's `answer` occurs in the output."""
+    math: dict[str, Any] | None = None
+    """The final number or expression equals the item's `answer` (math-verify)."""
+    regex: str | None = None
+    """A pattern that must match the whole trimmed output. The item's `answer` is not read."""
+    json_schema: dict[str, Any] | None = None
+    """A JSON Schema the output must satisfy; when the item has an `answer` object, it must equal it too."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare_name(cls, value: Any) -> Any:
+        return {value: {}} if isinstance(value, str) and value in ("exact", "contains", "math") else value
+
+    @model_validator(mode="after")
+    def _one_key(self) -> "Verifier":
+        return _exactly_one(self, "a verifier")
+
+    @property
+    def kind(self) -> str:
+        return next(name for name in type(self).model_fields if getattr(self, name) is not None)
+
+
+Role = Literal["guard", "target", "watch"]
+
+
+class Probe(Config):
+    """A fixed set of items with a score per item. Give `path` and `kind`, or `lm_eval`."""
+
+    path: str | None = None
+    """JSONL or Parquet of items, relative to the recipe."""
+    kind: Literal["choice", "generate", "bits_per_byte"] | None = None
+    """`choice`: log-likelihood of each choice; `generate`: output checked by a verifier; `bits_per_byte`: likelihood
+    of plain text, or of the answers of `messages` rows, in bits per UTF-8 byte (lower is better)."""
+    lm_eval: str | None = None
+    """A task name of lm-evaluation-harness, or the path of a task YAML. Needs the `eval` extra."""
+    metric: str | None = None
+    """The lm-eval metric to record per item; the task's first metric when not given."""
+    role: Role = "guard"
+    """`guard` must not drop, `target` must rise, `watch` is recorded only."""
+    safety: bool = False
+    """A guard with the tight `margin.safety`."""
+    verifier: Verifier | None = None
+    """For `generate`."""
+    normalise: Literal["sum", "bytes"] = "bytes"
+    """For `choice`: compare summed log-likelihoods, or per UTF-8 byte of the choice."""
+    system: str | None = None
+    """System turn put before every item; the template's own default when not given."""
+    max_new_tokens: int = Field(64, gt=0, le=4096)
+    """For `generate`: the longest answer, in tokens."""
+    limit: int | None = Field(None, gt=0)
+    """Use only the first items, in file order."""
+    margin: Points | None = None
+    """Overrides the gate's margin for this probe: the drop that must be ruled out."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Probe":
+        if (self.path is None) == (self.lm_eval is None):
+            raise ValueError("give either 'path' with 'kind', or 'lm_eval'")
+        if self.path is not None and self.kind is None:
+            raise ValueError("'kind' is missing: choice, generate or bits_per_byte")
+        if self.lm_eval is not None and self.kind is not None:
+            raise ValueError("'kind' does not go with 'lm_eval': the task says what it is")
+        if self.lm_eval is None and self.metric is not None:
+            raise ValueError("'metric' goes with 'lm_eval' only")
+        if (self.kind == "generate") != (self.verifier is not None):
+            raise ValueError("'verifier' is needed for kind 'generate', and for no other kind")
+        if self.safety and self.role != "guard":
+            raise ValueError("'safety: true' needs role 'guard'")
+        return self
+
+
+class Lora(Config):
+    """A low-rank update on frozen weights (Hu et al. 2021, arXiv:2106.09685)."""
+
+    rank: int = Field(16, gt=0, le=1024)
+    """Rank of the update. 16 is the rank of Apple's shipped adapters (arXiv:2407.21075)."""
+    alpha: Positive | None = None
+    """Scale is alpha / rank; twice the rank when not given."""
+    dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    """Dropout on the adapter's input."""
+    targets: Literal["all-linear"] | list[str] = "all-linear"
+    """Names of the linear layers to adapt; `all-linear` is every linear layer but the head."""
+
+
+class Tune(Config):
+    """What is trained: exactly one key, or the bare word `full` or `lora`."""
+
+    lora: Lora | None = None
+    full: dict[str, Any] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare_name(cls, value: Any) -> Any:
+        return {value: {}} if isinstance(value, str) and value in ("full", "lora") else value
+
+    @model_validator(mode="after")
+    def _one_key(self) -> "Tune":
+        if self.full:
+            raise ValueError("'full' takes no options")
+        return _exactly_one(self, "tune")
+
+
+class Replay(Config):
+    """Old or general rows mixed into the stream of new ones (rehearsal)."""
+
+    share: Share = 0.2
+    """Share of the final stream that is replayed: 0.2 is one row in five. 0 turns replay off."""
+    sources: list[str] = Field(default_factory=lambda: ["history"], alias="from", min_length=1)
+    """Data sources to replay, and `history`: the training rows of this run's promoted rounds."""
+    dedup: bool = True
+    """Leave out replay rows whose normalised text is also a new row."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+
+class Anchor(Config):
+    """A penalty on divergence from a frozen reference (Ziegler et al. 2019, arXiv:1909.08593)."""
+
+    kl: NonNegative = 0.05
+    """Weight of the KL term, per token of the anchored positions. 0 turns the anchor off."""
+    to: str = "start"
+    """The reference: `start` (what this stage starts from), `base`, `champion`, or the path of a checkpoint."""
+    on: Literal["replay", "new", "both"] = "replay"
+    """Which rows' counted positions are anchored."""
+    direction: Literal["forward", "reverse"] = "forward"
+    """`forward` is KL(reference || policy), which keeps what the reference could say; `reverse` is
+    KL(policy || reference)."""
+    cache: Literal["off", "hidden", "top64"] = "off"
+    """`off`: the reference runs beside the policy. `hidden`: its last hidden states are stored once, exact.
+    `top64`: its 64 largest log-probabilities and one tail bucket are stored, a lower bound of the KL."""
+
+
+class Ema(Config):
+    """Exponential moving average of the trained weights; the average is the stage's result."""
+
+    decay: float = Field(0.99, gt=0.0, lt=1.0)
+    """Kept share of the old average at each step. 0.99 suits runs below 2,000 steps."""
+
+
+class Sft(Config):
+    """Supervised fine-tuning: cross-entropy on completion tokens."""
+
+    data: Names | dict[Name, Positive]
+    """Names of new-data sources, each seen once an epoch, or `name: weight` for shares of the new rows."""
+    epochs: Positive | None = None
+    """Passes over the new rows. Give `epochs` or `steps`; the preset's epochs when neither is given."""
+    steps: int | None = Field(None, gt=0)
+    """Optimizer steps."""
+    lr: Annotated[float, Field(gt=0.0, le=1.0, allow_inf_nan=False)] | None = None
+    """Peak learning rate; the preset's when not given."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Shape of the decay to 0 after warm-up; `constant` does not decay."""
+    warmup: float = Field(0.03, ge=0.0, lt=1.0)
+    """Share of the steps over which the learning rate rises from 0."""
+    batch_rows: int = Field(16, gt=0)
+    """Rows in one optimizer step, replay included, over all processes."""
+    micro_batch_rows: int = Field(4, gt=0)
+    """Rows in one forward pass of one process. Changes speed and memory, not the loss."""
+    max_tokens: int = Field(1024, gt=1)
+    """Longest row in tokens."""
+    too_long: Literal["error", "drop"] = "error"
+    """A row longer than `max_tokens` stops the run before training, or is left out and reported. Never cut."""
+    weight_decay: NonNegative = 0.0
+    """Decoupled weight decay of AdamW."""
+    clip: Positive | None = 1.0
+    """Largest norm of the gradient; `null` turns clipping off."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time, the same result."""
+    ema: Ema | None = None
+    """Average the weights over the steps."""
+    save_steps: int = Field(50, gt=0)
+    """Optimizer steps between two resume points."""
+    tune: Tune | None = None
+    """What is trained here; `defaults.tune` or the preset when not given."""
+    replay: Replay | None = None
+    """Replay here; `defaults.replay` or the preset when not given."""
+    anchor: Anchor | None = None
+    """Anchor here; `defaults.anchor` or the preset when not given."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "Sft":
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("give 'epochs' or 'steps', not both")
+        if self.micro_batch_rows > self.batch_rows:
+            raise ValueError("'micro_batch_rows' is larger than 'batch_rows'")
+        return self
+
+
+class Stage(Config):
+    """One step that makes a checkpoint: exactly one key, the kind."""
+
+    sft: Sft | None = None
+
+    @model_validator(mode="after")
+    def _one_key(self) -> "Stage":
+        return _exactly_one(self, "a stage")
+
+    @property
+    def kind(self) -> str:
+        return next(name for name in type(self).model_fields if getattr(self, name) is not None)
+
+
+class Defaults(Config):
+    """What a stage gets when it does not say otherwise."""
+
+    tune: Tune | None = None
+    replay: Replay | None = None
+    anchor: Anchor | None = None
+
+
+class Margins(Config):
+    """The drops a promotion must rule out."""
+
+    pooled: Points = 0.01
+    """Item-weighted mean over all guards scored in [0, 1]: 1 point."""
+    probe: Points = 0.03
+    """Each guard alone: 3 points."""
+    safety: Points = 0.01
+    """Each guard marked `safety: true`: 1 point."""
+    loss: Points = 0.005
+    """Each `bits_per_byte` guard: relative rise of 0.5 %."""
+    format: Points = 0.01
+    """Share of parseable answers of each generating guard: 1 point."""
+    ratchet: Points = 0.02
+    """Cumulative: against the best promoted score of each guard, over all rounds, on top of the probe's margin's
+    place: 2 points or the probe's own margin, whichever is larger."""
+
+
+class Gate(Config):
+    """When a candidate is promoted. Formulas and reasons: docs/gate.md."""
+
+    alpha: float = Field(0.05, gt=0.0, le=0.5)
+    """One-sided error of each test: of a false promote and of a false hold."""
+    margin: Margins = Margins()
+    min_gain: float = Field(0.0, ge=0.0, lt=1.0)
+    """The target's mean gain must reach this; its lower bound must be above 0."""
+    min_items: int = Field(200, gt=0)
+    """A guard or target with fewer items cannot promote."""
+    min_clusters: int = Field(30, gt=0)
+    """A guard or target with fewer clusters cannot promote."""
+
+
+class Interpolate(Config):
+    """Between the reference and the candidate: (1 - a) reference + a candidate (WiSE-FT, arXiv:2109.01903)."""
+
+    alphas: list[Annotated[float, Field(gt=0.0, lt=1.0)]] = Field(default=[0.9, 0.8, 0.7, 0.5, 0.3], min_length=1)
+    """Shares of the candidate to try, applied in memory; only the winner is written."""
+
+
+class Rung(Config):
+    """One rung of the rescue ladder: exactly one key, or its bare name."""
+
+    interpolate: Interpolate | None = None
+    discard: dict[str, Any] | None = None
+    """Set the candidate aside; the champion stays, bit for bit."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare_name(cls, value: Any) -> Any:
+        return {value: {}} if isinstance(value, str) and value in ("interpolate", "discard") else value
+
+    @model_validator(mode="after")
+    def _one_key(self) -> "Rung":
+        return _exactly_one(self, "a rescue rung")
+
+    @property
+    def kind(self) -> str:
+        return next(name for name in type(self).model_fields if getattr(self, name) is not None)
+
+
+class Round(Config):
+    """One update of the model: stages in order, from a start checkpoint to a candidate."""
+
+    name: Name
+    start: str = "champion"
+    """`champion` (the base before any promotion), `base`, or the path of a checkpoint."""
+    stages: list[Stage] = Field(min_length=1)
+    rescue: list[Rung] | None = None
+    """What is tried when this round is not promoted; the recipe's `rescue` when not given."""
+
+
+class Numerics(Config):
+    """How numbers are computed. Bits repeat on the same machine class only."""
+
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of weights and activations; trained weights keep a float32 master copy."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int | None = Field(None, gt=0)
+    """CPU threads; all available cores when not given."""
+
+
+Tracker = Literal["trackio", "tensorboard", "mlflow", "wandb"]
+
+
+class Recipe(Config):
+    """One YAML file: base model, data, probes, rounds, gate."""
+
+    evertune: Literal[1]
+    """Version of this schema."""
+    name: Name
+    base: str
+    """Bundled name (`smollm2-135m`), folder of a Hugging Face model or PEFT adapter, or a `.gguf` file."""
+    workspace: str
+    """Folder of this run's checkpoints, ledger and cache, relative to the recipe."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    preset: Literal["gentle", "balanced", "full"] = "balanced"
+    """Where values come from that neither a stage nor `defaults` gives: docs/recipe.md lists each number's source."""
+    data: dict[Name, DataSource] = Field(min_length=1)
+    probes: dict[Name, Probe] = Field(min_length=1)
+    defaults: Defaults = Defaults()
+    gate: Gate = Gate()
+    rescue: list[Rung] = Field(default_factory=lambda: [Rung(interpolate=Interpolate()), Rung(discard={})])
+    """Tried in order after a round that is not promoted; each attempt is probed and judged like any candidate."""
+    rounds: list[Round] = Field(min_length=1)
+    numerics: Numerics = Numerics()
+    launch: str | None = None
+    """Command that starts a training process, such as `torchrun --nproc-per-node 2`."""
+    track: list[Tracker] = []
+    """Trackers that get the metrics beside the JSONL file, through their own libraries."""
+
+    @model_validator(mode="after")
+    def _names_resolve(self) -> "Recipe":
+        _check_references(self)
+        return self
+
+
+def _exactly_one(config: Any, what: str) -> Any:
+    given = [name for name in type(config).model_fields if getattr(config, name) is not None]
+    if len(given) != 1:
+        known = ", ".join(type(config).model_fields)
+        raise ValueError(f"{what} has exactly one key of: {known}; found {', '.join(given) or 'none'}")
+    return config
+
+
+def _check_references(recipe: Recipe) -> None:
+    """Raise for a data source that no entry names, a repeated round name, or a source of the wrong format."""
+    names = [one.name for one in recipe.rounds]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(f"round names must differ; repeated: {', '.join(repeated)}")
+    if "history" in recipe.data:
+        raise ValueError("data source 'history' is a reserved name: the rows of promoted rounds")
+    replays = [("defaults.replay", recipe.defaults.replay)]
+    for i, one in enumerate(recipe.rounds):
+        for k, stage in enumerate(one.stages):
+            if stage.sft is not None:
+                place = f"rounds[{i}].stages[{k}].sft"
+                for name in stage.sft.data:
+                    _check_source(recipe, name, f"{place}.data")
+                replays.append((f"{place}.replay", stage.sft.replay))
+    for place, replay in replays:
+        for name in replay.sources if replay else []:
+            if name != "history":
+                _check_source(recipe, name, f"{place}.from")
+
+
+def _check_source(recipe: Recipe, name: str, place: str) -> None:
+    if name not in recipe.data:
+        raise ValueError(f"{place}: no data source '{name}'; data has: {', '.join(recipe.data)}")
+    if recipe.data[name].format not in ("messages", "text"):
+        raise ValueError(f"{place}: '{name}' has format '{recipe.data[name].format}'; sft reads messages and text")
