@@ -1,0 +1,297 @@
+"""Text to token ids and back, and which tokens of a conversation the model is to learn. Loads no model and no torch.
+
+A turn's *counted* tokens are those the model must produce itself: what the assistant says and the stop token after it,
+not the header before and not the newline behind.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from evertune.errors import CheckpointError
+from evertune.hashing import digest_file, digest_json
+from evertune.model.spans import assistant_spans
+from evertune.model.template import Message, Template
+
+SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_TRIAL: tuple[Message, ...] = (
+    {"role": "user", "content": "Name a colour."},
+    {"role": "assistant", "content": "Blue."},
+)
+
+
+@dataclass(frozen=True)
+class EncodedChat:
+    """A conversation as tokens.
+
+    ids: token ids of the whole conversation, through the chat template.
+    counted: per token, True where it carries loss.
+    text: the rendered conversation.
+    """
+
+    ids: list[int]
+    counted: list[bool]
+    text: str
+
+
+class Codec:
+    """A tokenizer with its chat template and stop tokens. Make one with `load_codec`.
+
+    folder: where it was read from.
+    template: the chat template's text, or None (a base model: plain text only).
+    stop_ids: tokens that end an answer.
+    pad_id: the token that fills up a batch; it never counts.
+    vocab_size: one more than the largest token id.
+    digest: SHA-256 over tokenizer, template and stop tokens.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        tokenizer: Tokenizer,
+        tokenizer_digest: str,
+        template: str | None,
+        special_tokens: Mapping[str, str],
+        stop_ids: frozenset[int],
+        pad_id: int,
+    ) -> None:
+        self.folder = folder
+        self.tokenizer = tokenizer
+        self.template = template
+        self.stop_ids = stop_ids
+        self.pad_id = pad_id
+        self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self.digest = digest_json(
+            {
+                "tokenizer": tokenizer_digest,
+                "template": template,
+                "special_tokens": dict(special_tokens),
+                "stop_ids": sorted(stop_ids),
+            }
+        )
+        self._special_tokens = special_tokens
+
+    @cached_property
+    def _compiled(self) -> Template:
+        if self.template is None:
+            raise CheckpointError(
+                f"{self.folder}: no chat template, expected chat_template.jinja or tokenizer_config.json with one.",
+                remedy="Add the template the model was trained with; without one only rows of plain text can be used.",
+            )
+        return Template(self.template, self._special_tokens, place=str(self.folder))
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+        """The conversation as the model reads it, equal to transformers' `apply_chat_template(tokenize=False)`.
+
+        `strftime_now` in a template gives 2026-01-01, so that tokens do not depend on the day.
+
+        Raises:
+            CheckpointError: no template, or the template refuses the conversation.
+        """
+        return self._compiled.render(messages, add_generation_prompt=add_generation_prompt).text
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """Token ids of a text; `special` adds the tokens that the tokenizer puts around one (such as BOS)."""
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=special).ids
+        return ids
+
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """Text of the ids; `special` shows special tokens too."""
+        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=not special)
+        return text
+
+    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of the conversation up to where the assistant is to speak."""
+        return self.encode(self.render(messages, add_generation_prompt=True))
+
+    def encode_chat(self, messages: Sequence[Message]) -> EncodedChat:
+        """Token ids of a conversation with the exact mask of what the assistant says, stop tokens included.
+
+        The text is tokenised once, as at inference. A token that straddles the beginning of an answer does not count.
+        Without an assistant turn nothing counts.
+
+        Raises:
+            CheckpointError: no template, or one for which no exact mask can be found.
+            DataError: a message holds something that is not a JSON value.
+        """
+        rendered = self._compiled.render(messages)
+        spans = assistant_spans(self._compiled, messages, rendered, self._stop_texts)
+        encoding = self.tokenizer.encode(rendered.text, add_special_tokens=False)
+        ids: list[int] = encoding.ids
+        counted = [False] * len(ids)
+        first = 0
+        for start, end in spans:
+            while first < len(ids) and encoding.offsets[first][0] < start:
+                first += 1
+            inside = first
+            # A stop token may swallow white space after it, and so reach past the span.
+            while inside < len(ids) and (
+                encoding.offsets[inside][1] <= end
+                or (encoding.offsets[inside][0] < end and ids[inside] in self.stop_ids)
+            ):
+                inside += 1
+            for i in range(first, self._after_last_stop(ids, first, inside)):
+                counted[i] = True
+            first = inside
+        return EncodedChat(ids=ids, counted=counted, text=rendered.text)
+
+    def _after_last_stop(self, ids: Sequence[int], first: int, end: int) -> int:
+        """Where counting ends: after the last stop token of the turn, else at the turn's end."""
+        return next((i + 1 for i in reversed(range(first, end)) if ids[i] in self.stop_ids), end)
+
+    @cached_property
+    def _stop_texts(self) -> tuple[str, ...]:
+        return tuple(sorted(self.tokenizer.id_to_token(one) for one in self.stop_ids))
+
+    def trains_stop(self) -> bool:
+        """True when the last counted token of an assistant turn is a stop token, so that answers learn to end."""
+        encoded = self.encode_chat(_TRIAL)
+        counted = [one for one, counts in zip(encoded.ids, encoded.counted, strict=True) if counts]
+        return bool(counted) and counted[-1] in self.stop_ids
+
+
+def load_codec(folder: Path) -> Codec:
+    """The codec of a model folder.
+
+    Raises:
+        CheckpointError: tokenizer.json is missing or malformed, the configuration disagrees with it, the chat
+            template does not compile, or there is no stop token.
+    """
+    tokenizer = _exact_tokenizer(_read_json(folder / "tokenizer.json", required=True), folder)
+    config = _read_json(folder / "tokenizer_config.json")
+    special_tokens = _special_tokens(folder, config)
+    _check_added_tokens(folder, config, tokenizer)
+    stop_ids = _stop_ids(folder, special_tokens, tokenizer)
+    codec = Codec(
+        folder,
+        tokenizer=tokenizer,
+        tokenizer_digest=digest_file(folder / "tokenizer.json"),
+        template=_template_text(folder, config),
+        special_tokens=special_tokens,
+        stop_ids=stop_ids,
+        pad_id=_pad_id(special_tokens, tokenizer, stop_ids),
+    )
+    if codec.template is not None:
+        codec._compiled  # noqa: B018  a template that does not compile is refused here, not at the first row
+    return codec
+
+
+def _exact_tokenizer(tokenizer_json: dict[str, Any], folder: Path) -> Tokenizer:
+    """The tokenizer without truncation and padding, with offsets that include the white space of a token."""
+    try:
+        tokenizer = Tokenizer.from_str(json.dumps(_untrimmed(tokenizer_json), ensure_ascii=False))
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise CheckpointError(
+            f"{folder / 'tokenizer.json'}: not a tokenizer: {error}.", remedy="Fetch the model folder again."
+        ) from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _untrimmed(value: Any) -> Any:
+    if isinstance(value, dict):
+        large = ("vocab", "merges", "added_tokens")
+        changed = {key: item if key in large else _untrimmed(item) for key, item in value.items()}
+        if "trim_offsets" in changed:
+            changed["trim_offsets"] = False
+        return changed
+    if isinstance(value, list):
+        return [_untrimmed(item) for item in value]
+    return value
+
+
+def _read_json(path: Path, *, required: bool = False) -> dict[str, Any]:
+    if not path.is_file():
+        if required:
+            raise CheckpointError(
+                f"{path.parent}: no {path.name}.",
+                remedy="Save the tokenizer with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...).",
+            )
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path}: not JSON: {error}.", remedy="Fetch the model folder again.") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: found {type(value).__name__}, expected an object.")
+    return value
+
+
+def _special_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """Named special tokens; tokenizer_config.json stands over the older special_tokens_map.json."""
+    merged = {**_read_json(folder / "special_tokens_map.json"), **config}
+    found = {}
+    for name in SPECIAL_NAMES:
+        value = merged.get(name)
+        text = value.get("content") if isinstance(value, dict) else value
+        if isinstance(text, str):
+            found[name] = text
+    return found
+
+
+def _check_added_tokens(folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer) -> None:
+    added = config.get("added_tokens_decoder") or {}
+    for key, token in added.items():
+        content = token.get("content") if isinstance(token, dict) else token
+        found = tokenizer.id_to_token(int(key)) if str(key).isdigit() else None
+        if found != content:
+            raise CheckpointError(
+                f"{folder / 'tokenizer_config.json'}: token {key} is {content!r}, but {found!r} in tokenizer.json.",
+                remedy="Save the tokenizer again with transformers, so that both files agree.",
+            )
+
+
+def _template_text(folder: Path, config: Mapping[str, Any]) -> str | None:
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{file}: not UTF-8: {error}.") from error
+    value = config.get("chat_template")
+    if isinstance(value, list):
+        named = {one.get("name"): one.get("template") for one in value if isinstance(one, dict)}
+        value = named.get("default")
+    if value is not None and not isinstance(value, str):
+        raise CheckpointError(
+            f"{folder / 'tokenizer_config.json'}: chat_template is {type(value).__name__}, expected text or a list "
+            "with an entry named 'default'."
+        )
+    return value
+
+
+def _stop_ids(folder: Path, special_tokens: Mapping[str, str], tokenizer: Tokenizer) -> frozenset[int]:
+    found: set[int] = set()
+    for name in ("generation_config.json", "config.json"):
+        value = _read_json(folder / name).get("eos_token_id")
+        for one in value if isinstance(value, list) else [value]:
+            if one is None:
+                continue
+            if isinstance(one, bool) or not isinstance(one, int) or tokenizer.id_to_token(one) is None:
+                raise CheckpointError(
+                    f"{folder / name}: eos_token_id {one!r} is no token of tokenizer.json.",
+                    remedy="Correct the id, or fetch the model folder again.",
+                )
+            found.add(one)
+    eos = special_tokens.get("eos_token")
+    if eos is not None and tokenizer.token_to_id(eos) is not None:
+        found.add(tokenizer.token_to_id(eos))
+    if not found:
+        raise CheckpointError(
+            f"{folder}: no stop token: neither generation_config.json, config.json nor tokenizer_config.json has one.",
+            remedy="Set eos_token_id in generation_config.json.",
+        )
+    return frozenset(found)
+
+
+def _pad_id(special_tokens: Mapping[str, str], tokenizer: Tokenizer, stop_ids: frozenset[int]) -> int:
+    pad = special_tokens.get("pad_token")
+    pad_id = None if pad is None else tokenizer.token_to_id(pad)
+    return min(stop_ids) if pad_id is None else int(pad_id)
