@@ -1,0 +1,56 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Everything else is a part of them.
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= python3
+export OMP_WAIT_POLICY := PASSIVE
+export GOMP_SPINCOUNT := 0
+export HF_HUB_OFFLINE := 1
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.PHONY: demo test check path slow golden docs lint types clean
+
+# Core packages at the committed versions, this package, and the bundled model.
+$(VENV)/.core: requirements/core.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/torch.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/core.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	$(BIN)/evertune model get smollm2-135m
+	touch $@
+
+# The test oracles and the checkers on top.
+$(VENV)/.dev: $(VENV)/.core requirements/dev.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/dev.txt
+	touch $@
+
+demo: $(VENV)/.core
+	$(BIN)/evertune demo
+
+test: $(VENV)/.dev
+	$(BIN)/pytest
+
+check: lint types
+	$(BIN)/pytest tests/test_imports.py
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+path: $(VENV)/.dev
+	$(BIN)/pytest -m path
+
+slow: $(VENV)/.dev
+	$(BIN)/pytest -m slow
+
+# Rewrites the golden files; read the difference like code.
+golden: $(VENV)/.dev
+	EVERTUNE_GOLDEN=write $(BIN)/pytest tests/test_golden.py
+
+docs: $(VENV)/.core
+	$(BIN)/python -m evertune.recipe.reference docs/recipe.md
+
+clean:
+	rm -rf $(VENV) demo-run

@@ -1,0 +1,76 @@
+"""The gate alone: any two checkpoints, the probes and margins of a recipe, no training."""
+
+from pathlib import Path
+from typing import Any
+
+from evertune.display import Display
+from evertune.errors import ProbeError
+from evertune.gate import judge
+from evertune.model.checkpoint import Checkpoint, describe
+from evertune.plan import Plan, make_plan
+from evertune.probe.scores import ItemScores
+from evertune.process import Workers
+from evertune.recipe.load import LoadedRecipe
+from evertune.workspace import Workspace
+
+
+def judge_folders(
+    candidate: Path, baseline: Path, loaded: LoadedRecipe, folder: Path, *, display: Display
+) -> dict[str, Any]:
+    """Score both checkpoints on the recipe's probes and judge the candidate against the baseline.
+
+    Args:
+        candidate: folder of a model or adapter.
+        baseline: folder of the model it must not be worse than; it stands for the champion and for the best.
+        loaded: the recipe whose probes and gate apply.
+        folder: workspace in which the scores are kept, so that the same question is answered at once next time.
+        display: where the evidence is printed.
+
+    Returns:
+        The verdict as plain values: `decision`, `reasons`, `pooled`, `probes`, `flips`, `settings`, `candidate`,
+        `champion`, `label`, `champion_label`, `tried`, `next`.
+    """
+    plan = make_plan(loaded)
+    workspace = Workspace.open(folder, create=True)
+    after, before = describe(candidate), describe(baseline)
+    with workspace.lock(purpose="gate"):
+        workspace.recover()
+        workers = Workers()
+        scores = {one.digest: _score(plan, workspace, workers, one, display) for one in (before, after)}
+    verdict = judge(scores[after.digest], scores[before.digest], scores[before.digest], plan.facts, plan.gate_settings)
+    body = {
+        **verdict.to_json(),
+        "label": str(candidate),
+        "candidate": after.digest,
+        "champion": before.digest,
+        "champion_label": str(baseline),
+        "settings": plan.gate_body,
+        "tried": 1,
+        "flips": plan.flips(scores[after.digest], scores[before.digest]),
+        "next": f"evertune show {candidate}",
+    }
+    display.verdict("", str(candidate), verdict, body)
+    return body
+
+
+def _score(
+    plan: Plan, workspace: Workspace, workers: Workers, checkpoint: Checkpoint, display: Display
+) -> dict[str, ItemScores]:
+    keys = {one.name: plan.probe_key(checkpoint, one) for one in plan.probes}
+    missing = [one for one in plan.probes if workspace.manifest(keys[one.name]) is None]
+    if missing:
+        job = {
+            "kind": "probe",
+            "workspace": str(workspace.root),
+            "label": str(checkpoint.path),
+            "checkpoint": checkpoint.to_json(),
+            "probes": [plan.probe_job(one) for one in missing],
+            "numerics": plan.numerics,
+        }
+        with display.probing(str(checkpoint.path), len(missing)) as watch:
+            workers.run(job, watch=watch)
+    scores = {name: ItemScores.read_parquet(workspace.path(key) / "scores.parquet") for name, key in keys.items()}
+    if not scores:
+        raise ProbeError("the recipe has no probes.")
+    display.matrix_row(checkpoint.path.name, plan.probes, scores)
+    return scores

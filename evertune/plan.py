@@ -1,0 +1,312 @@
+"""What a run will do, worked out before anything heavy starts: probes, digests, stage keys, and the facts to record.
+
+The key of a stage is the digest of everything its result depends on: kind and version of its meaning, the settings it
+reads, the digests of start, base, data and reference, the seed and the numerics. Same key: nothing to do.
+"""
+
+import importlib.metadata
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from evertune.data.history import write_history
+from evertune.data.replay import reservoir
+from evertune.data.rows import digest_rows, read_rows
+from evertune.gate import GateSettings, ProbeFacts
+from evertune.hashing import digest_json
+from evertune.model.bundled import resolve_base
+from evertune.model.checkpoint import Checkpoint, describe
+from evertune.probe.job import probe_key
+from evertune.probe.scores import ItemScores
+from evertune.probe.suite import AnyProbe, load_probe
+from evertune.recipe.load import LoadedRecipe
+from evertune.recipe.presets import ResolvedSft, resolve_stage
+from evertune.recipe.schema import Recipe, Round, Sft
+from evertune.train.spec import AnchorSpec, RowsRef, SftSpec
+from evertune.workspace import Workspace
+
+# Raised by hand when the meaning of a stage or of the gate changes: old results are then made anew.
+SFT_VERSION = 1
+GATE_VERSION = 1
+HISTORY_ROWS = 10_000
+FLIPS_SHOWN = 5
+RECORDED_PACKAGES = ("evertune", "torch", "transformers", "accelerate", "peft", "tokenizers", "safetensors", "numpy")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked recipe with its base, probes and workspace resolved. Holds no weights and imports no torch."""
+
+    loaded: LoadedRecipe
+    base: Checkpoint
+    probes: tuple[AnyProbe, ...]
+    workspace: Path
+    numerics: dict[str, Any]
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.loaded.recipe
+
+    @cached_property
+    def facts(self) -> dict[str, ProbeFacts]:
+        """What the gate must know of each probe."""
+        return {one.name: ProbeFacts(role=one.role, safety=one.safety, margin=one.margin) for one in self.probes}
+
+    @cached_property
+    def gate_body(self) -> dict[str, Any]:
+        return self.recipe.gate.model_dump()
+
+    @cached_property
+    def gate_settings(self) -> GateSettings:
+        return GateSettings.from_json(self.gate_body)
+
+    @cached_property
+    def machine(self) -> dict[str, Any]:
+        """Facts of the machine that a result does not depend on."""
+        return {"machine": platform.machine(), "system": platform.platform(), "cpus": os.cpu_count()}
+
+    @cached_property
+    def run_body(self) -> dict[str, Any]:
+        versions = {name: importlib.metadata.version(name) for name in RECORDED_PACKAGES}
+        return {
+            "name": self.recipe.name,
+            "recipe": self.loaded.resolved,
+            "recipe_digest": self.loaded.digest,
+            "versions": {**versions, "python": platform.python_version()},
+            "machine": self.machine,
+            "round_names": [one.name for one in self.recipe.rounds],
+            "seed": self.recipe.seed,
+        }
+
+    def probe_key(self, checkpoint: Checkpoint, probe: AnyProbe) -> str:
+        return probe_key(checkpoint, probe, self.numerics)
+
+    def probe_job(self, probe: AnyProbe) -> dict[str, Any]:
+        """What a child needs to load this probe again."""
+        return {"name": probe.name, "settings": self._settings(probe.name), "root": str(self.loaded.folder)}
+
+    def _settings(self, name: str) -> dict[str, Any]:
+        return self.recipe.probes[name].model_dump(exclude_none=True)
+
+    def base_body(self) -> dict[str, Any]:
+        """The ledger's facts of the base model."""
+        return _checkpoint_body(self.base, None, label="base", round_name=None, stage="base")
+
+    def interpolation_body(
+        self, checkpoint: Checkpoint, key: str, label: str, round_name: str, alpha: float, start: Checkpoint
+    ) -> dict[str, Any]:
+        """The ledger's facts of a rescue's winner."""
+        body = _checkpoint_body(checkpoint, key, label=label, round_name=round_name, stage="interpolate")
+        return {**body, "start": start.digest, "settings": {"alpha": alpha}, "methods": ["wise_ft"]}
+
+    def flips(self, after: Mapping[str, ItemScores], before: Mapping[str, ItemScores]) -> dict[str, list[Any]]:
+        """Per probe, the items whose score fell most, then those that rose: what a person wants to see first."""
+        return {one.name: _flips(one, after[one.name], before[one.name]) for one in self.probes if one.name in after}
+
+    def keep_history(self, one: Round, workspace: Workspace) -> str:
+        """Store the new rows of a promoted round for replay, at most 10,000 of a source; returns the object's key."""
+        names = sorted({name for stage in one.stages if stage.sft for name in stage.sft.data})
+        digests = {name: self.data_digest(name) for name in names}
+        formats = {name: self.recipe.data[name].format for name in names}
+        seed = self.recipe.seed
+        key = digest_json({"kind": "history", "version": 1, "data": digests, "formats": formats, "seed": seed})
+
+        def write(folder: Path) -> dict[str, Any]:
+            for name in names:
+                source = self.recipe.data[name]
+                rows = read_rows(
+                    self.loaded.resolve(source.path), format=source.format, source=name, limit=source.limit
+                )
+                write_history(folder / f"{name}.jsonl", reservoir(rows, HISTORY_ROWS, seed))
+            return {"round": one.name, "formats": formats}
+
+        return workspace.publish(kind="history", key=key, record={}, write=write).key
+
+    def data_digest(self, name: str) -> str:
+        source = self.recipe.data[name]
+        files = digest_rows(self.loaded.resolve(source.path))
+        return digest_json({"files": files, "format": source.format, "limit": source.limit})
+
+    def rows_ref(self, name: str) -> RowsRef:
+        source = self.recipe.data[name]
+        return RowsRef(
+            source=name,
+            path=str(self.loaded.resolve(source.path)),
+            format=source.format,
+            limit=source.limit,
+            digest=self.data_digest(name),
+        )
+
+
+def make_plan(loaded: LoadedRecipe) -> Plan:
+    """Resolve a recipe's base, probes and workspace.
+
+    Raises:
+        CheckpointError: the base is missing or not a model.
+        ProbeError: a probe file or item is wrong.
+    """
+    recipe = loaded.recipe
+    workspace = loaded.resolve(recipe.workspace)
+    base = describe(resolve_base(recipe.base, folder=loaded.folder))
+    probes = tuple(
+        load_probe(name, settings=probe.model_dump(exclude_none=True), root=loaded.folder)
+        for name, probe in recipe.probes.items()
+    )
+    numerics = recipe.numerics.model_dump()
+    return Plan(loaded=loaded, base=base, probes=probes, workspace=workspace, numerics=numerics)
+
+
+def sft_spec(
+    plan: Plan, one: Round, index: int, start: Checkpoint, champion: Checkpoint, histories: Sequence[Path]
+) -> SftSpec:
+    """The complete, self-contained order for one sft stage, with its key."""
+    stage = one.stages[index].sft
+    if stage is None:
+        raise AssertionError(f"stage {index} of round {one.name} is not sft")
+    settings = resolve_stage(plan.recipe, stage)
+    new = [plan.rows_ref(name) for name in stage.data]
+    replay = _replay_refs(plan, settings, histories)
+    anchor = _anchor_spec(plan, settings, start, champion)
+    fields: dict[str, Any] = {
+        "start": start,
+        "base": plan.base,
+        "new": new,
+        "weights": _weights(stage),
+        "replay": replay,
+        "share": settings.replay.share if replay else 0.0,
+        "dedup": settings.replay.dedup,
+        "anchor": anchor,
+        "tune": settings.tune.model_dump(exclude_none=True),
+        "lr": settings.lr,
+        "epochs": settings.epochs,
+        "steps": settings.steps,
+        "schedule": settings.schedule,
+        "warmup": settings.warmup,
+        "batch_rows": settings.batch_rows,
+        "micro_batch_rows": settings.micro_batch_rows,
+        "max_tokens": settings.max_tokens,
+        "too_long": settings.too_long,
+        "weight_decay": settings.weight_decay,
+        "clip": settings.clip,
+        "gradient_checkpointing": settings.gradient_checkpointing,
+        "ema_decay": settings.ema.decay if settings.ema else None,
+        "save_steps": settings.save_steps,
+        "seed": plan.recipe.seed,
+        "dtype": plan.numerics["dtype"],
+        "device": plan.numerics["device"],
+        "threads": plan.numerics["threads"],
+        "track": list(plan.recipe.track),
+    }
+    unkeyed = SftSpec(key="0" * 64, label=f"{one.name}/{index + 1}-sft", **fields)
+    return SftSpec(key=_stage_key(unkeyed), label=unkeyed.label, **fields)
+
+
+def _stage_key(spec: SftSpec) -> str:
+    """Digest of what the result depends on; where files lie, names and bookkeeping are left out."""
+    facts = spec.to_json()
+    for name in ("key", "label", "threads", "track", "save_steps"):
+        del facts[name]
+    facts["start"], facts["base"] = spec.start.digest, spec.base.digest
+    facts["new"] = [[ref.source, ref.digest] for ref in spec.new]
+    facts["replay"] = [[ref.source, ref.digest] for ref in spec.replay]
+    if spec.anchor is not None:
+        facts["anchor"]["reference"] = spec.anchor.reference.digest
+    return digest_json({"kind": "sft", "version": SFT_VERSION, **facts})
+
+
+def _replay_refs(plan: Plan, settings: ResolvedSft, histories: Sequence[Path]) -> list[RowsRef]:
+    if settings.replay.share == 0.0:
+        return []
+    refs = []
+    for name in settings.replay.sources:
+        if name == "history":
+            refs += [ref for folder in histories for ref in _history_refs(folder)]
+        else:
+            refs.append(plan.rows_ref(name))
+    return refs
+
+
+def _history_refs(folder: Path) -> list[RowsRef]:
+    from evertune.workspace import read_manifest
+
+    manifest = read_manifest(folder)
+    return [
+        RowsRef(
+            source=f"history/{manifest.record['round']}/{Path(entry.path).stem}",
+            path=str(folder / entry.path),
+            format=manifest.record["formats"][Path(entry.path).stem],
+            limit=None,
+            digest=entry.sha256,
+        )
+        for entry in manifest.files
+    ]
+
+
+def _anchor_spec(plan: Plan, settings: ResolvedSft, start: Checkpoint, champion: Checkpoint) -> AnchorSpec | None:
+    anchor = settings.anchor
+    if anchor.kl == 0.0:
+        return None
+    named = {"start": start, "base": plan.base, "champion": champion}
+    reference = named.get(anchor.to) or describe(plan.loaded.resolve(anchor.to))
+    return AnchorSpec(kl=anchor.kl, on=anchor.on, direction=anchor.direction, cache=anchor.cache, reference=reference)
+
+
+def _weights(stage: Sft) -> dict[str, float] | None:
+    return dict(stage.data) if isinstance(stage.data, dict) else None
+
+
+def _checkpoint_body(
+    checkpoint: Checkpoint, key: str | None, *, label: str, round_name: str | None, stage: str
+) -> dict[str, Any]:
+    """The ledger body of a checkpoint that no training made; every field of the shape is present."""
+    return {
+        "digest": checkpoint.digest,
+        "object": key,
+        "label": label,
+        "round": round_name,
+        "stage_index": None,
+        "stage": stage,
+        "standing": "production",
+        "methods": [],
+        "form": checkpoint.form,
+        "stands_on": checkpoint.stands_on.digest if checkpoint.stands_on else None,
+        "start": None,
+        "settings": {},
+        "data": [],
+        "replay": None,
+        "anchor": None,
+        "steps": 0,
+        "new_rows": 0,
+        "replay_rows": 0,
+        "tokens": 0,
+        "counted_tokens": 0,
+        "losses": [],
+        "final": {},
+        "bytes": sum(file.stat().st_size for file in checkpoint.path.iterdir() if file.is_file()),
+        "drift": None,
+        "interference": None,
+    }
+
+
+def _flips(probe: AnyProbe, after: ItemScores, before: ItemScores) -> list[dict[str, Any]]:
+    change = (after.score - before.score) * (1 if after.direction == "higher" else -1)
+    order = sorted(range(len(after.ids)), key=lambda i: (change[i], after.ids[i]))
+    worst = [i for i in order if change[i] < 0][:FLIPS_SHOWN]
+    best = [i for i in reversed(order) if change[i] > 0][:FLIPS_SHOWN]
+    prompts = probe.prompts() if probe.kind != "lm_eval" else {}
+    return [
+        {
+            "id": after.ids[i],
+            "prompt": prompts.get(after.ids[i], ""),
+            "expected": after.expected[i],
+            "before": before.prediction[i],
+            "after": after.prediction[i],
+            "before_score": float(before.score[i]),
+            "after_score": float(after.score[i]),
+        }
+        for i in (*worst, *best)
+    ]

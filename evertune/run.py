@@ -1,0 +1,376 @@
+"""The one loop: from a recipe to verdicts, promotions and a ledger. Read it top to bottom; it is the product.
+
+    base -> [ round: stages -> probes -> verdict -> promote | rescue | set aside ] * -> report
+
+A run is a fold over the recipe's rounds: what a round does depends only on the recipe, the data and the champion
+before it. Everything made is stored under a key of its inputs, so the same command again does only what is missing.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from evertune import rescue as ladder
+from evertune.display import Display
+from evertune.errors import IntegrityError
+from evertune.gate import Verdict, judge
+from evertune.hashing import digest_json
+from evertune.ledger import Event, Ledger, record_event, write_current
+from evertune.model.checkpoint import Checkpoint, describe
+from evertune.plan import GATE_VERSION, Plan, make_plan, sft_spec
+from evertune.probe.scores import ItemScores
+from evertune.process import Workers
+from evertune.recipe.load import LoadedRecipe
+from evertune.recipe.schema import Round, Rung
+from evertune.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint under the name the report shows, with its item scores by probe."""
+
+    checkpoint: Checkpoint
+    label: str
+    scores: Mapping[str, ItemScores] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where the fold over the rounds stands.
+
+    Attributes:
+        champion: the last promoted model; the base before any promotion.
+        best: item scores of the best promoted model, per probe: the reference that stops slow decay.
+        history: keys of the objects that hold the training rows of promoted rounds.
+        settled: key of the last verdict, `base` before the first.
+    """
+
+    champion: Model
+    best: Mapping[str, ItemScores]
+    history: tuple[str, ...] = ()
+    settled: str = "base"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run ends with: the last round's decision and the counts of what was done now."""
+
+    decisions: Mapping[str, str]
+    stages_run: int
+    probes_run: int
+
+    @property
+    def last(self) -> str:
+        return list(self.decisions.values())[-1]
+
+
+@dataclass
+class Session:
+    """The open workspace and what every step needs; lives as long as the run holds the lock."""
+
+    plan: Plan
+    workspace: Workspace
+    ledger: Ledger
+    workers: Workers
+    display: Display
+    decisions: dict[str, str] = field(default_factory=dict)
+    stages_run: int = 0
+    probes_run: int = 0
+
+
+def run_recipe(loaded: LoadedRecipe, *, display: Display | None = None, start_method: str = "forkserver") -> Outcome:
+    """Run a recipe, or what is missing of it.
+
+    Args:
+        loaded: a recipe that `check_recipe` has passed.
+        display: where progress goes; nowhere when not given.
+        start_method: how children start; see `process.Workers`.
+
+    Raises:
+        EvertuneError: bad input, a lock held by another run, a diverged stage; the workspace stays resumable.
+    """
+    plan = make_plan(loaded)
+    workspace = Workspace.open(plan.workspace, create=True)
+    with workspace.lock(purpose=f"run {loaded.path.name}"):
+        session = Session(
+            plan=plan,
+            workspace=workspace,
+            ledger=Ledger.open(workspace.root / "ledger.sqlite", create=True),
+            workers=Workers(start_method=start_method, launch=plan.recipe.launch),
+            display=display or Display(quiet=True),
+        )
+        _recover(session)
+        position = begin(session)
+        for one in plan.recipe.rounds:
+            position = run_round(session, one, position)
+        write_current(workspace, session.ledger)
+    return Outcome(session.decisions, session.stages_run, session.probes_run)
+
+
+def begin(session: Session) -> Position:
+    """Record the run and the base model, and probe the base: row 0 of the matrix."""
+    plan = session.plan
+    _record(session, "run", digest_json(plan.run_body), plan.run_body, volatile=plan.machine)
+    base = Model(plan.base, "base")
+    place = {"path": str(plan.base.path)}
+    _record(session, "checkpoint", digest_json({"base": plan.base.digest}), plan.base_body(), place)
+    base = probe(session, base)
+    return _after_settling(session, Position(champion=base, best=base.scores))
+
+
+def run_round(session: Session, one: Round, position: Position) -> Position:
+    """One update: stages, each probed; a verdict; promotion, rescue or setting aside."""
+    session.display.round_begins(one.name, position.champion.label)
+    start = _start(session, one, position)
+    candidate = start
+    for index in range(len(one.stages)):
+        candidate = probe(session, perform_stage(session, one, index, candidate, position))
+    verdict, key = decide(session, one, candidate, position)
+    by = "gate"
+    if verdict.decision != "PROMOTE":
+        rescued = rescue(session, one, candidate, start, verdict, position)
+        if rescued is not None:
+            candidate, key = rescued
+            by = "rescue"
+    promoted = verdict.decision == "PROMOTE" or by == "rescue"
+    session.decisions[one.name] = "PROMOTE" if promoted else verdict.decision
+    if promoted:
+        position = promote(session, one, candidate, position, by=by)
+    settled = {"round": one.name, "decision": session.decisions[one.name], "champion": position.champion.label}
+    _record(session, "settled", key, settled)
+    return _after_settling(session, replace(position, settled=key))
+
+
+def perform_stage(session: Session, one: Round, index: int, start: Model, position: Position) -> Model:
+    """Train one stage from `start`, or find it done; returns the checkpoint it made."""
+    label = f"{one.name}/{index + 1}-{one.stages[index].kind}"
+    histories = [session.workspace.path(key) for key in position.history]
+    spec = sft_spec(session.plan, one, index, start.checkpoint, position.champion.checkpoint, histories)
+    if session.workspace.manifest(spec.key) is None:
+        with session.display.stage(label, spec, session.workspace) as watch:
+            job = {"kind": "sft", "workspace": str(session.workspace.root), "label": label, "spec": spec.to_json()}
+            _guarded(session, one, label, job, watch)
+        session.stages_run += 1
+    manifest = session.workspace.manifest(spec.key)
+    if manifest is None:
+        raise AssertionError(f"stage {label} reported success without an object")
+    checkpoint = describe(session.workspace.path(spec.key), cache=session.workspace.cache / "digests.json")
+    body = {
+        **manifest.record["checkpoint"],
+        "digest": checkpoint.digest,
+        "object": spec.key,
+        "label": label,
+        "round": one.name,
+        "stage_index": index,
+        "settings": spec.settings(),
+    }
+    _record(session, "checkpoint", digest_json({"label": label, "object": spec.key}), body, manifest.record["volatile"])
+    return Model(checkpoint, label)
+
+
+def probe(session: Session, model: Model) -> Model:
+    """Score a model on every probe it has not been scored on; prints its row of the matrix."""
+    plan, workspace = session.plan, session.workspace
+    keys = {one.name: plan.probe_key(model.checkpoint, one) for one in plan.probes}
+    missing = [one for one in plan.probes if workspace.manifest(keys[one.name]) is None]
+    if missing:
+        job = {
+            "kind": "probe",
+            "workspace": str(workspace.root),
+            "label": model.label,
+            "checkpoint": model.checkpoint.to_json(),
+            "probes": [plan.probe_job(one) for one in missing],
+            "numerics": plan.numerics,
+        }
+        with session.display.probing(model.label, len(missing)) as watch:
+            session.workers.run(job, watch=watch)
+        session.probes_run += len(missing)
+    scores = {}
+    for one in plan.probes:
+        manifest = workspace.manifest(keys[one.name])
+        if manifest is None:
+            raise AssertionError(f"probe {one.name} reported success without an object")
+        body = {**manifest.record["probe"], "label": model.label, "role": one.role, "safety": one.safety}
+        key = digest_json({"label": model.label, "object": keys[one.name], "role": one.role})
+        _record(session, "probe", key, body, manifest.record.get("volatile"))
+        scores[one.name] = ItemScores.read_parquet(workspace.path(keys[one.name]) / "scores.parquet")
+    session.display.matrix_row(model.label, plan.probes, scores)
+    return replace(model, scores=scores)
+
+
+def decide(
+    session: Session, one: Round, candidate: Model, position: Position, *, tried: int = 1, rescue_facts: Any = None
+) -> tuple[Verdict, str]:
+    """Judge a candidate against the champion and the best, and record the verdict; returns it with its key."""
+    plan = session.plan
+    verdict = judge(
+        candidate.scores, position.champion.scores, position.best, plan.facts, plan.gate_settings, tried=tried
+    )
+    key = digest_json(
+        {
+            "version": GATE_VERSION,
+            "round": one.name,
+            "label": candidate.label,
+            "after": position.settled,
+            "candidate": candidate.checkpoint.digest,
+            "champion": position.champion.checkpoint.digest,
+            "probes": {each.name: [each.digest, each.role] for each in plan.probes},
+            "settings": plan.gate_body,
+            "tried": tried,
+        }
+    )
+    kind = "verdict" if rescue_facts is None else "rescue"
+    body = {
+        **verdict.to_json(),
+        "round": one.name,
+        "label": candidate.label,
+        "candidate": candidate.checkpoint.digest,
+        "champion": position.champion.checkpoint.digest,
+        "champion_label": position.champion.label,
+        "settings": plan.gate_body,
+        "tried": tried,
+        "flips": plan.flips(candidate.scores, position.champion.scores),
+        "next": _next_command(session, candidate, verdict),
+        **(rescue_facts or {}),
+    }
+    _record(session, kind, key, body)
+    session.display.verdict(one.name, candidate.label, verdict, body)
+    return verdict, key
+
+
+def rescue(
+    session: Session, one: Round, candidate: Model, start: Model, verdict: Verdict, position: Position
+) -> tuple[Model, str] | None:
+    """Climb the ladder until a rung passes the gate; `None` when the candidate is set aside."""
+    rungs: Sequence[Rung] = one.rescue if one.rescue is not None else session.plan.recipe.rescue
+    for rung in rungs:
+        if rung.interpolate is not None:
+            rescued = _interpolate(session, one, rung, candidate, start, position)
+            if rescued is not None:
+                return rescued
+        if rung.discard is not None:
+            _discard(session, one, candidate, position)
+            return None
+    return None
+
+
+def promote(session: Session, one: Round, candidate: Model, position: Position, *, by: str) -> Position:
+    """Make the candidate the champion, raise the ratchet, and keep the round's rows for later replay."""
+    body = {
+        "round": one.name,
+        "label": candidate.label,
+        "checkpoint": candidate.checkpoint.digest,
+        "by": by,
+        "reason": f"round {one.name} passed the gate" if by == "gate" else f"a rescue of round {one.name} passed",
+    }
+    _record(session, "promotion", digest_json({**body, "after": position.settled}), body)
+    history = session.plan.keep_history(one, session.workspace)
+    best = ladder.ratchet(position.best, candidate.scores)
+    session.display.promoted(one.name, candidate.label)
+    return replace(position, champion=candidate, best=best, history=(*position.history, history))
+
+
+def _interpolate(
+    session: Session, one: Round, rung: Rung, candidate: Model, start: Model, position: Position
+) -> tuple[Model, str] | None:
+    plan, workspace = session.plan, session.workspace
+    alphas = list(rung.interpolate.alphas) if rung.interpolate else []
+    root = str(workspace.root)
+    ends = {"candidate": candidate.checkpoint.to_json(), "reference": start.checkpoint.to_json()}
+    identity = {
+        "candidate": candidate.checkpoint.digest,
+        "reference": start.checkpoint.digest,
+        "numerics": plan.numerics,
+    }
+    key = digest_json(
+        {"kind": "scan", "version": 1, **identity, "alphas": alphas, "probes": [one.digest for one in plan.probes]}
+    )
+    if workspace.manifest(key) is None:
+        job = {"kind": "scan", "workspace": root, "label": one.name, "key": key, "alphas": alphas, **ends}
+        job |= {"probes": [plan.probe_job(each) for each in plan.probes], "numerics": plan.numerics}
+        with session.display.rescuing(one.name, alphas) as watch:
+            session.workers.run(job, watch=watch)
+    scan = {
+        alpha: {
+            each.name: ItemScores.read_parquet(workspace.path(key) / f"{alpha!r}-{each.name}.parquet")
+            for each in plan.probes
+        }
+        for alpha in alphas
+    }
+    chosen = ladder.choose(scan, position.champion.scores, position.best, plan.facts, plan.gate_settings)
+    facts = {"rung": "interpolate", "alpha": chosen.alpha, "scan": chosen.scan_body()}
+    winner_key = digest_json({"kind": "interpolate", "version": 1, **identity, "alpha": chosen.alpha})
+    if workspace.manifest(winner_key) is None:
+        job = {"kind": "interpolate", "workspace": root, "label": one.name, "key": winner_key, "alpha": chosen.alpha}
+        session.workers.run(job | ends | {"numerics": plan.numerics})
+    checkpoint = describe(workspace.path(winner_key), cache=workspace.cache / "digests.json")
+    label = f"{one.name}/rescue-{chosen.alpha:g}"
+    body = plan.interpolation_body(checkpoint, winner_key, label, one.name, chosen.alpha, start.checkpoint)
+    _record(session, "checkpoint", digest_json({"label": label, "object": winner_key}), body)
+    winner = probe(session, Model(checkpoint, label))
+    verdict, verdict_key = decide(session, one, winner, position, tried=len(alphas), rescue_facts=facts)
+    return (winner, verdict_key) if verdict.decision == "PROMOTE" else None
+
+
+def _discard(session: Session, one: Round, candidate: Model, position: Position) -> None:
+    """Set the candidate aside. The champion was never written to; its digest is read again to show it."""
+    champion = position.champion.checkpoint
+    if describe(champion.path).digest != champion.digest:
+        raise AssertionError(f"the champion at {champion.path} changed while round {one.name} ran")
+    session.display.discarded(one.name, candidate.label, position.champion.label)
+
+
+def _start(session: Session, one: Round, position: Position) -> Model:
+    if one.start == "champion":
+        return position.champion
+    if one.start == "base":
+        return Model(session.plan.base, "base")
+    checkpoint = describe(session.plan.loaded.resolve(one.start), cache=session.workspace.cache / "digests.json")
+    return Model(checkpoint, one.start)
+
+
+def _after_settling(session: Session, position: Position) -> Position:
+    """Apply what a person decided at this place: `evertune promote` and `rollback` name the verdict they follow."""
+    decided = [event for event in session.ledger.events() if event.body.get("after") == position.settled]
+    if not decided:
+        return position
+    event = decided[-1]
+    checkpoint = describe(Path(event.volatile["path"]), cache=session.workspace.cache / "digests.json")
+    if checkpoint.digest != event.body["checkpoint"]:
+        raise IntegrityError(f"'{event.body['label']}', promoted by hand, is no longer what it was: {checkpoint.path}.")
+    return replace(position, champion=probe(session, Model(checkpoint, event.body["label"])))
+
+
+def _recover(session: Session) -> None:
+    from evertune.ledger import adopt_orphans
+
+    recovery = session.workspace.recover()
+    adopted = adopt_orphans(session.workspace, session.ledger)
+    session.display.recovered(recovery, adopted)
+
+
+def _guarded(session: Session, one: Round, label: str, job: dict[str, Any], watch: Any) -> None:
+    """Run a training job; a failure is written to the ledger before it travels on."""
+    try:
+        session.workers.run(job, watch=watch)
+    except Exception as error:
+        facts = {"time": time.time()}
+        body = {"round": one.name, "stage": label, "error": str(error)}
+        session.ledger.append("failure", digest_json({**body, **facts}), body, volatile=facts)
+        raise
+
+
+def _record(
+    session: Session, kind: str, key: str, body: dict[str, Any], volatile: Mapping[str, Any] | None = None
+) -> Event:
+    stamp = {"time": time.time(), **(volatile or {})}
+    return record_event(session.workspace, session.ledger, kind, key, body, stamp)
+
+
+def _next_command(session: Session, candidate: Model, verdict: Verdict) -> str:
+    workspace = session.plan.recipe.workspace
+    if verdict.decision == "PROMOTE":
+        return f"evertune export {workspace} --out {session.plan.recipe.name}-model"
+    return f"evertune show {workspace} {candidate.label}"

@@ -1,0 +1,115 @@
+"""What a child process does: one job in, one JSON-able result out. Only this module and `run` know all working rooms.
+
+A job is `{"kind": ..., "workspace": path, ...}`. `python -m evertune.worker JOB.json` performs one under a launcher
+such as torchrun: rank 0 writes `JOB.result.json` beside it.
+"""
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from evertune.errors import EvertuneError
+from evertune.hashing import canonical_json
+from evertune.workspace import Workspace
+
+Job = dict[str, Any]
+
+
+def perform(job: Job) -> dict[str, Any]:
+    """Perform one job while holding the workspace's worker lock; returns its facts as plain JSON values.
+
+    Raises:
+        EvertuneError: what the rooms raise, unchanged.
+    """
+    workspace = Workspace.open(Path(job["workspace"]), create=False)
+    with workspace.worker_lock():
+        return _JOBS[job["kind"]](job, workspace)
+
+
+def report_error(error: BaseException) -> dict[str, Any]:
+    """An error as plain values, so that the parent can raise it again under its own name."""
+    if isinstance(error, EvertuneError):
+        return {"type": type(error).__name__, "message": error.message, "remedy": error.remedy}
+    return {"type": "bug", "message": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+
+
+def _sft(job: Job, workspace: Workspace) -> dict[str, Any]:
+    from evertune.train.sft import run_sft
+    from evertune.train.spec import SftSpec
+
+    return run_sft(SftSpec.from_json(job["spec"]), workspace)
+
+
+def _probe(job: Job, workspace: Workspace) -> dict[str, Any]:
+    from evertune.model.checkpoint import Checkpoint
+    from evertune.probe.job import run_probes
+    from evertune.probe.suite import load_probe
+
+    probes = [load_probe(one["name"], settings=one["settings"], root=Path(one["root"])) for one in job["probes"]]
+    records = run_probes(Checkpoint.from_json(job["checkpoint"]), probes, workspace, numerics=job["numerics"])
+    return {"records": records}
+
+
+def _scan(job: Job, workspace: Workspace) -> dict[str, Any]:
+    """Score every share of the candidate in memory; one Parquet of item scores per share and probe."""
+    from evertune.merge.interpolate import scan
+    from evertune.model.checkpoint import Checkpoint
+    from evertune.model.open import OpenModel
+    from evertune.probe.job import score_open
+    from evertune.probe.suite import load_probe
+
+    probes = [load_probe(one["name"], settings=one["settings"], root=Path(one["root"])) for one in job["probes"]]
+
+    def write(folder: Path) -> dict[str, Any]:
+        def visit(alpha: float, opened: OpenModel) -> None:
+            for name, scores in score_open(opened, probes).items():
+                scores.write_parquet(folder / f"{alpha!r}-{name}.parquet")
+
+        numerics = job["numerics"]
+        candidate, reference = (Checkpoint.from_json(job[one]) for one in ("candidate", "reference"))
+        scan(candidate, reference, job["alphas"], dtype=numerics["dtype"], device=numerics["device"], visit=visit)
+        return {"alphas": job["alphas"]}
+
+    return {"key": workspace.publish(kind="scan", key=job["key"], record={}, write=write).key}
+
+
+def _interpolate(job: Job, workspace: Workspace) -> dict[str, Any]:
+    from evertune.merge.interpolate import write_winner
+    from evertune.model.checkpoint import Checkpoint
+
+    candidate, reference = (Checkpoint.from_json(job[one]) for one in ("candidate", "reference"))
+
+    def write(folder: Path) -> dict[str, Any]:
+        write_winner(candidate, reference, job["alpha"], folder)
+        return {}
+
+    return {"key": workspace.publish(kind="checkpoint", key=job["key"], record={}, write=write).key}
+
+
+_JOBS: dict[str, Callable[[Job, Workspace], dict[str, Any]]] = {
+    "sft": _sft,
+    "probe": _probe,
+    "scan": _scan,
+    "interpolate": _interpolate,
+}
+
+
+def main(path: str) -> int:
+    """Entry under a launcher: perform the job in the file; rank 0 writes the result. Returns the exit code."""
+    place = Path(path)
+    job = json.loads(place.read_text(encoding="utf-8"))
+    try:
+        answer: dict[str, Any] = {"result": perform(job)}
+    except Exception as error:
+        answer = {"error": report_error(error)}
+    if int(os.environ.get("RANK", "0")) == 0:
+        place.with_suffix(".result.json").write_bytes(canonical_json(answer))
+    return 0 if "result" in answer else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

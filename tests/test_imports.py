@@ -1,0 +1,118 @@
+"""Imports point one way, and the light commands stay light: both are read from the code, not trusted."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent.parent / "evertune"
+
+# Each room may import the rooms named here, and no other. `errors`, `hashing` and `failpoint` are open to all.
+OPEN_TO_ALL = {"errors", "hashing", "failpoint"}
+MAY_IMPORT: dict[str, set[str]] = {
+    "errors": set(),
+    "hashing": set(),
+    "failpoint": set(),
+    "preload": set(),
+    "demo": set(),
+    "recipe": set(),
+    "workspace": set(),
+    "verifiers": set(),
+    "ledger": {"workspace"},
+    "model": {"workspace"},
+    "data": {"model"},
+    "measure": set(),
+    "train": {"data", "model", "workspace", "measure"},
+    "probe": {"data", "model", "workspace", "verifiers", "measure"},
+    "merge": {"model"},
+    "gate": {"measure", "probe"},
+    "rescue": {"gate", "probe"},
+    "report": {"ledger", "measure"},
+    "lineage": {"ledger", "model", "workspace"},
+    "worker": {"train", "merge", "probe", "model", "workspace"},
+    "process": {"worker"},
+    "plan": {"recipe", "data", "model", "probe", "train", "gate", "workspace"},
+    "check": {"recipe", "data", "model", "probe", "gate", "ledger", "workspace", "verifiers"},
+    "display": {"gate", "probe", "train", "workspace"},
+    "listing": {"lineage", "ledger", "model", "workspace", "recipe"},
+    "run": {"plan", "process", "display", "rescue", "gate", "ledger", "model", "probe", "recipe", "workspace"},
+    "judging": {"plan", "process", "display", "gate", "model", "probe", "recipe", "run", "workspace", "ledger"},
+}
+# Whole-package doors: they may import anything below them.
+TOP = {"cli", "__main__", "__init__"}
+
+LIGHT = ("recipe", "gate", "ledger", "report", "cli", "check", "lineage", "plan", "run", "display", "workspace")
+HEAVY = ("torch", "transformers", "accelerate", "peft")
+
+
+def _room(path: Path, package: Path = PACKAGE) -> str:
+    return path.relative_to(package).with_suffix("").parts[0]
+
+
+def _imports(path: Path) -> set[str]:
+    """Rooms of evertune that a file imports anywhere, inside functions too."""
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = []
+        if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            names = [node.module]
+            if node.module == "evertune":
+                names = [f"evertune.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        rooms |= {name.split(".")[1] for name in names if name.startswith("evertune.")}
+    return rooms
+
+
+def turned_arrows(package: Path = PACKAGE) -> list[str]:
+    """Every import that points the wrong way, as `file: room -> room`."""
+    found = []
+    for path in sorted(package.rglob("*.py")):
+        room = _room(path, package)
+        if room in TOP:
+            continue
+        allowed = MAY_IMPORT.get(room, set()) | OPEN_TO_ALL | {room}
+        found += [f"{path.relative_to(package)}: {room} -> {other}" for other in sorted(_imports(path) - allowed)]
+    return found
+
+
+def test_imports_point_one_way() -> None:
+    assert turned_arrows() == []
+
+
+def test_every_room_is_in_the_table() -> None:
+    rooms = {_room(path) for path in PACKAGE.rglob("*.py")} - TOP
+    assert rooms == set(MAY_IMPORT)
+
+
+def test_the_table_itself_has_no_cycle() -> None:
+    done: set[str] = set()
+    while len(done) < len(MAY_IMPORT):
+        free = {room for room, uses in MAY_IMPORT.items() if room not in done and uses <= done}
+        assert free, f"a cycle among {sorted(set(MAY_IMPORT) - done)}"
+        done |= free
+
+
+def test_an_import_that_turns_round_is_named(tmp_path: Path) -> None:
+    # The check itself is seen to go red: probe importing train is the classic mistake.
+    (tmp_path / "probe").mkdir()
+    (tmp_path / "probe" / "score.py").write_text("def f():\n    from evertune.train import losses\n")
+    assert turned_arrows(tmp_path) == ["probe/score.py: probe -> train"]
+
+
+def test_light_rooms_import_no_torch() -> None:
+    modules = ", ".join(f"evertune.{room}" for room in LIGHT)
+    code = f"import sys, {modules}; print([name for name in {HEAVY!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_only_the_door_opens_models() -> None:
+    doors = {"model/open.py", "model/gguf.py"}
+    callers = {
+        str(path.relative_to(PACKAGE))
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and node.attr == "from_pretrained"
+    }
+    assert callers <= doors
