@@ -4,13 +4,12 @@ from pathlib import Path
 from typing import Any
 
 from evertune.display import Display
-from evertune.errors import ProbeError
 from evertune.gate import judge
-from evertune.model.checkpoint import Checkpoint, describe
-from evertune.plan import Plan, make_plan
-from evertune.probe.scores import ItemScores
+from evertune.model.checkpoint import describe
+from evertune.plan import make_plan
 from evertune.process import Workers
 from evertune.recipe.load import LoadedRecipe
+from evertune.scoring import score_checkpoint
 from evertune.workspace import Workspace
 
 
@@ -36,8 +35,13 @@ def judge_folders(
     with workspace.lock(purpose="gate"):
         workspace.recover()
         workers = Workers()
-        scores = {one.digest: _score(plan, workspace, workers, one, display) for one in (before, after)}
-    verdict = judge(scores[after.digest], scores[before.digest], scores[before.digest], plan.facts, plan.gate_settings)
+        scores = {
+            one.digest: score_checkpoint(plan, workspace, workers, one, label=one.path.name, display=display).scores
+            for one in (before, after)
+        }
+    verdict = judge(
+        scores[after.digest], scores[before.digest], scores[before.digest], plan.facts(), plan.gate_settings
+    )
     body = {
         **verdict.to_json(),
         "label": str(candidate),
@@ -51,26 +55,3 @@ def judge_folders(
     }
     display.verdict("", str(candidate), verdict, body)
     return body
-
-
-def _score(
-    plan: Plan, workspace: Workspace, workers: Workers, checkpoint: Checkpoint, display: Display
-) -> dict[str, ItemScores]:
-    keys = {one.name: plan.probe_key(checkpoint, one) for one in plan.probes}
-    missing = [one for one in plan.probes if workspace.manifest(keys[one.name]) is None]
-    if missing:
-        job = {
-            "kind": "probe",
-            "workspace": str(workspace.root),
-            "label": str(checkpoint.path),
-            "checkpoint": checkpoint.to_json(),
-            "probes": [plan.probe_job(one) for one in missing],
-            "numerics": plan.numerics,
-        }
-        with display.probing(str(checkpoint.path), len(missing)) as watch:
-            workers.run(job, watch=watch)
-    scores = {name: ItemScores.read_parquet(workspace.path(key) / "scores.parquet") for name, key in keys.items()}
-    if not scores:
-        raise ProbeError("the recipe has no probes.")
-    display.matrix_row(checkpoint.path.name, plan.probes, scores)
-    return scores

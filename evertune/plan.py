@@ -51,10 +51,13 @@ class Plan:
     def recipe(self) -> Recipe:
         return self.loaded.recipe
 
-    @cached_property
-    def facts(self) -> dict[str, ProbeFacts]:
-        """What the gate must know of each probe."""
-        return {one.name: ProbeFacts(role=one.role, safety=one.safety, margin=one.margin) for one in self.probes}
+    def facts(self, one: Round | None = None) -> dict[str, ProbeFacts]:
+        """What the gate must know of each probe, with the roles of this round."""
+        roles = one.roles if one else {}
+        return {
+            each.name: ProbeFacts(role=roles.get(each.name, each.role), safety=each.safety, margin=each.margin)
+            for each in self.probes
+        }
 
     @cached_property
     def gate_body(self) -> dict[str, Any]:

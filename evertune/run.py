@@ -24,6 +24,7 @@ from evertune.probe.scores import ItemScores
 from evertune.process import Workers
 from evertune.recipe.load import LoadedRecipe
 from evertune.recipe.schema import Round, Rung
+from evertune.scoring import score_checkpoint
 from evertune.workspace import Workspace
 
 
@@ -171,33 +172,18 @@ def perform_stage(session: Session, one: Round, index: int, start: Model, positi
 
 
 def probe(session: Session, model: Model) -> Model:
-    """Score a model on every probe it has not been scored on; prints its row of the matrix."""
-    plan, workspace = session.plan, session.workspace
-    keys = {one.name: plan.probe_key(model.checkpoint, one) for one in plan.probes}
-    missing = [one for one in plan.probes if workspace.manifest(keys[one.name]) is None]
-    if missing:
-        job = {
-            "kind": "probe",
-            "workspace": str(workspace.root),
-            "label": model.label,
-            "checkpoint": model.checkpoint.to_json(),
-            "probes": [plan.probe_job(one) for one in missing],
-            "numerics": plan.numerics,
-        }
-        with session.display.probing(model.label, len(missing)) as watch:
-            session.workers.run(job, watch=watch)
-        session.probes_run += len(missing)
-    scores = {}
+    """Score a model on every probe it has not been scored on, and record its row of the matrix."""
+    plan = session.plan
+    scored = score_checkpoint(
+        plan, session.workspace, session.workers, model.checkpoint, label=model.label, display=session.display
+    )
+    session.probes_run += scored.made_now
     for one in plan.probes:
-        manifest = workspace.manifest(keys[one.name])
-        if manifest is None:
-            raise AssertionError(f"probe {one.name} reported success without an object")
+        manifest = scored.objects[one.name]
         body = {**manifest.record["probe"], "label": model.label, "role": one.role, "safety": one.safety}
-        key = digest_json({"label": model.label, "object": keys[one.name], "role": one.role})
+        key = digest_json({"label": model.label, "object": manifest.key, "role": one.role})
         _record(session, "probe", key, body, manifest.record.get("volatile"))
-        scores[one.name] = ItemScores.read_parquet(workspace.path(keys[one.name]) / "scores.parquet")
-    session.display.matrix_row(model.label, plan.probes, scores)
-    return replace(model, scores=scores)
+    return replace(model, scores=scored.scores)
 
 
 def decide(
@@ -206,7 +192,7 @@ def decide(
     """Judge a candidate against the champion and the best, and record the verdict; returns it with its key."""
     plan = session.plan
     verdict = judge(
-        candidate.scores, position.champion.scores, position.best, plan.facts, plan.gate_settings, tried=tried
+        candidate.scores, position.champion.scores, position.best, plan.facts(one), plan.gate_settings, tried=tried
     )
     key = digest_json(
         {
@@ -216,7 +202,7 @@ def decide(
             "after": position.settled,
             "candidate": candidate.checkpoint.digest,
             "champion": position.champion.checkpoint.digest,
-            "probes": {each.name: [each.digest, each.role] for each in plan.probes},
+            "probes": {each.name: [each.digest, plan.facts(one)[each.name].role] for each in plan.probes},
             "settings": plan.gate_body,
             "tried": tried,
         }
@@ -299,7 +285,7 @@ def _interpolate(
         }
         for alpha in alphas
     }
-    chosen = ladder.choose(scan, position.champion.scores, position.best, plan.facts, plan.gate_settings)
+    chosen = ladder.choose(scan, position.champion.scores, position.best, plan.facts(one), plan.gate_settings)
     facts = {"rung": "interpolate", "alpha": chosen.alpha, "scan": chosen.scan_body()}
     winner_key = digest_json({"kind": "interpolate", "version": 1, **identity, "alpha": chosen.alpha})
     if workspace.manifest(winner_key) is None:

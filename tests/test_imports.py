@@ -35,8 +35,21 @@ MAY_IMPORT: dict[str, set[str]] = {
     "check": {"recipe", "data", "model", "probe", "gate", "ledger", "workspace", "verifiers"},
     "display": {"gate", "probe", "train", "workspace"},
     "listing": {"lineage", "ledger", "model", "workspace", "recipe"},
-    "run": {"plan", "process", "display", "rescue", "gate", "ledger", "model", "probe", "recipe", "workspace"},
-    "judging": {"plan", "process", "display", "gate", "model", "probe", "recipe", "run", "workspace", "ledger"},
+    "scoring": {"plan", "process", "display", "model", "probe", "workspace"},
+    "run": {
+        "plan",
+        "scoring",
+        "process",
+        "display",
+        "rescue",
+        "gate",
+        "ledger",
+        "model",
+        "probe",
+        "recipe",
+        "workspace",
+    },
+    "judging": {"plan", "scoring", "process", "display", "gate", "model", "recipe", "workspace"},
 }
 # Whole-package doors: they may import anything below them.
 TOP = {"cli", "__main__", "__init__"}

@@ -325,6 +325,9 @@ class Round(Config):
     start: str = "champion"
     """`champion` (the base before any promotion), `base`, or the path of a checkpoint."""
     stages: list[Stage] = Field(min_length=1)
+    roles: dict[Name, Role] = {}
+    """Roles of probes in this round where they differ from the probe's own: a skill is the `target` of the round that
+    teaches it and a `guard` in later ones."""
     rescue: list[Rung] | None = None
     """What is tried when this round is not promoted; the recipe's `rescue` when not given."""
 
@@ -392,6 +395,9 @@ def _check_references(recipe: Recipe) -> None:
         raise ValueError("data source 'history' is a reserved name: the rows of promoted rounds")
     replays = [("defaults.replay", recipe.defaults.replay)]
     for i, one in enumerate(recipe.rounds):
+        for name in one.roles:
+            if name not in recipe.probes:
+                raise ValueError(f"rounds[{i}].roles: no probe '{name}'; probes has: {', '.join(recipe.probes)}")
         for k, stage in enumerate(one.stages):
             if stage.sft is not None:
                 place = f"rounds[{i}].stages[{k}].sft"
