@@ -147,7 +147,7 @@ class Codec:
 
     @cached_property
     def _stop_texts(self) -> tuple[str, ...]:
-        return tuple(sorted(self.tokenizer.id_to_token(one) for one in self.stop_ids))
+        return tuple(str(self.tokenizer.id_to_token(one)) for one in sorted(self.stop_ids))
 
     def trains_stop(self) -> bool:
         """True when the last counted token of an assistant turn is a stop token, so that answers learn to end."""
@@ -281,8 +281,9 @@ def _stop_ids(folder: Path, special_tokens: Mapping[str, str], tokenizer: Tokeni
                 )
             found.add(one)
     eos = special_tokens.get("eos_token")
-    if eos is not None and tokenizer.token_to_id(eos) is not None:
-        found.add(tokenizer.token_to_id(eos))
+    eos_id = None if eos is None else tokenizer.token_to_id(eos)
+    if eos_id is not None:
+        found.add(eos_id)
     if not found:
         raise CheckpointError(
             f"{folder}: no stop token: neither generation_config.json, config.json nor tokenizer_config.json has one.",

@@ -126,7 +126,7 @@ class Template:
 class _Generation(Extension):
     """`{% generation %}...{% endgeneration %}`: what the assistant is to say."""
 
-    tags = {"generation"}
+    tags = {"generation"}  # noqa: RUF012  declared so by jinja2
 
     def __init__(self, environment: jinja2.Environment) -> None:
         super().__init__(environment)
@@ -152,9 +152,9 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             raise SecurityError("power too large for a chat template")
         if operator == "*":
             for sized, count in ((left, right), (right, left)):
-                if isinstance(sized, str | list | tuple) and isinstance(count, int):
-                    if len(sized) * count > MAX_REPEATED:
-                        raise SecurityError("repetition too long for a chat template")
+                repeats = isinstance(sized, str | list | tuple) and isinstance(count, int)
+                if repeats and len(sized) * count > MAX_REPEATED:
+                    raise SecurityError("repetition too long for a chat template")
         return super().call_binop(context, operator, left, right)
 
 

@@ -1,0 +1,443 @@
+"""Low-rank adapters (LoRA, Hu et al. 2021, arXiv:2106.09685): stack, switch, train, save. The only door to PEFT.
+
+A stack is frozen adapters `s0`, `s1`, ... over the base, all active at once, and at most one trained adapter `new`.
+Each adds scale * B @ A to the weights it stands on, so a stack is exactly one adapter with concatenated factors.
+"""
+
+# I inputs, O outputs, R rank
+
+import json
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from peft.utils.other import get_pattern_key
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from evertune.errors import CheckpointError, RecipeError
+from evertune.hashing import canonical_json, digest_json
+from evertune.model.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint, read_json, write_note
+
+if TYPE_CHECKING:
+    from evertune.model.open import OpenModel
+
+NEW = "new"
+_PREFIX = "base_model.model."
+# Fields of adapter_config.json that plain LoRA on linear layers reads, or that say where and how it was made. Any other
+# field that is set means a variant that computes something else.
+_PLAIN_FIELDS = {
+    "r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out", "peft_type",
+    "task_type", "target_modules", "exclude_modules", "layers_pattern", "layers_to_transform", "inference_mode",
+    "base_model_name_or_path", "revision", "auto_mapping", "peft_version", "megatron_core", "qalora_group_size",
+    "ensure_weight_tying",
+}  # fmt: skip
+# Ways to begin that leave the base's weights as they are; others (PiSSA, OLoRA, LoftQ) change them.
+_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+
+
+@dataclass(frozen=True)
+class Factor:
+    """The update of one module: scale * B @ A is added to its (O, I) weight.
+
+    a_RI, b_OR: the two factors, any floating dtype.
+    transposed: the module stores its weight as (I, O), as GPT-2's layers do.
+    """
+
+    a_RI: Tensor
+    b_OR: Tensor
+    scale: float
+    transposed: bool = False
+
+    @property
+    def rank(self) -> int:
+        return self.a_RI.shape[0]
+
+    def delta(self) -> Tensor:
+        """The update in float32, in the shape the module stores its weight."""
+        delta_OI = self.b_OR.float() @ self.a_RI.float() * self.scale
+        return delta_OI.T if self.transposed else delta_OI
+
+
+Factors = Mapping[str, Factor]
+"""Module name, as in `model.named_modules()` -> its update."""
+
+
+def add_adapter(
+    opened: "OpenModel", *, rank: int, alpha: float, dropout: float, targets: str | Sequence[str], seed: int
+) -> dict[str, nn.Parameter]:
+    """Put a trainable adapter `new` on top of the stack and freeze everything else; returns its parameters by name.
+
+    A is uniform in +-1/sqrt(I), as PEFT draws it, but from `seed` and the module's name, so that it depends neither on
+    the global generator nor on the order of modules; B is zero, so outputs are at first the start's, bit for bit.
+
+    Args:
+        targets: `all-linear` (every linear layer but the head) or last parts of names, such as `q_proj`.
+
+    Raises:
+        RecipeError: a target names no linear layer, or the head.
+        CheckpointError: an adapter `new` is already there.
+    """
+    if NEW in adapter_names(opened.model):
+        raise CheckpointError("the model already carries a trained adapter.", remedy="Save it and open it again.")
+    factors = {}
+    for name in select_targets(opened.model, targets):
+        module = _base_layer(opened.model.get_submodule(name))
+        outputs, inputs = _sizes(module)
+        factors[name] = Factor(
+            a_RI=_draw_a(rank, inputs, seed, name),
+            b_OR=torch.zeros(outputs, rank),
+            scale=alpha / rank,
+            transposed=isinstance(module, Conv1D),
+        )
+    attach(opened.model, factors, NEW, dropout=dropout)
+    trained = new_parameters(opened)
+    for parameter in trained.values():
+        parameter.requires_grad_(True)
+    return trained
+
+
+def new_parameters(opened: "OpenModel") -> dict[str, nn.Parameter]:
+    """The trained adapter's parameters: `<module>.lora_A` and `<module>.lora_B`, in the order of module names."""
+    found: dict[str, nn.Parameter] = {}
+    for name, layer in sorted(_layers(opened.model)):
+        if NEW in layer.lora_A:
+            found[f"{name}.lora_A"] = layer.lora_A[NEW].weight
+            found[f"{name}.lora_B"] = layer.lora_B[NEW].weight
+    return found
+
+
+@contextmanager
+def without_new(opened: "OpenModel") -> Iterator[None]:
+    """Inside, the model computes what its start computes, bit for bit: only `new` is off."""
+    layers = [layer for _, layer in _layers(opened.model)]
+    before = [list(layer.active_adapters) for layer in layers]
+    # Not PEFT's set_adapter: that also flips requires_grad, under a graph that may still be waiting for backward.
+    for layer, names in zip(layers, before, strict=True):
+        layer._active_adapter = [name for name in names if name != NEW]
+    try:
+        yield
+    finally:
+        for layer, names in zip(layers, before, strict=True):
+            layer._active_adapter = names
+
+
+def scale_new(opened: "OpenModel", alpha: float) -> None:
+    """Let `new` count `alpha` times: 0 is the start, 1 the trained model, between them the line between the two."""
+    scale_adapters(opened, (NEW,), alpha)
+
+
+def scale_adapters(opened: "OpenModel", names: Sequence[str], alpha: float) -> None:
+    """Let the named adapters of the stack count `alpha` times what they were saved or trained with."""
+    for _, layer in _layers(opened.model):
+        for name in names:
+            if name in layer.lora_A:
+                layer.scaling[name] = layer.evertune_scale[name] * alpha
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """Names of the adapters a model carries, from the bottom up."""
+    found: dict[str, None] = {}
+    for _, layer in _layers(model):
+        found.update(dict.fromkeys(layer.lora_A))
+    return list(found)
+
+
+def attach(model: nn.Module, factors: Factors, name: str, *, dropout: float = 0.0) -> None:
+    """Put an adapter with these factors on top of the stack, active and frozen, in each module's dtype and device.
+
+    Raises:
+        CheckpointError: a factor's module is missing or of another shape.
+    """
+    _check_fit(model, factors)
+    ranks = {module_name: factor.rank for module_name, factor in factors.items()}
+    config = LoraConfig(
+        r=next(iter(ranks.values())),
+        rank_pattern=ranks,
+        target_modules=list(factors),
+        lora_dropout=dropout,
+        fan_in_fan_out=any(factor.transposed for factor in factors.values()),
+        init_lora_weights=False,
+    )
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        inject_adapter_in_model(config, model, adapter_name=name)
+    for module_name, factor in factors.items():
+        layer = model.get_submodule(module_name)
+        _fill(layer, name, factor)
+    for _, layer in _layers(model):
+        layer._active_adapter = list(layer.lora_A)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+
+
+def read_factors(folder: Path) -> dict[str, Factor]:
+    """The factors of a PEFT LoRA folder.
+
+    Raises:
+        CheckpointError: a variant that is not plain LoRA, or tensors that do not pair up.
+    """
+    config = read_json(folder / ADAPTER_CONFIG)
+    _check_plain(folder, config)
+    tensors = load_file(folder / ADAPTER_WEIGHTS)
+    names = sorted(key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight"))
+    wanted = {f"{name}.lora_{side}.weight" for name in names for side in "AB"}
+    odd = sorted(wanted ^ tensors.keys())
+    if odd or not names:
+        raise CheckpointError(
+            f"{folder / ADAPTER_WEIGHTS}: {odd[0] if odd else 'no tensor'!r} does not belong to a pair of lora_A and "
+            "lora_B.",
+            remedy="Copy the adapter again; adapters of embeddings and convolutions are not known.",
+        )
+    return {name.removeprefix(_PREFIX): _factor(folder, config, name, tensors) for name in names}
+
+
+def write_adapter(factors: Factors, folder: Path, stands_on: Checkpoint, *, dropout: float = 0.0) -> None:
+    """Write a PEFT LoRA folder: adapter_model.safetensors, adapter_config.json, evertune.json.
+
+    PEFT loads it over the base when it is the only adapter of its stack, else over `stands_on` folded into weights.
+    """
+    tensors = {}
+    for name, factor in factors.items():
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = factor.a_RI.detach().cpu().contiguous()
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = factor.b_OR.detach().cpu().contiguous()
+    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    config = _saved_config(factors, stands_on, dropout)
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_note(folder, stands_on)
+
+
+def save_new(opened: "OpenModel", folder: Path, stands_on: Checkpoint) -> None:
+    """Write the trained adapter `new` as a PEFT LoRA folder that stands on `stands_on`, in its own dtype."""
+    factors = {}
+    dropout = 0.0
+    for name, layer in sorted(_layers(opened.model)):
+        if NEW in layer.lora_A:
+            factors[name] = _factor_of(layer, NEW)
+            dropout = float(getattr(layer.lora_dropout[NEW], "p", 0.0))
+    if not factors:
+        raise AssertionError("save_new without add_adapter")
+    write_adapter(factors, folder, stands_on, dropout=dropout)
+
+
+def concatenate(stack: Sequence[Factors], scales: Sequence[float] | None = None) -> dict[str, Factor]:
+    """One adapter that computes the sum of the stack: A stacked by rows, scale * B by columns; ranks add up.
+
+    Args:
+        stack: adapters from the bottom up.
+        scales: a further factor for each adapter; 1 each when not given.
+
+    Returns:
+        Factors with scale 1, in the stack's dtype where that is exact, else in float32.
+    """
+    weights = [1.0] * len(stack) if scales is None else list(scales)
+    found = {}
+    for name in sorted({name for factors in stack for name in factors}):
+        parts = [
+            replace(factors[name], scale=factors[name].scale * weight)
+            for factors, weight in zip(stack, weights, strict=True)
+            if name in factors
+        ]
+        a_RI = torch.cat([part.a_RI.float() for part in parts], dim=0)
+        b_OR = torch.cat([part.b_OR.float() * part.scale for part in parts], dim=1)
+        dtypes = {part.a_RI.dtype for part in parts}
+        narrow = dtypes.pop() if len(dtypes) == 1 else torch.float32
+        if not torch.equal(b_OR.to(narrow).float(), b_OR):
+            narrow = torch.float32
+        found[name] = Factor(a_RI.to(narrow), b_OR.to(narrow), 1.0, parts[0].transposed)
+    return found
+
+
+def scaled(factors: Factors, alpha: float) -> dict[str, Factor]:
+    """The same adapter counting `alpha` times; tensors are shared."""
+    return {name: replace(factor, scale=factor.scale * alpha) for name, factor in factors.items()}
+
+
+def select_targets(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
+    """Names of the modules to adapt, sorted.
+
+    Raises:
+        RecipeError: a target names no linear layer, or the head.
+    """
+    head = _head(model)
+    linear = [name for name, module in _linear_layers(model) if module is not head]
+    if targets == "all-linear":
+        return sorted(linear)
+    if isinstance(targets, str):
+        targets = [targets]
+    chosen: set[str] = set()
+    for target in targets:
+        found = [name for name in linear if name == target or name.endswith(f".{target}")]
+        if not found:
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+            raise RecipeError(f"tune.lora.targets: no linear layer '{target}' besides the head; there are: {known}")
+        chosen.update(found)
+    return sorted(chosen)
+
+
+def fold_stack(model: nn.Module, stack: Sequence[Factors]) -> None:
+    """Add the updates of a stack to the weights of a plain float32 model, in place, from the bottom up."""
+    for factors in stack:
+        _check_fit(model, factors)
+        for name, factor in factors.items():
+            weight: Any = model.get_submodule(name).weight
+            if weight.dtype != torch.float32:
+                raise AssertionError(f"{name} is {weight.dtype}; folding accumulates in float32")
+            weight.data += factor.delta().to(weight.device)
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            yield name, module
+
+
+def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Linear layers by their name in the plain model, whether or not they carry adapters."""
+    adapted: list[str] = []
+    for name, module in model.named_modules():
+        if any(name.startswith(f"{above}.") for above in adapted[-1:]):
+            continue
+        if isinstance(module, LoraLayer):
+            adapted.append(name)
+            yield name, _base_layer(module)
+        elif isinstance(module, nn.Linear | Conv1D):
+            yield name, module
+
+
+def _head(model: Any) -> nn.Module | None:
+    head: nn.Module | None = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return head
+
+
+def _base_layer(module: Any) -> Any:
+    return module.get_base_layer() if isinstance(module, LoraLayer) else module
+
+
+def _sizes(module: Any) -> tuple[int, int]:
+    """(outputs, inputs) of a linear layer."""
+    weight = module.weight
+    return (weight.shape[1], weight.shape[0]) if isinstance(module, Conv1D) else (weight.shape[0], weight.shape[1])
+
+
+def _draw_a(rank: int, inputs: int, seed: int, name: str) -> Tensor:
+    generator = torch.Generator().manual_seed(int(digest_json([seed, name])[:15], 16))
+    bound = 1.0 / math.sqrt(inputs)
+    return torch.empty(rank, inputs).uniform_(-bound, bound, generator=generator)
+
+
+def _check_fit(model: nn.Module, factors: Factors) -> None:
+    known = dict(_linear_layers(model))
+    head = _head(model)
+    for name, factor in factors.items():
+        if name not in known:
+            raise CheckpointError(
+                f"the adapter changes {name}, which is no linear layer of the model it stands on.",
+                remedy="Check that base and adapter belong together.",
+            )
+        module = known[name]
+        if module is head:
+            raise CheckpointError(
+                f"the adapter changes {name}, the head, which is never adapted here.",
+                remedy="Merge the adapter into its base with the tool that made it.",
+            )
+        found = (factor.b_OR.shape[0], factor.a_RI.shape[1])
+        if found != _sizes(module) or factor.transposed != isinstance(module, Conv1D):
+            raise CheckpointError(
+                f"the adapter's update of {name} is {found}, the model's weight is {_sizes(module)} (outputs, inputs).",
+                remedy="Check that base and adapter belong together.",
+            )
+
+
+def _fill(layer: Any, name: str, factor: Factor) -> None:
+    """Give the layer's adapter `name` the factor's values, in the dtype and on the device of the weight it changes."""
+    like = layer.get_base_layer().weight
+    for linear, value in ((layer.lora_A[name], factor.a_RI), (layer.lora_B[name], factor.b_OR)):
+        linear.weight = nn.Parameter(value.detach().to(dtype=like.dtype, device=like.device, copy=True))
+    layer.scaling[name] = factor.scale
+    if not hasattr(layer, "evertune_scale"):
+        layer.evertune_scale = {}
+    layer.evertune_scale[name] = factor.scale
+
+
+def _check_plain(folder: Path, config: Mapping[str, Any]) -> None:
+    neutral = {"bias": ("none", None), "init_lora_weights": _PLAIN_STARTS}
+    for field, value in config.items():
+        plain = value in neutral[field] if field in neutral else field in _PLAIN_FIELDS or not value
+        if not plain:
+            raise CheckpointError(
+                f"{folder / ADAPTER_CONFIG}: {field} is {value!r}; only plain LoRA on linear layers is known.",
+                remedy="Merge the adapter into its base with the tool that made it.",
+            )
+
+
+def _factor_of(layer: Any, name: str) -> Factor:
+    return Factor(
+        a_RI=layer.lora_A[name].weight.detach(),
+        b_OR=layer.lora_B[name].weight.detach(),
+        scale=float(layer.scaling[name]),
+        transposed=isinstance(layer.get_base_layer(), Conv1D),
+    )
+
+
+def _factor(folder: Path, config: dict[str, Any], key: str, tensors: Mapping[str, Tensor]) -> Factor:
+    name = key.removeprefix(_PREFIX)
+    a_RI, b_OR = tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"]
+    if a_RI.ndim != 2 or b_OR.ndim != 2 or a_RI.shape[0] != b_OR.shape[1]:
+        raise CheckpointError(
+            f"{folder / ADAPTER_WEIGHTS}: {key} has factors {tuple(b_OR.shape)} and {tuple(a_RI.shape)}, which do not "
+            "multiply.",
+            remedy="Copy the adapter again.",
+        )
+    for side, tensor in (("A", a_RI), ("B", b_OR)):
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(
+                f"{folder / ADAPTER_WEIGHTS}: {key}.lora_{side}.weight holds NaN or Inf.",
+                remedy="Train or copy the adapter again.",
+            )
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    rank = ranks.get(get_pattern_key(list(ranks), name), config.get("r"))
+    alpha = alphas.get(get_pattern_key(list(alphas), name), config.get("lora_alpha"))
+    if rank != a_RI.shape[0] or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise CheckpointError(
+            f"{folder / ADAPTER_CONFIG}: rank {rank!r} and alpha {alpha!r} for {name}, whose factors have rank "
+            f"{a_RI.shape[0]}.",
+            remedy="Copy the adapter again.",
+        )
+    scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    return Factor(a_RI, b_OR, scale, bool(config.get("fan_in_fan_out")))
+
+
+def _saved_config(factors: Factors, stands_on: Checkpoint, dropout: float) -> dict[str, Any]:
+    first = next(iter(factors.values()))
+    alphas = {name: _alpha(factor) for name, factor in factors.items()}
+    config = LoraConfig(
+        r=first.rank,
+        lora_alpha=_alpha(first),  # type: ignore[arg-type]  PEFT divides it: any number will do
+        lora_dropout=dropout,
+        target_modules=sorted(factors),
+        rank_pattern={name: one.rank for name, one in sorted(factors.items()) if one.rank != first.rank},
+        alpha_pattern={name: alpha for name, alpha in sorted(alphas.items()) if alpha != _alpha(first)},
+        fan_in_fan_out=first.transposed,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=str(stands_on.base.path),
+        inference_mode=True,
+    ).to_dict()
+    # Through JSON once, so that enums and sets become what a reader will see.
+    config["target_modules"] = sorted(config["target_modules"])
+    config["peft_type"], config["task_type"] = "LORA", "CAUSAL_LM"
+    plain: dict[str, Any] = json.loads(canonical_json(config))
+    return plain
+
+
+def _alpha(factor: Factor) -> float:
+    alpha = factor.scale * factor.rank
+    return int(alpha) if alpha == int(alpha) else alpha
