@@ -421,7 +421,7 @@ def _saved_config(factors: Factors, stands_on: Checkpoint, dropout: float) -> di
     alphas = {name: _alpha(factor) for name, factor in factors.items()}
     config = LoraConfig(
         r=first.rank,
-        lora_alpha=_alpha(first),  # type: ignore[arg-type]  PEFT divides it: any number will do
+        lora_alpha=_alpha(first),  # type: ignore[arg-type]
         lora_dropout=dropout,
         target_modules=sorted(factors),
         rank_pattern={name: one.rank for name, one in sorted(factors.items()) if one.rank != first.rank},
