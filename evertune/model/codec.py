@@ -86,6 +86,11 @@ class Codec:
             )
         return Template(self.template, self._special_tokens, place=str(self.folder))
 
+    @property
+    def marks_generation(self) -> bool:
+        """True when the template itself marks what the assistant says."""
+        return self.template is not None and self._compiled.marks_generation
+
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         """The conversation as the model reads it, equal to transformers' `apply_chat_template(tokenize=False)`.
 

@@ -114,7 +114,7 @@ def _check_sizes(folder: Path) -> None:
 
 def _load(folder: Path, dtype: torch.dtype) -> Any:
     try:
-        with _quiet():
+        with quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=dtype,
@@ -170,7 +170,7 @@ def _fold(model: Any, stack: list[dict[str, Any]], dtype: torch.dtype) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bars and no warnings from transformers: what they would say is checked here and raised."""
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()

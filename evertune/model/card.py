@@ -1,0 +1,88 @@
+"""The model card of an export: README.md with the front matter that model hubs read. Loads no torch."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import yaml
+
+from evertune.model.checkpoint import Checkpoint
+
+Relation = Literal["adapter", "finetune"]
+
+
+def model_card(checkpoint: Checkpoint, *, relation: Relation, card: Mapping[str, Any]) -> str:
+    """The text of README.md.
+
+    Args:
+        relation: `adapter` for an adapter over the base, `finetune` for whole weights.
+        card: what is known of the checkpoint, each part optional: `label`, `data` (names of sources), `methods`,
+            `standing`, `probes` ({name: {"value", "ci90": [low, high] | None, "n"}}).
+    """
+    front = {
+        "base_model": checkpoint.base.path.name,
+        "base_model_relation": relation,
+        "library_name": "peft" if relation == "adapter" else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["evertune", *([str(one) for one in card.get("methods") or ()])],
+    }
+    lines = ["---", yaml.safe_dump(front, sort_keys=False, allow_unicode=True).rstrip(), "---", ""]
+    lines += [f"# {_line(card.get('label') or checkpoint.path.name)}", ""]
+    lines += _made_from(checkpoint, relation)
+    if card.get("standing") and card["standing"] != "production":
+        lines += ["", f"Standing of the method: **{_line(card['standing'])}**. Validate it yourself before use."]
+    if card.get("data"):
+        lines += ["", "## Data", "", *[f"- {_line(source)}" for source in card["data"]]]
+    if card.get("probes"):
+        lines += ["", "## Probes", "", *_probe_table(card["probes"])]
+    lines += ["", "## Use", "", "```python", *_use(checkpoint, relation), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def _made_from(checkpoint: Checkpoint, relation: Relation) -> list[str]:
+    adapters = len(checkpoint.stack) - 1
+    if relation == "adapter":
+        what = f"One LoRA adapter for `{_line(checkpoint.base.path.name)}`"
+        what += f": {adapters} stacked adapters with concatenated factors." if adapters > 1 else "."
+    else:
+        what = f"A fine-tune of `{_line(checkpoint.base.path.name)}`"
+        what += f": {adapters} adapter(s) added to its weights in float32, rounded once." if adapters else "."
+    return [
+        what,
+        "",
+        f"- checkpoint `{checkpoint.digest}`",
+        f"- base `{checkpoint.base.digest}`",
+    ]
+
+
+def _probe_table(probes: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    rows = ["| probe | value | 90% interval | items |", "|---|---|---|---|"]
+    for name, one in probes.items():
+        ci90 = one.get("ci90")
+        interval = f"{ci90[0]:.3f} to {ci90[1]:.3f}" if ci90 else ""
+        rows.append(f"| {_line(name)} | {one['value']:.3f} | {interval} | {one.get('n', '')} |")
+    return rows
+
+
+def _use(checkpoint: Checkpoint, relation: Relation) -> list[str]:
+    if relation == "finetune":
+        return [
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            'model = AutoModelForCausalLM.from_pretrained("this-folder")',
+            'tokenizer = AutoTokenizer.from_pretrained("this-folder")',
+        ]
+    return [
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM",
+        "",
+        f"base = AutoModelForCausalLM.from_pretrained({checkpoint.base.path.name!r})",
+        'model = PeftModel.from_pretrained(base, "this-folder")',
+    ]
+
+
+def _line(value: Any) -> str:
+    """Text from data, on one line and without what Markdown or HTML would act on."""
+    flat = " ".join(str(value).split())
+    for mark in ("&", "<", ">", "|", "`", "[", "]"):
+        flat = flat.replace(mark, f"&#{ord(mark)};")
+    return flat
