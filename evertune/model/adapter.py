@@ -151,13 +151,13 @@ def adapter_names(model: nn.Module) -> list[str]:
     return list(found)
 
 
-def attach(model: nn.Module, factors: Factors, name: str, *, dropout: float = 0.0) -> None:
+def attach(model: nn.Module, factors: Factors, name: str, *, dropout: float = 0.0, place: str = "the adapter") -> None:
     """Put an adapter with these factors on top of the stack, active and frozen, in each module's dtype and device.
 
     Raises:
         CheckpointError: a factor's module is missing or of another shape.
     """
-    _check_fit(model, factors)
+    _check_fit(model, factors, place)
     ranks = {module_name: factor.rank for module_name, factor in factors.items()}
     config = LoraConfig(
         r=next(iter(ranks.values())),
@@ -283,10 +283,10 @@ def select_targets(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
     return sorted(chosen)
 
 
-def fold_stack(model: nn.Module, stack: Sequence[Factors]) -> None:
+def fold_stack(model: nn.Module, stack: Sequence[Factors], *, place: str = "the adapter") -> None:
     """Add the updates of a stack to the weights of a plain float32 model, in place, from the bottom up."""
     for factors in stack:
-        _check_fit(model, factors)
+        _check_fit(model, factors, place)
         for name, factor in factors.items():
             weight: Any = model.get_submodule(name).weight
             if weight.dtype != torch.float32:
@@ -334,25 +334,25 @@ def _draw_a(rank: int, inputs: int, seed: int, name: str) -> Tensor:
     return torch.empty(rank, inputs).uniform_(-bound, bound, generator=generator)
 
 
-def _check_fit(model: nn.Module, factors: Factors) -> None:
+def _check_fit(model: nn.Module, factors: Factors, place: str) -> None:
     known = dict(_linear_layers(model))
     head = _head(model)
     for name, factor in factors.items():
         if name not in known:
             raise CheckpointError(
-                f"the adapter changes {name}, which is no linear layer of the model it stands on.",
+                f"{place}: changes {name}, which is no linear layer of the model it stands on.",
                 remedy="Check that base and adapter belong together.",
             )
         module = known[name]
         if module is head:
             raise CheckpointError(
-                f"the adapter changes {name}, the head, which is never adapted here.",
+                f"{place}: changes {name}, the head, which is never adapted here.",
                 remedy="Merge the adapter into its base with the tool that made it.",
             )
         found = (factor.b_OR.shape[0], factor.a_RI.shape[1])
         if found != _sizes(module) or factor.transposed != isinstance(module, Conv1D):
             raise CheckpointError(
-                f"the adapter's update of {name} is {found}, the model's weight is {_sizes(module)} (outputs, inputs).",
+                f"{place}: its update of {name} is {found}, the model's weight is {_sizes(module)} (outputs, inputs).",
                 remedy="Check that base and adapter belong together.",
             )
 

@@ -4,7 +4,7 @@ What comes through is local, safetensors only, without code from the folder, has
 tensor present, expected, of the right shape and finite, and a tokenizer that fits.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from evertune.errors import CheckpointError, IntegrityError
-from evertune.model.adapter import attach, fold_stack, read_factors
+from evertune.model.adapter import Factors, attach, fold_stack, read_factors
 from evertune.model.checkpoint import Checkpoint, describe
 from evertune.model.codec import Codec, load_codec
 
@@ -63,10 +63,10 @@ def open_model(checkpoint: Checkpoint, *, dtype: str, device: str = "cpu", fold:
     model = _load(base.path, torch.float32 if fold and stack else wanted)
     _check_vocabulary(model, codec, base.path)
     if fold and stack:
-        _fold(model, stack, wanted)
+        _fold(model, stack, wanted, place=str(checkpoint.path))
     else:
         for i, factors in enumerate(stack):
-            attach(model, factors, f"s{i}")
+            attach(model, factors, f"s{i}", place=str(checkpoint.stack[i + 1].path))
     check_finite(model, place=str(checkpoint.path))
     place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     model.to(place)
@@ -163,8 +163,8 @@ def _check_vocabulary(model: Any, codec: Codec, folder: Path) -> None:
         )
 
 
-def _fold(model: Any, stack: list[dict[str, Any]], dtype: torch.dtype) -> None:
-    fold_stack(model, stack)
+def _fold(model: Any, stack: Sequence[Factors], dtype: torch.dtype, *, place: str) -> None:
+    fold_stack(model, stack, place=place)
     for parameter in model.parameters():  # not model.to(dtype): that would round the rotary frequencies too
         parameter.data = parameter.data.to(dtype)
 
