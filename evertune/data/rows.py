@@ -50,7 +50,7 @@ def files_of(pattern: Path) -> list[Path]:
         DataError: nothing matches, or something that matches is not a readable JSONL or Parquet file.
     """
     is_glob = any(sign in pattern.name or sign in str(pattern.parent) for sign in "*?[")
-    found = [pattern] if not is_glob else [Path(one) for one in sorted(glob.glob(str(pattern), recursive=True))]
+    found = [pattern] if not is_glob else [Path(one) for one in sorted(glob.glob(str(pattern), recursive=True))]  # noqa: PTH207
     if not found:
         raise DataError(f"{pattern}: no file matches.", remedy="Paths are relative to the recipe.")
     for path in found:
