@@ -121,6 +121,7 @@ def _load(folder: Path, dtype: torch.dtype) -> Any:
                 local_files_only=True,
                 trust_remote_code=False,
                 use_safetensors=True,
+                ignore_mismatched_sizes=True,  # reported by name, and refused below
                 output_loading_info=True,
             )
     except Exception as error:  # whatever a library raises for a malformed folder, the folder is at fault
@@ -143,7 +144,7 @@ def _check_keys(facts: dict[str, Any], folder: Path) -> None:
         ("missing_keys", "are missing"),
         ("unexpected_keys", "do not belong to the model"),
     ):
-        keys = sorted(str(key[0] if isinstance(key, tuple) else key) for key in facts.get(kind) or ())
+        keys = sorted(_named(key) for key in facts.get(kind) or ())
         if keys:
             more = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
             raise CheckpointError(
@@ -152,6 +153,14 @@ def _check_keys(facts: dict[str, Any], folder: Path) -> None:
             )
     if facts.get("error_msgs"):
         raise CheckpointError(f"{folder}: {facts['error_msgs'][0]}", remedy="Fetch or copy the folder again.")
+
+
+def _named(key: Any) -> str:
+    """A tensor's name; of a mismatch (name, found shape, expected shape) all three."""
+    if isinstance(key, tuple):
+        name, found, expected = key
+        return f"{name} is {tuple(found)}, expected {tuple(expected)}"
+    return str(key)
 
 
 def _check_vocabulary(model: Any, codec: Codec, folder: Path) -> None:
