@@ -1,0 +1,12 @@
+"""How a generated answer is checked. A verifier that fails scores nothing: it says so, and the caller must not average.
+
+exact        the trimmed output equals the answer
+contains     the answer occurs in the output
+math         the output's final number or expression equals the answer (math-verify)
+regex        a pattern matches the whole trimmed output; the answer is not read
+json_schema  the output is JSON that satisfies a schema, and equals the answer when that is an object or a list
+"""
+
+from evertune.verifiers.check import Outcome, check, validate
+
+__all__ = ["Outcome", "check", "validate"]
