@@ -177,6 +177,7 @@ def attach(model: nn.Module, factors: Factors, name: str, *, dropout: float = 0.
         layer._active_adapter = list(layer.lora_A)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+    model.train(model.training)  # PEFT makes its layers in training mode, and their dropout with them
 
 
 def read_factors(folder: Path) -> dict[str, Factor]:

@@ -135,12 +135,12 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_note(folder: Path, stands_on: Checkpoint) -> None:
     """Record beside an adapter what it stands on: `{"stands_on": {"digest", "path"}}` in evertune.json.
 
-    The path is relative when both lie two levels below the same folder, as objects of one workspace do (and the
-    temporary folder they are written in), so that a workspace can be moved.
+    The path is relative between neighbours: two folders in one, or a workspace's `objects/` and the `tmp/` that
+    objects are written in. So a workspace can be moved.
     """
-    below = stands_on.path
-    siblings = below.parent.parent == folder.resolve().parent.parent
-    place = os.path.relpath(below, folder.resolve()) if siblings else str(below)
+    below, folder = stands_on.path, folder.resolve()
+    objects = below.parent.name == "objects" and below.parent.parent == folder.parent.parent
+    place = os.path.relpath(below, folder) if objects or below.parent == folder.parent else str(below)
     note = {"stands_on": {"digest": stands_on.digest, "path": place}}
     (folder / NOTE).write_bytes(canonical_json(note))
 

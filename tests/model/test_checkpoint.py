@@ -45,6 +45,22 @@ def test_a_moved_stack_keeps_its_digests_and_its_places(stack: Checkpoint, moved
     assert found.base.path == moved / "base"
 
 
+def test_a_moved_workspace_keeps_its_objects_together(tiny_model: Path, tmp_path: Path) -> None:
+    # Written in tmp/<name>, then renamed to objects/<key>, over a start that is an object itself.
+    (tmp_path / "run" / "objects").mkdir(parents=True)
+    first = copy(
+        write_adapter_folder(describe(tiny_model), tmp_path / "a", seed=1).path, tmp_path / "run/objects/first"
+    )
+    write_adapter_folder(describe(first), tmp_path / "run/tmp/x", seed=2)
+    (tmp_path / "run/tmp/x").rename(tmp_path / "run/objects/second")
+    before = describe(tmp_path / "run/objects/second")
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
+    after = describe(tmp_path / "elsewhere/objects/second")
+    assert after.digest == before.digest
+    assert after.stack[1].path == tmp_path / "elsewhere/objects/first"
+    assert after.base.path == tiny_model
+
+
 def test_the_digest_sees_weights_configuration_and_tokenizer_but_not_the_readme(
     tiny_model: Path, tmp_path: Path
 ) -> None:
