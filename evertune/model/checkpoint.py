@@ -226,11 +226,35 @@ def _describe_adapter(path: Path, digests: _Digests, above: tuple[Path, ...]) ->
         )
     read_header(weights)
     below = _below(path, config, digests, (*above, path))
+    _check_same_text(path, below.base.path)
     facts = {key: value for key, value in config.items() if key not in _PLACES}
     digest = digest_json(
         {"form": "adapter", "config": facts, "weights": digests.of(weights), "stands_on": below.digest}
     )
     return Checkpoint(path=path, digest=digest, form="adapter", stands_on=below)
+
+
+def _check_same_text(adapter: Path, base: Path) -> None:
+    """An adapter folder may carry a tokenizer and a template, but only its base's: the base's are used."""
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        if not (adapter / name).is_file():
+            continue
+        contents = [(folder / name).read_bytes() if (folder / name).is_file() else b"" for folder in (adapter, base)]
+        if contents[0] != contents[1] and _without_limits(contents[0]) != _without_limits(contents[1]):
+            raise CheckpointError(
+                f"{adapter / name}: differs from {base / name}.",
+                remedy=f"The base's {name} is used: copy the adapter's over it in a copy of the base, if the adapter "
+                "was trained with it, else remove it.",
+            )
+
+
+def _without_limits(content: bytes) -> Any:
+    """A tokenizer as values, without truncation and padding, which are not applied; other text as it is."""
+    try:
+        value = json.loads(content)
+    except (UnicodeDecodeError, json.JSONDecodeError):
+        return content.strip()
+    return {**value, "truncation": None, "padding": None} if isinstance(value, dict) else value
 
 
 def _below(path: Path, config: dict[str, Any], digests: _Digests, above: tuple[Path, ...]) -> Checkpoint:

@@ -19,6 +19,7 @@ from evertune.errors import CheckpointError, IntegrityError
 from evertune.model.adapter import Factors, attach, fold_stack, read_factors
 from evertune.model.checkpoint import Checkpoint, describe
 from evertune.model.codec import Codec, load_codec
+from evertune.workspace import read_manifest
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 MANIFEST = "MANIFEST.json"
@@ -100,8 +101,6 @@ def _check_digest(checkpoint: Checkpoint) -> None:
 
 
 def _check_sizes(folder: Path) -> None:
-    from evertune.workspace import read_manifest
-
     for entry in read_manifest(folder).files:
         file = folder / entry.path
         size = file.stat().st_size if file.is_file() else None

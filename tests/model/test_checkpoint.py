@@ -175,6 +175,23 @@ def test_a_hub_name_is_not_looked_up(moved: Path) -> None:
         describe(moved / "first")
 
 
+def test_an_adapter_may_carry_its_base_s_tokenizer_and_template_but_no_others(moved: Path) -> None:
+    tokenizer = json.loads((moved / "base" / "tokenizer.json").read_text())
+    padded = {**tokenizer, "padding": {"strategy": "BatchLongest"}}
+    (moved / "first" / "tokenizer.json").write_text(json.dumps(padded, indent=1))
+    template = (moved / "base" / "chat_template.jinja").read_text()
+    (moved / "first" / "chat_template.jinja").write_text(template + "\n")
+    describe(moved / "second")
+    (moved / "first" / "chat_template.jinja").write_text(template.replace("helpful", "rude"))
+    with pytest.raises(CheckpointError, match=r"first/chat_template\.jinja: differs"):
+        describe(moved / "second")
+    (moved / "first" / "chat_template.jinja").unlink()
+    tokenizer["added_tokens"] = tokenizer["added_tokens"][:-1]
+    (moved / "first" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(CheckpointError, match=r"first/tokenizer\.json: differs"):
+        describe(moved / "second")
+
+
 @pytest.mark.parametrize(
     "name",
     [

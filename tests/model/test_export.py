@@ -140,8 +140,8 @@ def test_nothing_is_overwritten_and_nothing_half_written_stays(
 
 def test_an_adapter_with_an_infinite_update_is_not_exported(stack: Checkpoint, tmp_path: Path) -> None:
     huge = copy(stack.stack[1].path, tmp_path / "huge")
-    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
-    change_tensors(huge / "adapter_model.safetensors", lambda t: t[name].fill_(3e38))
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
+    change_tensors(huge / "adapter_model.safetensors", lambda t: [t[name.format(side)].fill_(1e30) for side in "AB"])
     with pytest.raises(CheckpointError, match=r"q_proj\.weight holds NaN or Inf after folding"):
         export_weights(describe(huge), tmp_path / "out")
     assert not (tmp_path / "out").exists()

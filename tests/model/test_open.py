@@ -4,6 +4,7 @@ import ast
 import re
 from collections.abc import Callable
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from evertune.errors import CheckpointError, IntegrityError
 from evertune.model.checkpoint import Checkpoint, describe
 from evertune.model.open import open_model
+from evertune.workspace import Workspace
 from tests.model.folders import change_json, change_tensors, copy, write_adapter_folder
 from tests.model.test_checkpoint import shard
 from tests.tiny import write_tiny_tokenizer
@@ -53,6 +55,26 @@ def test_files_that_changed_since_they_were_recorded_are_refused(tiny_model: Pat
     (folder / "model.safetensors").write_bytes(raw)
     with pytest.raises(IntegrityError, match="expected " + recorded.digest[:12]):
         open_model(recorded, dtype="float32", device="cpu")
+
+
+@pytest.mark.parametrize("spoil", ["cut", "remove"])
+def test_an_object_of_a_workspace_is_held_to_its_manifest(tiny_model: Path, tmp_path: Path, spoil: str) -> None:
+    workspace = Workspace.open(tmp_path / "run", create=True)
+
+    def write(folder: Path) -> None:
+        copytree(tiny_model, folder, dirs_exist_ok=True)
+        (folder / "README.md").write_text("not part of the digest")
+
+    workspace.publish(kind="checkpoint", key="a" * 64, record={}, write=write)
+    folder = workspace.path("a" * 64)
+    published = describe(folder)
+    open_model(published, dtype="float32", device="cpu")
+    folder.chmod(0o755)
+    (folder / "README.md").unlink()
+    if spoil == "cut":
+        (folder / "README.md").write_text("not part")
+    with pytest.raises(IntegrityError, match=r"README\.md.*22 bytes"):
+        open_model(published, dtype="float32", device="cpu")
 
 
 def poke(name: str, value: float) -> Callable[[Path], None]:
