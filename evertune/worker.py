@@ -50,8 +50,8 @@ def _probe(job: Job, workspace: Workspace) -> dict[str, Any]:
     from evertune.probe.suite import load_probe
 
     probes = [load_probe(one["name"], settings=one["settings"], root=Path(one["root"])) for one in job["probes"]]
-    records = run_probes(Checkpoint.from_json(job["checkpoint"]), probes, workspace, numerics=job["numerics"])
-    return {"records": records}
+    checkpoint = Checkpoint.from_json(job["checkpoint"])
+    return {"keys": run_probes(checkpoint, probes, workspace, numerics=job["numerics"])}
 
 
 def _scan(job: Job, workspace: Workspace) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def _interpolate(job: Job, workspace: Workspace) -> dict[str, Any]:
     candidate, reference = (Checkpoint.from_json(job[one]) for one in ("candidate", "reference"))
 
     def write(folder: Path) -> dict[str, Any]:
-        write_winner(candidate, reference, job["alpha"], folder)
+        write_winner(candidate, reference, job["alpha"], folder, dtype=job["numerics"]["dtype"])
         return {}
 
     return {"key": workspace.publish(kind="checkpoint", key=job["key"], record={}, write=write).key}

@@ -1,0 +1,77 @@
+"""What to try after a candidate was not promoted: proposals only; the loop performs them like any stage."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from evertune.gate import GateSettings, ProbeFacts, Verdict, judge
+from evertune.probe.scores import ItemScores
+
+Scores = Mapping[str, ItemScores]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The share of the update to keep, and what every tried share scored.
+
+    `passes` says whether the share would be promoted, corrected for the number tried.
+    """
+
+    alpha: float
+    values: Mapping[float, Mapping[str, float]]
+    passes: Mapping[float, bool]
+
+    def scan_body(self) -> list[dict[str, Any]]:
+        """The scan as the ledger keeps it, largest share first."""
+        return [
+            {"alpha": alpha, "values": dict(values), "passes": self.passes[alpha]}
+            for alpha, values in sorted(self.values.items(), reverse=True)
+        ]
+
+
+def choose(
+    scan: Mapping[float, Scores],
+    champion: Scores,
+    best: Scores,
+    probes: Mapping[str, ProbeFacts],
+    settings: GateSettings,
+) -> Chosen:
+    """The largest share of the update that passes the gate; if none does, the one that comes nearest.
+
+    Nearest: not held rather than held, then the fewest comparisons that fail, then the larger share. It is written and
+    judged all the same, so that the ledger shows by how much the rescue missed.
+
+    Args:
+        scan: item scores by probe for each share tried, in (0, 1).
+    """
+    verdicts = {
+        alpha: judge(scores, champion, best, probes, settings, tried=len(scan)) for alpha, scores in scan.items()
+    }
+    alpha = min(verdicts, key=lambda one: (_rank(verdicts[one]), -one))
+    return Chosen(
+        alpha=alpha,
+        values={one: {name: scores.value for name, scores in scan[one].items()} for one in scan},
+        passes={one: verdict.decision == "PROMOTE" for one, verdict in verdicts.items()},
+    )
+
+
+def ratchet(best: Scores, promoted: Scores) -> dict[str, ItemScores]:
+    """Per probe, the better of the best so far and the newly promoted: what later candidates must not fall below."""
+    raised = dict(best)
+    for name, scores in promoted.items():
+        old = best.get(name)
+        same = old is not None and (old.items_digest, old.template_digest) == (
+            scores.items_digest,
+            scores.template_digest,
+        )
+        better = old is None or (scores.value > old.value if scores.direction == "higher" else scores.value < old.value)
+        # Other items or another template cannot be compared: the ratchet starts anew.
+        if better or not same:
+            raised[name] = scores
+    return raised
+
+
+def _rank(verdict: Verdict) -> tuple[int, int]:
+    order = {"PROMOTE": 0, "INCONCLUSIVE": 1, "HOLD": 2}
+    failing = sum(one.outcome in ("harm", "undecided", "too_few") for one in verdict.probes if one.role != "form")
+    return order[verdict.decision], failing
