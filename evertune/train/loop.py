@@ -1,0 +1,302 @@
+"""The one training loop, on accelerate: steps of micro-batches, gradients in float32, finite or not at all.
+
+A step's loss is a sum over its counted tokens divided by their number in the whole step, over all micro-batches and
+processes, so that how a step is cut up changes speed and memory, not the result.
+"""
+
+import contextlib
+import hashlib
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from evertune.data.encode import EncodedRow
+from evertune.errors import TrainingError
+from evertune.train.batch import collate, counted_positions
+from evertune.train.head import Head, PositionTerm, head_loss
+from evertune.train.optimizer import Masters, Schedule, rate_factor
+from evertune.train.penalty import Penalty
+from evertune.train.resume import ResumePoints
+from evertune.train.sink import Metrics, Sink
+
+
+class Feed(Protocol):
+    """The stream of rows, as pure functions of the place: nothing remembers where it was."""
+
+    def micro_batch(self, step: int, micro_step: int, rank: int) -> Sequence[EncodedRow]:
+        """The rows of one forward pass of one process; may be empty."""
+
+    def step_rows(self, step: int) -> Sequence[EncodedRow]:
+        """The rows of a whole step, over all micro-batches and processes."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How long and how fast.
+
+    Attributes:
+        steps: optimizer steps in all.
+        micro_steps: forward passes of one process in a step.
+        rate: peak learning rate.
+        warmup: steps of warm-up.
+        clip: largest norm of the gradient, None for no clipping.
+        seed: of the dropout masks.
+    """
+
+    steps: int
+    micro_steps: int
+    rate: float
+    schedule: Schedule
+    warmup: int
+    clip: float | None
+    seed: int
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The model in training: its decoder gives hidden states, its head logits. `pad_id` fills up short rows."""
+
+    model: nn.Module
+    decoder: nn.Module
+    head: Head
+    pad_id: int
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight_VH.device
+
+    def hidden(self, ids_BT: Tensor) -> Tensor:
+        """Last hidden states (B, T, H) of right-padded rows."""
+        hidden_BTH: Tensor = self.decoder(input_ids=ids_BT, use_cache=False).last_hidden_state
+        return hidden_BTH
+
+
+@dataclass(frozen=True)
+class StepCounts:
+    """What the sums of a step are divided by, known from the stream before any forward pass."""
+
+    counted: int
+    penalised: dict[str, int]
+    tokens: int
+    rows: int
+    replayed: int
+
+
+@dataclass
+class Trainer:
+    """Performs optimizer steps. State lies in `masters` only.
+
+    Args:
+        feed: the stream of rows.
+        penalties: terms added to the cross-entropy.
+    """
+
+    policy: Policy
+    masters: Masters
+    feed: Feed
+    pace: Pace
+    accelerator: Accelerator
+    penalties: Sequence[Penalty] = ()
+
+    def step(self, step: int) -> Metrics:
+        """Perform step number `step` (from 0); returns its metrics, in nats per counted or penalised token.
+
+        Raises:
+            TrainingError: loss or gradient is NaN or Inf; the weights are then as they were before the step.
+        """
+        counts = self.count(step)
+        rank = self.accelerator.process_index
+        sums = torch.zeros(1 + len(self.penalties), device=self.policy.device)
+        self.policy.model.train()
+        for micro_step in range(self.pace.micro_steps):
+            rows = self.feed.micro_batch(step, micro_step, rank)
+            if rows:
+                with dropout_seed(self.policy.device, self.pace.seed, step, micro_step, rank):
+                    sums += self.backward(rows, counts)
+        losses = self._finish_losses(sums, step, counts)
+        norm = self.masters.clip(self.pace.clip, step=step + 1)
+        rate = self.pace.rate * rate_factor(
+            step, steps=self.pace.steps, warmup=self.pace.warmup, schedule=self.pace.schedule
+        )
+        self.masters.update(rate)
+        return {
+            "step": step + 1,
+            "steps": self.pace.steps,
+            **losses,
+            "lr": rate,
+            "grad_norm": norm,
+            "tokens": counts.tokens,
+            "counted_tokens": counts.counted,
+            "new_rows": counts.rows - counts.replayed,
+            "replay_rows": counts.replayed,
+        }
+
+    def count(self, step: int) -> StepCounts:
+        """Count the rows of a step over all processes."""
+        rows = self.feed.step_rows(step)
+        return StepCounts(
+            counted=sum(counted_positions(row) for row in rows),
+            penalised={
+                one.name: sum(counted_positions(row) for row in rows if one.applies_to(row)) for one in self.penalties
+            },
+            tokens=sum(len(row.ids) for row in rows),
+            rows=len(rows),
+            replayed=sum(row.is_replay for row in rows),
+        )
+
+    def backward(self, rows: Sequence[EncodedRow], counts: StepCounts) -> Tensor:
+        """One micro-batch: forward, backward, its gradient added to the masters'.
+
+        Returns:
+            Undivided sums in nats: of the cross-entropy, then of each penalty.
+        """
+        batch = collate(rows, pad_id=self.policy.pad_id, device=self.policy.device)
+        hidden_NH = self.policy.hidden(batch.ids_BT)[batch.predicts_BT]
+        terms = []
+        for penalty in self.penalties:
+            chosen = [penalty.applies_to(row) for row in rows]
+            if any(chosen):
+                values = penalty.at_positions([row for row, is_chosen in zip(rows, chosen, strict=True) if is_chosen])
+                weight = penalty.weight / counts.penalised[penalty.name]
+                terms.append(PositionTerm(penalty.name, batch.positions_of(chosen), weight, values))
+        found = head_loss(
+            hidden_NH, batch.targets_N, head=self.policy.head, ce_weight=1.0 / counts.counted, terms=terms
+        )
+        found.loss.backward()  # type: ignore[no-untyped-call]
+        zero = found.ce_sum.new_zeros(())
+        return torch.stack([found.ce_sum, *(found.term_sums.get(one.name, zero) for one in self.penalties)])
+
+    def _finish_losses(self, sums: Tensor, step: int, counts: StepCounts) -> Metrics:
+        """Sum losses and gradients over processes, add the penalties on weights, check that all is finite."""
+        if self.accelerator.num_processes > 1:
+            sums = self.accelerator.reduce(sums, "sum")
+            for weight in self.masters.weights.values():
+                local = torch.zeros_like(weight) if weight.grad is None else weight.grad
+                weight.grad = self.accelerator.reduce(local, "sum")
+        divisors = {"loss": counts.counted, **counts.penalised}
+        losses = {
+            name: one / divisors[name] for name, one in zip(divisors, sums.tolist(), strict=True) if divisors[name]
+        }
+        for penalty in self.penalties:
+            value = penalty.on_weights(self.masters.weights)
+            if value is not None:
+                (penalty.weight * value).backward()  # type: ignore[no-untyped-call]
+                losses[penalty.name] = float(value.detach())
+        for name, loss in losses.items():
+            if not math.isfinite(loss):
+                raise TrainingError(
+                    f"step {step + 1}: {'the loss' if name == 'loss' else 'penalty ' + name} is {loss}.",
+                    remedy="Lower lr or raise warmup; the start checkpoint and all resume points before are intact.",
+                )
+        return losses
+
+
+def train(trainer: Trainer, points: ResumePoints, sink: Sink, *, first: int, save_steps: int) -> None:
+    """Perform the steps from `first` on, with a resume point every `save_steps`.
+
+    After SIGINT or SIGTERM the step under way is finished and saved, and KeyboardInterrupt raised.
+
+    Raises:
+        TrainingError: NaN or Inf in loss, gradient or weights.
+        KeyboardInterrupt: the run was asked to stop; the same order goes on from where it stopped.
+    """
+    with stop_requests() as requests:
+        for step in range(first, trainer.pace.steps):
+            began = time.monotonic()
+            metrics = trainer.step(step)
+            seconds = time.monotonic() - began
+            sink.log({**metrics, "seconds": seconds, "tokens_per_second": metrics["tokens"] / max(seconds, 1e-9)})
+            is_stopping = _any_process(trainer.accelerator, bool(requests))
+            if (step + 1) % save_steps == 0 or is_stopping:
+                trainer.masters.check_finite(step=step + 1)
+                if trainer.accelerator.is_main_process:
+                    points.save(step + 1, trainer.masters.state(), sink.history)
+                trainer.accelerator.wait_for_everyone()
+            if is_stopping:
+                raise KeyboardInterrupt
+    trainer.masters.check_finite(step=trainer.pace.steps)
+
+
+def gradient_of(trainer: Trainer, rows: Sequence[EncodedRow]) -> dict[str, Tensor]:
+    """The gradient of the mean cross-entropy of the rows at the present weights, without dropout and penalties.
+
+    Leaves the trainer's own gradients empty.
+    """
+    policy = trainer.policy
+    policy.model.eval()
+    trainer.masters.zero_gradients()
+    batch = collate(rows, pad_id=policy.pad_id, device=policy.device)
+    hidden_NH = policy.hidden(batch.ids_BT)[batch.predicts_BT]
+    counted = sum(counted_positions(row) for row in rows)
+    head_loss(hidden_NH, batch.targets_N, head=policy.head, ce_weight=1.0 / counted).loss.backward()  # type: ignore[no-untyped-call]
+    gradients = {name: one.clone() for name, one in trainer.masters.gradients().items()}
+    trainer.masters.zero_gradients()
+    return gradients
+
+
+def cosine(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
+    """Cosine of two gradients, tensor by tensor in float64 sums; 0 when one of them vanishes."""
+    dot = sum(float((one[name].double() * other[name].double()).sum()) for name in one if name in other)
+    norms = [math.sqrt(sum(float(each.double().square().sum()) for each in all_.values())) for all_ in (one, other)]
+    return dot / (norms[0] * norms[1]) if min(norms) > 0.0 else 0.0
+
+
+@contextlib.contextmanager
+def dropout_seed(device: torch.device, *parts: int) -> Iterator[None]:
+    """Inside, random masks are a function of the parts; outside, the global generators are as before."""
+    digest = hashlib.sha256(repr(parts).encode()).digest()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(int.from_bytes(digest[:8], "big"))
+        yield
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[list[int]]:
+    """Inside, SIGINT and SIGTERM are collected in the list instead of acting. Does nothing outside the main thread,
+    where Python delivers no signals."""
+    received: list[int] = []
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def make_accelerator(*, device: str, track: Sequence[str], logging_dir: Any) -> Accelerator:
+    """The processes and the device of this stage. Precision is ours to manage, so accelerate's stays off.
+
+    Raises:
+        TrainingError: `cuda` is asked for and there is none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise TrainingError(
+            "numerics.device is 'cuda', but no CUDA device is visible.",
+            remedy="Use 'auto' or 'cpu', or install a driver.",
+        )
+    return Accelerator(
+        cpu=device == "cpu", mixed_precision="no", log_with=list(track) or None, project_dir=str(logging_dir)
+    )
+
+
+def _any_process(accelerator: Accelerator, claim: bool) -> bool:
+    """Whether the claim holds in any process: all must leave the loop after the same step."""
+    if accelerator.num_processes == 1:
+        return claim
+    return bool(accelerator.reduce(torch.tensor(float(claim), device=accelerator.device), "sum") > 0)

@@ -1,0 +1,157 @@
+"""AdamW on float32 master copies of the trained weights, the learning-rate schedule, and the average over steps."""
+
+import math
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from evertune.errors import TrainingError
+
+Schedule = Literal["linear", "cosine", "constant"]
+
+
+def warmup_steps(share: float, steps: int) -> int:
+    """Steps of warm-up, rounded up; at least one step is left at the peak."""
+    return min(math.ceil(share * steps), steps - 1)
+
+
+def rate_factor(step: int, *, steps: int, warmup: int, schedule: Schedule) -> float:
+    """Factor of the peak learning rate at a step in [0, steps): above 0 everywhere, 1 at the end of warm-up.
+
+    Warm-up rises along (step + 1) / (warmup + 1). `linear` and `cosine` then fall toward 0, which they would reach at
+    step `steps`, one after the last: no step is spent at rate 0.
+    """
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    done = (step - warmup) / (steps - warmup)
+    if schedule == "linear":
+        return 1.0 - done
+    if schedule == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * done))
+    return 1.0
+
+
+class Masters:
+    """The trained weights in float32, with their gradients, AdamW's moments and, when asked, their average.
+
+    A float32 parameter is its own master. A narrower one gets a copy; its gradient is added to the copy's in float32
+    as soon as a backward pass has formed it, and freed, so micro-batches do not round away in bfloat16.
+
+    Args:
+        trained: the parameters to train, by name; the model keeps computing with them.
+        weight_decay: decoupled decay of matrices; vectors (norms, biases) do not decay.
+        ema_decay: kept share of the old average at each step. The average begins at the start's weights.
+    """
+
+    def __init__(
+        self, trained: Mapping[str, nn.Parameter], *, weight_decay: float = 0.0, ema_decay: float | None = None
+    ) -> None:
+        self._trained = dict(trained)
+        self.weights = {name: _master(parameter) for name, parameter in self._trained.items()}
+        self.average = {name: one.detach().clone() for name, one in self.weights.items()} if ema_decay else None
+        self._ema_decay = ema_decay or 0.0
+        groups = [
+            {"params": [one for one in self.weights.values() if one.ndim >= 2], "weight_decay": weight_decay},
+            {"params": [one for one in self.weights.values() if one.ndim < 2], "weight_decay": 0.0},
+        ]
+        self._adam = torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, fused=True)
+        self.zero_gradients()
+
+    def zero_gradients(self) -> None:
+        for weight in self.weights.values():
+            weight.grad = None
+
+    def gradients(self) -> dict[str, Tensor]:
+        """The gradients accumulated so far; a parameter no loss has reached is absent."""
+        return {name: one.grad for name, one in self.weights.items() if one.grad is not None}
+
+    def clip(self, largest_norm: float | None, *, step: int) -> float:
+        """Scale the gradients so that their joint norm is at most `largest_norm`; returns the norm before.
+
+        Raises:
+            TrainingError: a gradient is NaN or Inf; names the step and the first such tensor.
+        """
+        gradients = self.gradients()
+        norm = torch.nn.utils.get_total_norm(list(gradients.values()))
+        if not torch.isfinite(norm):
+            raise _not_finite(gradients, "gradient of", step)
+        if largest_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(list(self.weights.values()), largest_norm, norm)
+        return float(norm)
+
+    def update(self, rate: float) -> None:
+        """One step of AdamW at this learning rate; the model's parameters follow their masters, gradients are freed."""
+        for group in self._adam.param_groups:
+            group["lr"] = rate
+        self._adam.step()
+        self.zero_gradients()
+        with torch.no_grad():
+            self._write(self.weights)
+            for name, average in (self.average or {}).items():
+                average.lerp_(self.weights[name].detach(), 1.0 - self._ema_decay)
+
+    def check_finite(self, *, step: int) -> None:
+        """Raise TrainingError naming the first trained tensor, or average, that holds NaN or Inf."""
+        for what, tensors in (("weight", self.weights), ("average of", self.average or {})):
+            if not all(bool(torch.isfinite(one).all()) for one in tensors.values()):
+                raise _not_finite(tensors, what, step)
+
+    @torch.no_grad()
+    def use_average(self) -> None:
+        """Give the model the averaged weights, where there is an average. Training does not go on from there."""
+        if self.average is not None:
+            self._write(self.average)
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """Everything a resumed run needs, as groups of tensors: `weights`, `moments` and, when kept, `average`."""
+        moments = {}
+        for name, weight in self.weights.items():
+            for key, value in self._adam.state.get(weight, {}).items():
+                moments[f"{name}.{key}"] = value
+        found = {"weights": {name: one.detach() for name, one in self.weights.items()}, "moments": moments}
+        return found if self.average is None else {**found, "average": self.average}
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Go back to what `state` returned, bit for bit."""
+        for name, weight in self.weights.items():
+            weight.copy_(state["weights"][name])
+            moments = {key: state["moments"].get(f"{name}.{key}") for key in ("step", "exp_avg", "exp_avg_sq")}
+            # A weight that no loss has reached yet has no moments. Fused kernels want all of them beside the weight.
+            self._adam.state[weight] = {
+                k: one.to(weight.device).clone() for k, one in moments.items() if one is not None
+            }
+        for name, average in (self.average or {}).items():
+            average.copy_(state["average"][name])
+        self._write(self.weights)
+        self.zero_gradients()
+
+    def _write(self, weights: Mapping[str, Tensor]) -> None:
+        for name, parameter in self._trained.items():
+            if parameter is not weights[name]:
+                parameter.copy_(weights[name])
+
+
+def _master(parameter: nn.Parameter) -> Tensor:
+    if parameter.dtype == torch.float32:
+        return parameter
+    master = parameter.detach().float().clone().requires_grad_(True)
+
+    def take_gradient(narrow: Tensor) -> None:
+        if narrow.grad is not None:
+            wide = narrow.grad.float()
+            master.grad = wide if master.grad is None else master.grad.add_(wide)
+            narrow.grad = None
+
+    parameter.register_post_accumulate_grad_hook(take_gradient)
+    return master
+
+
+def _not_finite(tensors: Mapping[str, Tensor], what: str, step: int) -> TrainingError:
+    name = next((name for name, one in tensors.items() if not torch.isfinite(one).all()), "their joint norm")
+    return TrainingError(
+        f"step {step}: {what} {name} is not finite (NaN or Inf).",
+        remedy="Lower lr or raise warmup; the start checkpoint and all resume points before are intact.",
+    )

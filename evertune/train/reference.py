@@ -1,0 +1,222 @@
+"""The anchor's reference: the policy with its trained adapter switched off, a second frozen model, or stored outputs.
+
+Divergences are computed on the policy's own chunk of logits; a full matrix of the reference's logits is never made.
+"""
+
+# M anchored positions, H hidden, V vocabulary, K kept words, L = K + 1 buckets
+
+import contextlib
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from evertune.data.encode import EncodedRow
+from evertune.errors import CheckpointError
+from evertune.model.adapter import without_new
+from evertune.model.checkpoint import Checkpoint
+from evertune.model.open import OpenModel, open_model
+from evertune.train.batch import collate
+from evertune.train.cache import ReferenceCache
+from evertune.train.head import Head, split_model
+from evertune.train.losses import DIVERGENCES, bucket, top_words
+from evertune.train.penalty import PositionValues
+
+Direction = Literal["forward", "reverse"]
+TOP_WORDS = 64
+
+
+class Reference(Protocol):
+    """Where the reference's outputs come from."""
+
+    def values(self, rows: Sequence[EncodedRow], direction: Direction) -> PositionValues:
+        """Divergences from the reference at the counted positions of the rows."""
+
+
+class LiveReference:
+    """A frozen model that runs beside the policy, on the anchored rows only.
+
+    Args:
+        model, decoder, head: the reference's parts; the policy's own when `frozen` makes them compute the reference.
+        frozen: a context in which the model computes the reference's outputs.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        decoder: nn.Module,
+        head: Head,
+        *,
+        frozen: Callable[[], AbstractContextManager[None]],
+        pad_id: int,
+    ) -> None:
+        self.head = head
+        self.forwards = 0
+        self._model, self._decoder = model, decoder
+        self._frozen, self._pad_id = frozen, pad_id
+
+    @torch.no_grad()
+    def hidden(self, rows: Sequence[EncodedRow]) -> Tensor:
+        """Last hidden states (M, H) at the counted positions, without dropout."""
+        batch = collate(rows, pad_id=self._pad_id, device=self.head.weight_VH.device)
+        was_training = self._model.training
+        self._model.eval()
+        try:
+            with self._frozen():
+                hidden_BTH = self._decoder(input_ids=batch.ids_BT, use_cache=False).last_hidden_state
+        finally:
+            self._model.train(was_training)
+        self.forwards += 1
+        return hidden_BTH[batch.predicts_BT]
+
+    def values(self, rows: Sequence[EncodedRow], direction: Direction) -> PositionValues:
+        return hidden_values(self.hidden(rows), self.head, direction)
+
+
+@dataclass(frozen=True)
+class CachedHidden:
+    """The exact reference from stored hidden states and its frozen head."""
+
+    cache: ReferenceCache
+    head: Head
+
+    def values(self, rows: Sequence[EncodedRow], direction: Direction) -> PositionValues:
+        stored = [self.cache.read(row)["hidden"] for row in rows]
+        return hidden_values(torch.cat(stored).to(self.head.weight_VH.device), self.head, direction)
+
+
+@dataclass(frozen=True)
+class CachedTop:
+    """A lower bound of the divergence from the stored most likely words and their tail."""
+
+    cache: ReferenceCache
+    device: torch.device
+
+    def values(self, rows: Sequence[EncodedRow], direction: Direction) -> PositionValues:
+        stored = [self.cache.read(row) for row in rows]
+        ids_MK = torch.cat([one["ids"] for one in stored]).to(self.device).long()
+        # Stored in half precision: normalised again, so that equal distributions have divergence 0.
+        ref_logp_ML = torch.cat([one["logp"] for one in stored]).to(self.device).float().log_softmax(dim=-1)
+
+        def values(logp_MV: Tensor, chosen: slice) -> Tensor:
+            return DIVERGENCES[direction](bucket(logp_MV, ids_MK[chosen]), ref_logp_ML[chosen])
+
+        return values
+
+
+def hidden_values(hidden_MH: Tensor, head: Head, direction: Direction) -> PositionValues:
+    """Exact divergences over the whole vocabulary from the reference's hidden states."""
+
+    def values(logp_MV: Tensor, chosen: slice) -> Tensor:
+        with torch.no_grad():
+            ref_logp_MV = head.log_probabilities(hidden_MH[chosen])
+        return DIVERGENCES[direction](logp_MV, ref_logp_MV)
+
+    return values
+
+
+def reference_outputs(reference: LiveReference, kind: str) -> Callable[[EncodedRow], dict[str, Tensor]]:
+    """What the cache stores of a row, as a function of the row alone: rows are run one at a time, so that the stored
+    bits do not depend on the company a row was in.
+
+    `hidden`: (M, H) in the model's dtype. `top64`: ids (M, K) and float16 log-probabilities (M, L); 258 bytes a
+    position up to 65,536 words, 386 above.
+    """
+
+    def hidden(row: EncodedRow) -> dict[str, Tensor]:
+        return {"hidden": reference.hidden([row]).cpu()}
+
+    @torch.no_grad()
+    def top(row: EncodedRow) -> dict[str, Tensor]:
+        vocabulary = reference.head.weight_VH.shape[0]
+        narrow = torch.uint16 if vocabulary <= 1 << 16 else torch.int32
+        parts = [
+            top_words(reference.head.log_probabilities(chunk), min(TOP_WORDS, vocabulary - 1))
+            for chunk in reference.hidden([row]).split(reference.head.chunk_positions())
+        ]
+        ids, logp = (torch.cat(each).cpu() for each in zip(*parts, strict=True))
+        return {"ids": ids.to(narrow), "logp": logp.to(torch.float16)}
+
+    return {"hidden": hidden, "top64": top}[kind]
+
+
+@dataclass(frozen=True)
+class ReferenceSource:
+    """What a stage's reference is made from.
+
+    Attributes:
+        reference: the frozen checkpoint.
+        opened: the policy in memory.
+        is_start: the policy with its trained adapter off *is* the reference.
+        cache, tmp: the workspace's folders.
+    """
+
+    reference: Checkpoint
+    opened: OpenModel
+    is_start: bool
+    cache: Path
+    tmp: Path
+
+    def live(self) -> LiveReference:
+        """The reference beside the policy.
+
+        Raises:
+            CheckpointError: its tokenizer or vocabulary is another.
+        """
+        if self.is_start:
+            frozen: Callable[[], AbstractContextManager[None]] = partial(without_new, self.opened)
+            return self._live(self.opened, frozen)
+        dtype = str(self.opened.dtype).removeprefix("torch.")
+        other = open_model(self.reference, dtype=dtype, device=str(self.opened.device))
+        if other.codec.digest != self.opened.codec.digest:
+            raise CheckpointError(
+                f"anchor: the reference {self.reference.path} has another tokenizer or chat template than the model in "
+                "training, so the same text is not the same tokens.",
+                remedy="Anchor to a checkpoint of the same base.",
+            )
+        return self._live(other, contextlib.nullcontext)
+
+    def stored(self, kind: str) -> ReferenceCache:
+        """The stored outputs of one kind, as far as they go."""
+        identity = {
+            "reference": self.reference.digest,
+            "codec": self.opened.codec.digest,
+            "dtype": str(self.opened.dtype),
+            "kind": kind,
+        }
+        return ReferenceCache(self.cache, self.tmp, identity=identity)
+
+    def complete(self, kind: str, rows: Sequence[EncodedRow]) -> int:
+        """Store what is missing for these rows; returns the number of reference forward passes, 0 when all is there."""
+        cache = self.stored(kind)
+        missing = cache.missing(rows)
+        needs_head = kind == "hidden" and not self.is_start and cache.head() is None
+        if not missing and not needs_head:
+            return 0
+        live = self.live()
+        cache.add(missing, reference_outputs(live, kind))
+        if needs_head:
+            bias = live.head.bias_V
+            cache.add_head({"weight": live.head.weight_VH, **({} if bias is None else {"bias": bias})})
+        return live.forwards
+
+    def from_cache(self, kind: str) -> Reference:
+        """The reference as `complete` has stored it."""
+        cache, device = self.stored(kind), self.opened.device
+        if kind == "top64":
+            return CachedTop(cache, device)
+        if self.is_start:
+            return CachedHidden(cache, split_model(self.opened.model)[1])
+        tensors = cache.head()
+        assert tensors is not None, "the cache was not completed"
+        bias = tensors.get("bias")
+        return CachedHidden(cache, Head(tensors["weight"].to(device), None if bias is None else bias.to(device)))
+
+    def _live(self, opened: OpenModel, frozen: Callable[[], AbstractContextManager[None]]) -> LiveReference:
+        decoder, head = split_model(opened.model)
+        return LiveReference(opened.model, decoder, head, frozen=frozen, pad_id=opened.codec.pad_id)

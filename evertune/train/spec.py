@@ -1,0 +1,139 @@
+"""The order for one sft stage: plain values, written as JSON for the child process that trains. Imports no torch."""
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from evertune.model.checkpoint import Checkpoint
+
+# Settings that a result depends on and that a reader of the ledger wants to see.
+_SETTINGS = (
+    "tune",
+    "lr",
+    "epochs",
+    "steps",
+    "schedule",
+    "warmup",
+    "batch_rows",
+    "micro_batch_rows",
+    "max_tokens",
+    "too_long",
+    "weight_decay",
+    "clip",
+    "gradient_checkpointing",
+    "ema_decay",
+    "dedup",
+    "seed",
+    "dtype",
+    "device",
+)
+
+
+@dataclass(frozen=True)
+class RowsRef:
+    """Where one source's rows are, and the digest of their bytes."""
+
+    source: str
+    path: str
+    format: str
+    limit: int | None
+    digest: str
+
+    def to_json(self) -> dict[str, Any]:
+        return _plain_fields(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "RowsRef":
+        return cls(**value)
+
+
+@dataclass(frozen=True)
+class AnchorSpec:
+    """The KL anchor: weight per token, anchored rows, direction, and where the reference's outputs come from."""
+
+    kl: float
+    on: Literal["replay", "new", "both"]
+    direction: Literal["forward", "reverse"]
+    cache: Literal["off", "hidden", "top64"]
+    reference: Checkpoint
+
+    def to_json(self) -> dict[str, Any]:
+        return {**_plain_fields(self), "reference": self.reference.to_json()}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "AnchorSpec":
+        return cls(**{**value, "reference": Checkpoint.from_json(value["reference"])})
+
+
+@dataclass(frozen=True)
+class SftSpec:
+    """Everything a supervised stage needs. Meanings and ranges of the settings: the recipe's `sft`.
+
+    `key` names the object it publishes, `label` the stage for people. `weights` are shares of the new rows by source,
+    `share` the replayed share of the stream; exactly one of `epochs` and `steps` is given.
+    """
+
+    key: str
+    label: str
+    start: Checkpoint
+    base: Checkpoint
+    new: list[RowsRef]
+    weights: dict[str, float] | None
+    replay: list[RowsRef]
+    share: float
+    dedup: bool
+    tune: dict[str, Any]
+    lr: float
+    epochs: float | None
+    steps: int | None
+    schedule: Literal["linear", "cosine", "constant"]
+    warmup: float
+    batch_rows: int
+    micro_batch_rows: int
+    max_tokens: int
+    too_long: Literal["error", "drop"]
+    weight_decay: float
+    clip: float | None
+    gradient_checkpointing: bool
+    ema_decay: float | None
+    save_steps: int
+    anchor: AnchorSpec | None
+    seed: int
+    dtype: Literal["bfloat16", "float32"]
+    device: Literal["auto", "cpu", "cuda"]
+    threads: int | None
+    track: list[str]
+
+    @property
+    def is_lora(self) -> bool:
+        return "lora" in self.tune
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            **_plain_fields(self),
+            "start": self.start.to_json(),
+            "base": self.base.to_json(),
+            "new": [ref.to_json() for ref in self.new],
+            "replay": [ref.to_json() for ref in self.replay],
+            "anchor": self.anchor.to_json() if self.anchor else None,
+        }
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "SftSpec":
+        return cls(
+            **{
+                **value,
+                "start": Checkpoint.from_json(value["start"]),
+                "base": Checkpoint.from_json(value["base"]),
+                "new": [RowsRef.from_json(ref) for ref in value["new"]],
+                "replay": [RowsRef.from_json(ref) for ref in value["replay"]],
+                "anchor": AnchorSpec.from_json(value["anchor"]) if value["anchor"] else None,
+            }
+        )
+
+    def settings(self) -> dict[str, Any]:
+        """The settings as the ledger keeps them: no paths, nothing that a result does not depend on."""
+        return {name: getattr(self, name) for name in _SETTINGS}
+
+
+def _plain_fields(value: Any) -> dict[str, Any]:
+    return {field.name: getattr(value, field.name) for field in fields(value)}

@@ -1,0 +1,182 @@
+"""The chunked head against plain autograd over the full matrix of logits."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from evertune.errors import CheckpointError
+from evertune.train.head import Head, PositionTerm, head_loss, refuse_logit_transforms, split_model
+from evertune.train.losses import DIVERGENCES
+
+N, V, H = 13, 37, 8
+
+
+def _tensors(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return {
+        "hidden": torch.randn(N, H, generator=generator).to(dtype),
+        "weight": torch.randn(V, H, generator=generator).to(dtype),
+        "bias": torch.randn(V, generator=generator).to(dtype),
+        "targets": torch.randint(0, V, (N,), generator=generator),
+        "mask": torch.rand(N, generator=generator) < 0.5,
+        "ref": (torch.randn(N, V, generator=generator) * 2).log_softmax(-1),
+    }
+
+
+def _term(one: dict[str, Tensor], direction: str, weight: float) -> PositionTerm:
+    ref = one["ref"][one["mask"]]
+    return PositionTerm("kl", one["mask"], weight, lambda logp, chosen: DIVERGENCES[direction](logp, ref[chosen]))
+
+
+def _naive(hidden: Tensor, weight: Tensor, bias: Tensor, one: dict[str, Tensor], direction: str) -> Tensor:
+    logp = F.linear(hidden, weight, bias).float().log_softmax(-1)
+    ce = F.nll_loss(logp, one["targets"], reduction="sum") / N
+    ref = one["ref"][one["mask"]]
+    policy, target = (logp[one["mask"]], ref) if direction == "forward" else (ref, logp[one["mask"]])
+    return ce + 0.3 * F.kl_div(policy, target, log_target=True, reduction="sum") / one["mask"].sum()
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+@pytest.mark.parametrize("chunk", [1, 4, 5, N, 100])
+def test_loss_and_gradients_equal_autograd_over_all_logits(chunk: int, direction: str):
+    one = _tensors()
+    parts = [one[name].clone().requires_grad_() for name in ("hidden", "weight", "bias")]
+    head = Head(parts[1], parts[2])
+    term = _term(one, direction, 0.3 / int(one["mask"].sum()))
+    found = head_loss(parts[0], one["targets"], head=head, ce_weight=1 / N, terms=[term], chunk_positions=chunk)
+    gradients = torch.autograd.grad(found.loss, parts)
+    copies = [one[name].clone().requires_grad_() for name in ("hidden", "weight", "bias")]
+    naive = _naive(*copies, one, direction)
+    assert found.loss.item() == pytest.approx(naive.item(), rel=1e-6)
+    for gradient, expected in zip(gradients, torch.autograd.grad(naive, copies), strict=True):
+        assert torch.allclose(gradient, expected, atol=1e-6)
+
+
+def test_a_frozen_head_gets_no_gradient_and_the_hidden_states_the_same():
+    one = _tensors()
+    hidden = one["hidden"].clone().requires_grad_()
+    found = head_loss(hidden, one["targets"], head=Head(one["weight"], None), ce_weight=0.5, chunk_positions=4)
+    found.loss.backward()
+    logits = F.linear(one["hidden"].clone().requires_grad_(), one["weight"])
+    expected = 0.5 * (logits.softmax(-1) - F.one_hot(one["targets"], V)) @ one["weight"]
+    assert one["weight"].grad is None
+    assert torch.allclose(hidden.grad, expected, atol=1e-5)
+
+
+def test_the_upstream_gradient_scales_all():
+    one = _tensors()
+    gradients = []
+    for scale in (1.0, 4.0):
+        hidden, weight = (one[name].clone().requires_grad_() for name in ("hidden", "weight"))
+        found = head_loss(hidden, one["targets"], head=Head(weight, None), ce_weight=1.0, chunk_positions=5)
+        (scale * found.loss).backward()
+        gradients.append((hidden.grad, weight.grad))
+    assert torch.equal(gradients[0][0] * 4, gradients[1][0])
+    assert torch.equal(gradients[0][1] * 4, gradients[1][1])
+
+
+def test_the_weight_gradient_over_many_bfloat16_chunks_is_summed_in_float32():
+    """Adding 13 small gradients to a large one in bfloat16 would lose them: 256 + 13 x 1 stays 256."""
+    hidden = torch.ones(14, 1, dtype=torch.bfloat16)
+    hidden[0] = 256
+    weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
+    found = head_loss(
+        hidden, torch.zeros(14, dtype=torch.int64), head=Head(weight, None), ce_weight=2.0, chunk_positions=1
+    )
+    found.loss.backward()
+    assert weight.grad[1].item() == torch.tensor(256.0 + 13.0).bfloat16().item() != 256.0
+
+
+def test_sums_are_undivided_and_carry_no_gradient():
+    one = _tensors()
+    hidden = one["hidden"].clone().requires_grad_()
+    found = head_loss(
+        hidden, one["targets"], head=Head(one["weight"], None), ce_weight=0.1, terms=[_term(one, "forward", 0.7)]
+    )
+    assert not found.ce_sum.requires_grad
+    loss = 0.1 * found.ce_sum + 0.7 * found.term_sums["kl"]
+    assert found.loss.item() == pytest.approx(loss.item())
+
+
+def test_no_gradients_are_formed_where_none_are_wanted():
+    one = _tensors()
+    hidden = one["hidden"].clone().requires_grad_()
+    with torch.no_grad():
+        found = head_loss(hidden, one["targets"], head=Head(one["weight"], None), ce_weight=1.0)
+    assert not found.loss.requires_grad
+
+
+def test_no_tensor_of_all_positions_by_vocabulary_is_made():
+    """The largest allocation seen while 64 chunks run is one chunk's, not the whole matrix."""
+    seen: list[int] = []
+
+    def values(logp: Tensor, chosen: slice) -> Tensor:
+        seen.append(logp.numel())
+        return logp.sum(-1)
+
+    hidden, weight = torch.randn(128, 4, requires_grad=True), torch.randn(50, 4)
+    term = PositionTerm("x", torch.ones(128, dtype=torch.bool), 0.0, values)
+    head_loss(
+        hidden,
+        torch.zeros(128, dtype=torch.int64),
+        head=Head(weight, None),
+        ce_weight=1.0,
+        terms=[term],
+        chunk_positions=2,
+    )
+    assert max(seen) == 2 * 50
+    assert len(seen) == 64
+
+
+class _Config:
+    model_type = "made-up"
+
+    def __init__(self, **values: Any) -> None:
+        self.__dict__.update(values)
+
+    def get_text_config(self) -> "_Config":
+        return self
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("final_logit_softcapping", 30.0), ("logit_scale", 0.0625), ("logits_scaling", 8)]
+)
+def test_an_architecture_that_changes_its_logits_is_refused(key: str, value: float):
+    with pytest.raises(CheckpointError, match=key):
+        refuse_logit_transforms(_Config(**{key: value}))
+    refuse_logit_transforms(_Config(final_logit_softcapping=None, logit_scale=1.0))
+
+
+def test_a_softcap_without_a_known_name_is_seen_in_the_numbers(tiny_model):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    split_model(model)
+
+    class Doubled(type(model)):  # type: ignore[misc]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            out = super().forward(*args, **kwargs)
+            out.logits = out.logits * 2
+            return out
+
+    model.__class__ = Doubled
+    with pytest.raises(CheckpointError, match="not the head's"):
+        split_model(model)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_decoder_and_head_give_the_models_own_logits(tmp_path, tied: bool):
+    from transformers import AutoModelForCausalLM
+
+    from tests.tiny import write_tiny_model
+
+    model = AutoModelForCausalLM.from_pretrained(write_tiny_model(tmp_path / "m", tied=tied))
+    decoder, head = split_model(model)
+    ids = torch.arange(24).reshape(2, 12)
+    logits = model(input_ids=ids).logits
+    ours = F.linear(decoder(input_ids=ids).last_hidden_state, head.weight_VH)
+    assert torch.equal(logits, ours)
+    assert (head.weight_VH is model.get_input_embeddings().weight) == tied
