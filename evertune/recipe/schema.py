@@ -59,7 +59,7 @@ class Verifier(Config):
     @model_validator(mode="before")
     @classmethod
     def _bare_name(cls, value: Any) -> Any:
-        return {value: {}} if isinstance(value, str) and value in ("exact", "contains", "math") else value
+        return _from_bare_name(value, "exact", "contains", "math")
 
     @model_validator(mode="after")
     def _one_key(self) -> "Verifier":
@@ -141,7 +141,7 @@ class Tune(Config):
     @model_validator(mode="before")
     @classmethod
     def _bare_name(cls, value: Any) -> Any:
-        return {value: {}} if isinstance(value, str) and value in ("full", "lora") else value
+        return _from_bare_name(value, "full", "lora")
 
     @model_validator(mode="after")
     def _one_key(self) -> "Tune":
@@ -307,7 +307,7 @@ class Rung(Config):
     @model_validator(mode="before")
     @classmethod
     def _bare_name(cls, value: Any) -> Any:
-        return {value: {}} if isinstance(value, str) and value in ("interpolate", "discard") else value
+        return _from_bare_name(value, "interpolate", "discard")
 
     @model_validator(mode="after")
     def _one_key(self) -> "Rung":
@@ -375,6 +375,15 @@ class Recipe(Config):
     def _names_resolve(self) -> "Recipe":
         _check_references(self)
         return self
+
+
+def _from_bare_name(value: Any, *names: str) -> Any:
+    """`full` stands for `{full: {}}`."""
+    if not isinstance(value, str):
+        return value
+    if value not in names:
+        raise ValueError(f"found {value!r}, expected {', '.join(names)}, or a mapping with one key")
+    return {value: {}}
 
 
 def _exactly_one(config: Any, what: str) -> Any:
