@@ -23,6 +23,8 @@ from evertune.train.spec import SftSpec
 from evertune.workspace import Workspace
 
 COLOURS = {"PROMOTE": "bold green", "HOLD": "bold red", "INCONCLUSIVE": "bold yellow"}
+# Width of a log file, where there is no terminal to ask.
+LOG_COLUMNS = 120
 OUTCOME_COLOURS = {"pass": "green", "harm": "red", "too_few": "yellow", "undecided": "yellow", "watch": "dim"}
 
 
@@ -36,6 +38,8 @@ class Display:
 
     def __init__(self, *, quiet: bool = False, console: Console | None = None) -> None:
         self._console = console or Console(quiet=quiet, highlight=False, soft_wrap=True)
+        if console is None and not self._console.is_terminal:
+            self._console.width = LOG_COLUMNS
         self._live = self._console.is_terminal and not os.environ.get("CI")
         self._first_row = True
 
