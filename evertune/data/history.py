@@ -8,7 +8,8 @@ from evertune.data.rows import Row
 
 
 def write_history(path: Path, rows: Sequence[Row]) -> None:
-    """Write rows as JSONL, each with its id; `read_rows` reads them again."""
+    """Write rows of one source as JSONL, each with its id; `read_rows` with the rows' format reads them again."""
     with path.open("w", encoding="utf-8") as file:
         for row in rows:
-            file.write(json.dumps({**row.value, "id": row.id}, ensure_ascii=False) + "\n")
+            value = {**row.value, "id": row.id}
+            file.write(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")

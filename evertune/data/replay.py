@@ -1,15 +1,29 @@
-"""Replay: the pinned small function, duplicates between old and new, and the pool of past rounds."""
+"""Replay: the small mixing function, duplicates between old and new rows, and samples of past rounds."""
 
 import math
 import random
+import re
 import unicodedata
 from collections.abc import Iterable, Sequence
-from typing import Any, TypeVar
+from typing import NamedTuple, TypeVar
 
 from evertune.data.rows import Row, messages_of
 from evertune.errors import DataError
 
 T = TypeVar("T")
+
+_INVISIBLE = re.compile("[\u00ad\u034f\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufe00-\ufe0f\ufeff]")
+_APOSTROPHES = re.compile("['`\u2018\u2019\u201b]")
+_DASHES = re.compile("[\u2010-\u2015\u2212]")
+# Marks of a sentence. One before a digit is part of a number (1.5, .5, 10:30), one before "=" of a sign (!=): it stays.
+_MARKS = re.compile('["\u201c-\u201f\u00ab\u00bb\u2039\u203a\u300c\u300d\u3001\u3002\u00bf\u00a1]|[.,;:!?]+(?![\\d=])')
+
+
+class Deduplicated(NamedTuple):
+    """Rows that stay and rows that were left out, both in their order."""
+
+    kept: list[Row]
+    removed: list[Row]
 
 
 def make_replay_stream(
@@ -17,9 +31,9 @@ def make_replay_stream(
 ) -> list[tuple[str, T]]:
     """New data in order, with old data mixed in by chance.
 
-    After each new item one number is drawn from a CPU `torch.Generator` seeded with `seed`; below `replay_ratio`, the
-    next old item follows, cycling. So the ratio is of old to *new*: 0.3 gives an expected share of 0.3 / 1.3 = 23 % of
-    the stream. Recipes use `share`, the share of the final stream, which `data.stream.Stream` keeps exactly.
+    After each new item one number in [0, 1) is drawn from a CPU `torch.Generator` seeded with `seed`; below
+    `replay_ratio`, the next old item follows, cycling. So the ratio is of old to *new*: 0.3 gives an expected share of
+    0.3 / 1.3 = 23 % of the stream. Recipes use `share`, the share of the final stream, which `Stream` keeps exactly.
 
     Returns:
         `("new", item)` and `("old", item)` pairs.
@@ -30,14 +44,18 @@ def make_replay_stream(
     import torch
 
     if not math.isfinite(replay_ratio) or not 0.0 <= replay_ratio <= 1.0:
-        raise DataError(f"replay_ratio is {replay_ratio}, expected 0 to 1.")
+        raise DataError(f"replay_ratio: found {replay_ratio}, expected 0 to 1.")
     if replay_ratio > 0 and len(old_data) == 0:
-        raise DataError(f"replay_ratio is {replay_ratio}, but old_data is empty.", remedy="Use 0 for no replay.")
+        raise DataError(
+            f"old_data: found nothing, expected items for a replay_ratio of {replay_ratio}.",
+            remedy="Use 0 for no replay.",
+        )
     generator = torch.Generator().manual_seed(seed)
     stream: list[tuple[str, T]] = []
     taken = 0
     for item in new_data:
         stream.append(("new", item))
+        # One draw a time: a vector of draws is another sequence of numbers.
         if torch.rand(1, generator=generator).item() < replay_ratio:
             stream.append(("old", old_data[taken % len(old_data)]))
             taken += 1
@@ -45,36 +63,50 @@ def make_replay_stream(
 
 
 def normalise_text(text: str) -> str:
-    """Text for comparison: compatibility forms unified (NFKC), case folded, punctuation and space runs to one space."""
-    folded = unicodedata.normalize("NFKC", text).casefold()
-    return " ".join("".join(char if char.isalnum() else " " for char in folded).split())
+    """Text for comparison: two texts that a reader takes for the same become equal, two that mean different things not.
+
+    Compatibility forms become one (NFKC), case is folded, invisible characters and apostrophes go, dashes become "-",
+    quotes and the marks . , ; : ! ? become a space unless a digit or "=" follows, and white space becomes single
+    spaces. Other signs stay: "5*3" and "5/3", "-5" and "5", f(x) and f[x] differ. May be empty.
+    """
+    # Before folding: an invisible character keeps a letter from its accent, and NFKC splits the spacing acute accent.
+    visible = _INVISIBLE.sub("", text).replace("\u00b4", "")
+    folded = _APOSTROPHES.sub("", unicodedata.normalize("NFKC", visible).casefold())
+    return " ".join(_MARKS.sub(" ", _DASHES.sub("-", unicodedata.normalize("NFKC", folded))).split())
 
 
 def row_text(row: Row) -> str:
-    """What duplicates are compared on: all turns but system turns, normalised; or the plain text."""
-    if "text" in row.value and "messages" not in row.value:
+    """What duplicates are compared on: every turn with its role, or the plain text; normalised."""
+    if row.format == "text":
         return normalise_text(row.value["text"])
-    turns = messages_of(row.value)
-    return "\n".join(f"{one['role']}: {normalise_text(one['content'])}" for one in turns if one["role"] != "system")
+    return "\n".join(f"{one['role']}: {normalise_text(one['content'])}" for one in messages_of(row.value))
 
 
-def drop_duplicates(replay: Sequence[Row], new: Sequence[Row]) -> tuple[list[Row], list[Row]]:
-    """Replay rows that are neither a new row nor an earlier replay row, and those that are; both in order."""
+def drop_duplicates(replay: Sequence[Row], new: Sequence[Row]) -> Deduplicated:
+    """Replay rows that are neither a new row nor an earlier replay row.
+
+    Compared are whole conversations, system turns included, and whole texts, normalised. A replay row with the same
+    question and another answer stays.
+    """
     seen = {row_text(row) for row in new}
-    kept, removed = [], []
+    found = Deduplicated([], [])
     for row in replay:
         text = row_text(row)
-        (removed if text in seen else kept).append(row)
+        (found.removed if text in seen else found.kept).append(row)
         seen.add(text)
-    return kept, removed
+    return found
 
 
-def reservoir(rows: Sequence[Any], size: int, seed: int) -> list[Any]:
-    """A uniform sample without replacement, in the rows' order (algorithm R, Vitter 1985)."""
+def reservoir(rows: Iterable[T], size: int, seed: int) -> list[T]:
+    """A uniform sample without replacement of at most `size` rows, in their order (algorithm R, Vitter 1985)."""
+    # Only `random()` keeps its sequence between versions of Python.
     rng = random.Random(seed)
-    chosen = list(range(min(size, len(rows))))
-    for i in range(size, len(rows)):
-        place = rng.randrange(i + 1)
+    kept: list[tuple[int, T]] = []
+    for i, row in enumerate(rows):
+        if i < size:
+            kept.append((i, row))
+            continue
+        place = int(rng.random() * (i + 1))
         if place < size:
-            chosen[place] = i
-    return [rows[i] for i in sorted(chosen)]
+            kept[place] = (i, row)
+    return [row for _, row in sorted(kept, key=lambda one: one[0])]

@@ -7,6 +7,7 @@ regex        a pattern matches the whole trimmed output; the answer is not read
 json_schema  the output is JSON that satisfies a schema, and equals the answer when that is an object or a list
 """
 
-from evertune.verifiers.check import Outcome, check, validate
+from evertune.verifiers.check import check, validate
+from evertune.verifiers.outcome import Outcome
 
 __all__ = ["Outcome", "check", "validate"]
