@@ -147,6 +147,16 @@ def test_an_adapter_of_another_tool_is_found_through_peft_s_own_field(moved: Pat
         assert describe(moved / "first").base.path == moved / "base"
 
 
+def test_an_adapter_s_digest_sees_what_it_stands_on_but_not_where_that_lies(moved: Path) -> None:
+    before = describe(moved / "first").digest
+    change_json(moved / "first" / "adapter_config.json", base_model_name_or_path="/somewhere/else")
+    assert describe(moved / "first").digest == before
+    (moved / "first" / "evertune.json").unlink()
+    change_json(moved / "first" / "adapter_config.json", base_model_name_or_path="../base")
+    change_json(moved / "base" / "generation_config.json", temperature=0.5)
+    assert describe(moved / "first").digest != before
+
+
 def test_an_adapter_that_stands_on_itself_is_refused(moved: Path) -> None:
     for name in ("first", "second"):
         (moved / name / "evertune.json").unlink()

@@ -172,11 +172,30 @@ def test_contents_that_repeat_each_other_are_not_confused(tmp_path: Path) -> Non
     assert all(codec.decode(encoded.ids[:i]).endswith("assistant\n") for i in runs)
 
 
-def test_a_template_that_rewrites_answers_is_refused_with_what_to_do(tmp_path: Path) -> None:
+def test_an_answer_without_a_stop_token_does_not_reach_into_the_next_turn(tmp_path: Path) -> None:
     template = (
-        "{% for m in messages %}{{ m.content | upper if loop.last else m.content | replace('i', 'j') }}{% endfor %}"
+        "{% for m in messages %}{{ m.role[0] }}:{{ m.content | trim }}{% if m.role == 'user' %}<|im_end|>{% endif %}|"
+        "{% endfor %}{% if add_generation_prompt %}a:<think>{% endif %}"
     )
     codec = make_codec(tmp_path, template)
+    assert said(codec, codec.encode_chat(MULTI_TURN)) == "Hi! 🙂naïve café, 你好\nsecond line"
+
+
+# Each is not a prefix of itself with a turn more, so that placeholders are tried; and none can be taken apart exactly.
+EACH, DONE = "{% for m in messages %}{{ m.content", "{% endfor %}"
+PROMPTED = "{% if add_generation_prompt %}a<think>{% endif %}"
+INEXACT = {
+    "letters are changed": EACH + " | replace('i', 'j') }}" + DONE,
+    "what follows depends on the words": EACH + " }}{{ '!' if '🙂' in m.content else '?' }}" + DONE,
+    "the end depends on the words": EACH + " }}|" + DONE + "{{ '!' if '你' in messages[-1].content }}",
+    "words are repeated": EACH + " }}/{{ m.content }}|" + DONE,
+    "words are left out": EACH + " if m.role == 'user' }}|" + DONE,
+}
+
+
+@pytest.mark.parametrize("name", INEXACT)
+def test_a_template_that_cannot_be_taken_apart_exactly_is_refused_with_what_to_do(tmp_path: Path, name: str) -> None:
+    codec = make_codec(tmp_path, INEXACT[name] + PROMPTED)
     with pytest.raises(CheckpointError, match="generation"):
         codec.encode_chat(MULTI_TURN)
 
@@ -232,12 +251,15 @@ def test_a_token_that_straddles_the_beginning_of_an_answer_does_not_count(tmp_pa
 
 
 def test_a_stop_token_that_swallows_the_newline_after_it_still_counts(tmp_path: Path) -> None:
-    template = TEMPLATES["generation"].replace("<|im_start|>", "#")
+    template = (
+        "{% for m in messages %}#{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{{ '\\n' }}{% endfor %}"
+    )
     codec = make_merging_codec(tmp_path / "m", template, [], rstrip=True)
-    encoded = codec.encode_chat([{"role": "user", "content": "q"}, {"role": "assistant", "content": "hi"}])
+    encoded = codec.encode_chat([{"role": "assistant", "content": "hi"}] * 2)
     counted = [one for one, counts in zip(encoded.ids, encoded.counted, strict=True) if counts]
-    assert counted[-1] in codec.stop_ids
-    assert len(counted) == 3
+    assert encoded.text == "#hi<|im_end|>\n" * 2
+    assert len(encoded.ids) == 2 * len("#hi.")  # no token for the newline
+    assert [one in codec.stop_ids for one in counted] == [False, False, True] * 2
 
 
 def test_every_byte_of_an_emoji_counts(tmp_path: Path) -> None:
