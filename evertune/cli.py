@@ -4,6 +4,7 @@ Exit codes: 0 fine or promoted, 1 a bug (the traceback goes to a file), 2 held, 
 5 integrity or environment.
 """
 
+import io
 import json
 import sys
 import tempfile
@@ -238,7 +239,7 @@ def demo(
 
     recipe = write_demo(folder)
     model_get("smollm2-135m")
-    run(recipe)
+    run(recipe, overrides=["workspace=run"])
 
 
 @model_app.command("get")
@@ -251,6 +252,9 @@ def model_get(name: Annotated[str, typer.Argument(help="smollm2-135m or tiny-ran
 
 def main() -> NoReturn:
     """Entry of the `evertune` command; turns every error into its exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A log file shows each line when it happens, not when a buffer is full.
+        sys.stdout.reconfigure(line_buffering=True)
     try:
         code = app(standalone_mode=False)
     except EvertuneError as error:

@@ -252,6 +252,14 @@ PROSE = (
 )  # fmt: skip
 
 
+def write_demo(folder: Path) -> Path:
+    """Write the demo's recipe and data into a folder; returns the recipe's path."""
+    write_demo_data(folder / "demo")
+    recipe = folder / "demo.yaml"
+    recipe.write_bytes(Path(__file__).with_name("demo.yaml").read_bytes())
+    return recipe
+
+
 def write_demo_data(folder: Path, *, train_rows: int = TRAIN_ROWS, probe_items: int = PROBE_ITEMS) -> list[Path]:
     """Write the demo's training rows and probes as JSONL; the same arguments give the same bytes.
 

@@ -183,9 +183,10 @@ def adopt_orphans(workspace: Workspace, ledger: Ledger) -> list[Event]:
     """Append the events whose objects were published before a crash and whose rows were not yet written."""
     orphans = []
     for manifest in workspace.manifests():
-        event = manifest.record.get("event")
-        if manifest.kind == "event" and ledger.find(event["kind"], event["key"]) is None:
-            orphans.append(manifest)
+        if manifest.kind == "event":
+            event = manifest.record["event"]
+            if ledger.find(event["kind"], event["key"]) is None:
+                orphans.append(manifest)
     return [_append_from(ledger, manifest) for manifest in sorted(orphans, key=lambda one: one.record["event"]["seq"])]
 
 

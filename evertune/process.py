@@ -136,7 +136,7 @@ def _child(job: worker.Job, pipe: Connection, inherited: Connection | None) -> N
     # The parent never sends: a receive that returns means that it is gone.
     threading.Thread(target=_die_with_parent, args=(pipe,), daemon=True).start()
     try:
-        answer = {"result": worker.perform(job)}
+        answer: dict[str, Any] = {"result": worker.perform(job)}
     except KeyboardInterrupt:
         answer = {"interrupted": True}
     except BaseException as error:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from evertune import rescue as ladder
 from evertune.display import Display
@@ -261,43 +261,69 @@ def promote(session: Session, one: Round, candidate: Model, position: Position, 
 def _interpolate(
     session: Session, one: Round, rung: Rung, candidate: Model, start: Model, position: Position
 ) -> tuple[Model, str] | None:
-    plan, workspace = session.plan, session.workspace
+    """Scan the line between start and candidate in memory, write the best point, and judge it like any candidate."""
+    plan = session.plan
     alphas = list(rung.interpolate.alphas) if rung.interpolate else []
-    root = str(workspace.root)
-    ends = {"candidate": candidate.checkpoint.to_json(), "reference": start.checkpoint.to_json()}
-    identity = {
-        "candidate": candidate.checkpoint.digest,
-        "reference": start.checkpoint.digest,
-        "numerics": plan.numerics,
-    }
-    key = digest_json(
-        {"kind": "scan", "version": 1, **identity, "alphas": alphas, "probes": [one.digest for one in plan.probes]}
-    )
+    scan = _scan(session, one, alphas, candidate, start)
+    chosen = ladder.choose(scan, position.champion.scores, position.best, plan.facts(one), plan.gate_settings)
+    winner = probe(session, _write_interpolation(session, one, chosen.alpha, candidate, start))
+    facts = {"rung": "interpolate", "alpha": chosen.alpha, "scan": chosen.scan_body()}
+    verdict, key = decide(session, one, winner, position, tried=len(alphas), rescue_facts=facts)
+    return (winner, key) if verdict.decision == "PROMOTE" else None
+
+
+def _scan(
+    session: Session, one: Round, alphas: Sequence[float], candidate: Model, start: Model
+) -> dict[float, dict[str, ItemScores]]:
+    """Item scores by share and probe, found or made."""
+    plan, workspace = session.plan, session.workspace
+    line = _line(session, candidate, start)
+    facts = {"kind": "scan", "version": 1, "alphas": list(alphas), "probes": [each.digest for each in plan.probes]}
+    key = digest_json({**facts, **line.identity})
     if workspace.manifest(key) is None:
-        job = {"kind": "scan", "workspace": root, "label": one.name, "key": key, "alphas": alphas, **ends}
-        job |= {"probes": [plan.probe_job(each) for each in plan.probes], "numerics": plan.numerics}
+        probes = [plan.probe_job(each) for each in plan.probes]
+        job = {"kind": "scan", "label": one.name, "key": key, "alphas": list(alphas), "probes": probes, **line.job}
         with session.display.rescuing(one.name, alphas) as watch:
             session.workers.run(job, watch=watch)
-    scan = {
-        alpha: {
-            each.name: ItemScores.read_parquet(workspace.path(key) / f"{alpha!r}-{each.name}.parquet")
-            for each in plan.probes
-        }
+    folder = workspace.path(key)
+    return {
+        alpha: {each.name: ItemScores.read_parquet(folder / f"{alpha!r}-{each.name}.parquet") for each in plan.probes}
         for alpha in alphas
     }
-    chosen = ladder.choose(scan, position.champion.scores, position.best, plan.facts(one), plan.gate_settings)
-    facts = {"rung": "interpolate", "alpha": chosen.alpha, "scan": chosen.scan_body()}
-    winner_key = digest_json({"kind": "interpolate", "version": 1, **identity, "alpha": chosen.alpha})
-    if workspace.manifest(winner_key) is None:
-        job = {"kind": "interpolate", "workspace": root, "label": one.name, "key": winner_key, "alpha": chosen.alpha}
-        session.workers.run(job | ends | {"numerics": plan.numerics})
-    checkpoint = describe(workspace.path(winner_key), cache=workspace.cache / "digests.json")
-    label = f"{one.name}/rescue-{chosen.alpha:g}"
-    body = plan.interpolation_body(checkpoint, winner_key, label, one.name, chosen.alpha, start.checkpoint)
-    _record(session, "checkpoint", digest_json({"label": label, "object": winner_key}), body)
-    winner = probe(session, Model(checkpoint, label))
-    verdict, verdict_key = decide(session, one, winner, position, tried=len(alphas), rescue_facts=facts)
-    return (winner, verdict_key) if verdict.decision == "PROMOTE" else None
+
+
+def _write_interpolation(session: Session, one: Round, alpha: float, candidate: Model, start: Model) -> Model:
+    """The point of the line at `alpha` as a checkpoint of its own, recorded."""
+    workspace = session.workspace
+    line = _line(session, candidate, start)
+    key = digest_json({"kind": "interpolate", "version": 1, "alpha": alpha, **line.identity})
+    if workspace.manifest(key) is None:
+        session.workers.run({"kind": "interpolate", "label": one.name, "key": key, "alpha": alpha, **line.job})
+    checkpoint = describe(workspace.path(key), cache=workspace.cache / "digests.json")
+    label = f"{one.name}/rescue-{alpha:g}"
+    body = session.plan.interpolation_body(checkpoint, key, label, one.name, alpha, start.checkpoint)
+    _record(session, "checkpoint", digest_json({"label": label, "object": key}), body)
+    return Model(checkpoint, label)
+
+
+class _Line(NamedTuple):
+    """The line from a start to a candidate: what identifies it, and what a job needs to walk it."""
+
+    identity: dict[str, Any]
+    job: dict[str, Any]
+
+
+def _line(session: Session, candidate: Model, start: Model) -> _Line:
+    numerics = session.plan.numerics
+    ends = {"candidate": candidate.checkpoint, "reference": start.checkpoint}
+    return _Line(
+        identity={**{name: one.digest for name, one in ends.items()}, "numerics": numerics},
+        job={
+            **{name: one.to_json() for name, one in ends.items()},
+            "numerics": numerics,
+            "workspace": str(session.workspace.root),
+        },
+    )
 
 
 def _discard(session: Session, one: Round, candidate: Model, position: Position) -> None:

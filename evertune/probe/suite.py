@@ -187,7 +187,7 @@ def _item(row: Row, kind: str, system: str | None, verifier: Mapping[str, Any]) 
     if system is not None and messages:
         messages = [{"role": "system", "content": system}, *(one for one in messages if one["role"] != "system")]
     choices = tuple(value["choices"]) if "choices" in value else ()
-    answer = value.get("answer")
+    answer: Any = value.get("answer")
     if choices and isinstance(answer, str):
         answer = choices.index(answer)
     if kind == "generate":

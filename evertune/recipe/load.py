@@ -385,8 +385,9 @@ def _kind(value: Any) -> str:
 
 
 def _node_kind(node: yaml.Node) -> str:
-    kinds = {yaml.MappingNode: "a mapping", yaml.SequenceNode: "a list"}
-    return kinds.get(type(node), "a single value")
+    if isinstance(node, yaml.MappingNode):
+        return "a mapping"
+    return "a list" if isinstance(node, yaml.SequenceNode) else "a single value"
 
 
 def _lower_first(text: str) -> str:

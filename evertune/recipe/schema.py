@@ -38,7 +38,7 @@ class DataSource(Config):
     format: RowFormat = "messages"
     """Shape of a row: `{"messages"}`, `{"prompt","chosen","rejected"}`, `{"prompt"|"messages","answer"}`,
     `{"prompt","choices","answer"}` or `{"text"}`. An sft stage reads `messages` and `text`."""
-    limit: int | None = Field(None, gt=0)
+    limit: int | None = Field(default=None, gt=0)
     """Use only the first rows of the source, in file order."""
 
 
@@ -95,9 +95,9 @@ class Probe(Config):
     """For `choice`: compare summed log-likelihoods, or per UTF-8 byte of the choice."""
     system: str | None = None
     """System turn put before every item; the template's own default when not given."""
-    max_new_tokens: int = Field(64, gt=0, le=4096)
+    max_new_tokens: int = Field(default=64, gt=0, le=4096)
     """For `generate`: the longest answer, in tokens."""
-    limit: int | None = Field(None, gt=0)
+    limit: int | None = Field(default=None, gt=0)
     """Use only the first items, in file order."""
     margin: Points | None = None
     """Overrides the gate's margin for this probe: the drop that must be ruled out."""
@@ -122,11 +122,11 @@ class Probe(Config):
 class Lora(Config):
     """A low-rank update on frozen weights (Hu et al. 2021, arXiv:2106.09685)."""
 
-    rank: int = Field(16, gt=0, le=1024)
+    rank: int = Field(default=16, gt=0, le=1024)
     """Rank of the update. 16 is the rank of Apple's shipped adapters (arXiv:2407.21075)."""
     alpha: Positive | None = None
     """Scale is alpha / rank; twice the rank when not given."""
-    dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Dropout on the adapter's input."""
     targets: Literal["all-linear"] | list[str] = "all-linear"
     """Names of the linear layers to adapt; `all-linear` is every linear layer but the head."""
@@ -183,7 +183,7 @@ class Anchor(Config):
 class Ema(Config):
     """Exponential moving average of the trained weights; the average is the stage's result."""
 
-    decay: float = Field(0.99, gt=0.0, lt=1.0)
+    decay: float = Field(default=0.99, gt=0.0, lt=1.0)
     """Kept share of the old average at each step. 0.99 suits runs below 2,000 steps."""
 
 
@@ -194,19 +194,19 @@ class Sft(Config):
     """Names of new-data sources, each seen once an epoch, or `name: weight` for shares of the new rows."""
     epochs: Positive | None = None
     """Passes over the new rows. Give `epochs` or `steps`; the preset's epochs when neither is given."""
-    steps: int | None = Field(None, gt=0)
+    steps: int | None = Field(default=None, gt=0)
     """Optimizer steps."""
     lr: Annotated[float, Field(gt=0.0, le=1.0, allow_inf_nan=False)] | None = None
     """Peak learning rate; the preset's when not given."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """Shape of the decay to 0 after warm-up; `constant` does not decay."""
-    warmup: float = Field(0.03, ge=0.0, lt=1.0)
+    warmup: float = Field(default=0.03, ge=0.0, lt=1.0)
     """Share of the steps over which the learning rate rises from 0."""
-    batch_rows: int = Field(16, gt=0)
+    batch_rows: int = Field(default=16, gt=0)
     """Rows in one optimizer step, replay included, over all processes."""
-    micro_batch_rows: int = Field(4, gt=0)
+    micro_batch_rows: int = Field(default=4, gt=0)
     """Rows in one forward pass of one process. Changes speed and memory, not the loss."""
-    max_tokens: int = Field(1024, gt=1)
+    max_tokens: int = Field(default=1024, gt=1)
     """Longest row in tokens."""
     too_long: Literal["error", "drop"] = "error"
     """A row longer than `max_tokens` stops the run before training, or is left out and reported. Never cut."""
@@ -218,7 +218,7 @@ class Sft(Config):
     """Recompute activations in the backward pass: less memory, more time, the same result."""
     ema: Ema | None = None
     """Average the weights over the steps."""
-    save_steps: int = Field(50, gt=0)
+    save_steps: int = Field(default=50, gt=0)
     """Optimizer steps between two resume points."""
     tune: Tune | None = None
     """What is trained here; `defaults.tune` or the preset when not given."""
@@ -279,14 +279,14 @@ class Margins(Config):
 class Gate(Config):
     """When a candidate is promoted. Formulas and reasons: docs/gate.md."""
 
-    alpha: float = Field(0.05, gt=0.0, le=0.5)
+    alpha: float = Field(default=0.05, gt=0.0, le=0.5)
     """One-sided error of each test: of a false promote and of a false hold."""
     margin: Margins = Margins()
-    min_gain: float = Field(0.0, ge=0.0, lt=1.0)
+    min_gain: float = Field(default=0.0, ge=0.0, lt=1.0)
     """The target's mean gain must reach this; its lower bound must be above 0."""
-    min_items: int = Field(200, gt=0)
+    min_items: int = Field(default=200, gt=0)
     """A guard or target with fewer items cannot promote."""
-    min_clusters: int = Field(30, gt=0)
+    min_clusters: int = Field(default=30, gt=0)
     """A guard or target with fewer clusters cannot promote."""
 
 
@@ -338,7 +338,7 @@ class Numerics(Config):
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of weights and activations; trained weights keep a float32 master copy."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: int | None = Field(None, gt=0)
+    threads: int | None = Field(default=None, gt=0)
     """CPU threads; all available cores when not given."""
 
 
@@ -355,7 +355,7 @@ class Recipe(Config):
     """Bundled name (`smollm2-135m`), folder of a Hugging Face model or PEFT adapter, or a `.gguf` file."""
     workspace: str
     """Folder of this run's checkpoints, ledger and cache, relative to the recipe."""
-    seed: int = Field(0, ge=0, lt=2**31)
+    seed: int = Field(default=0, ge=0, lt=2**31)
     preset: Literal["gentle", "balanced", "full"] = "balanced"
     """Where values come from that neither a stage nor `defaults` gives: docs/recipe.md lists each number's source."""
     data: dict[Name, DataSource] = Field(min_length=1)

@@ -236,7 +236,7 @@ def _summaries(
     rounds: Sequence[RoundStory], columns: Sequence[Column], rows: Sequence[MatrixRow]
 ) -> tuple[Interval | None, tuple[tuple[str, float], ...]]:
     """Backward transfer and retention over the promoted rounds, each with the first probe it taught as its task."""
-    tasks = []
+    tasks: list[tuple[str, str]] = []
     for one in rounds:
         targets = [each["probe"] for each in one.verdict["probes"] if each["role"] == "target"]
         if one.promoted and targets and targets[0] not in [name for name, _ in tasks]:
