@@ -4,7 +4,7 @@ A turn's *counted* tokens are those the model must produce itself: what the assi
 not the header before and not the newline behind.
 """
 
-import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,10 +15,13 @@ from tokenizers import Tokenizer
 
 from evertune.errors import CheckpointError
 from evertune.hashing import digest_file, digest_json
+from evertune.model.checkpoint import read_json
 from evertune.model.spans import assistant_spans
 from evertune.model.template import Message, Template
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# In a JSON string the quotes would be escaped, so this is never part of a token.
+_TRIMMED = re.compile(r'("trim_offsets"\s*:\s*)true')
 _TRIAL: tuple[Message, ...] = (
     {"role": "user", "content": "Name a colour."},
     {"role": "assistant", "content": "Blue."},
@@ -129,22 +132,27 @@ class Codec:
         spans = assistant_spans(self._compiled, messages, rendered, self._stop_texts)
         encoding = self.tokenizer.encode(rendered.text, add_special_tokens=False)
         ids: list[int] = encoding.ids
+        return EncodedChat(ids=ids, counted=self._counted(ids, encoding.offsets, spans), text=rendered.text)
+
+    def _counted(
+        self, ids: Sequence[int], offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]
+    ) -> list[bool]:
+        """Per token, whether it lies inside one of the spans, which are in order, up to the span's last stop token."""
         counted = [False] * len(ids)
         first = 0
         for start, end in spans:
-            while first < len(ids) and encoding.offsets[first][0] < start:
+            while first < len(ids) and offsets[first][0] < start:
                 first += 1
             inside = first
             # A stop token may swallow white space after it, and so reach past the span.
             while inside < len(ids) and (
-                encoding.offsets[inside][1] <= end
-                or (encoding.offsets[inside][0] < end and ids[inside] in self.stop_ids)
+                offsets[inside][1] <= end or (offsets[inside][0] < end and ids[inside] in self.stop_ids)
             ):
                 inside += 1
             for i in range(first, self._after_last_stop(ids, first, inside)):
                 counted[i] = True
             first = inside
-        return EncodedChat(ids=ids, counted=counted, text=rendered.text)
+        return counted
 
     def _after_last_stop(self, ids: Sequence[int], first: int, end: int) -> int:
         """Where counting ends: after the last stop token of the turn, else at the turn's end."""
@@ -168,7 +176,7 @@ def load_codec(folder: Path) -> Codec:
         CheckpointError: tokenizer.json is missing or malformed, the configuration disagrees with it, the chat
             template does not compile, or there is no stop token.
     """
-    tokenizer = _exact_tokenizer(_read_json(folder / "tokenizer.json", required=True), folder)
+    tokenizer = _exact_tokenizer(folder / "tokenizer.json")
     config = _read_json(folder / "tokenizer_config.json")
     special_tokens = _special_tokens(folder, config)
     _check_added_tokens(folder, config, tokenizer)
@@ -187,46 +195,24 @@ def load_codec(folder: Path) -> Codec:
     return codec
 
 
-def _exact_tokenizer(tokenizer_json: dict[str, Any], folder: Path) -> Tokenizer:
+def _exact_tokenizer(file: Path) -> Tokenizer:
     """The tokenizer without truncation and padding, with offsets that include the white space of a token."""
-    try:
-        tokenizer = Tokenizer.from_str(json.dumps(_untrimmed(tokenizer_json), ensure_ascii=False))
-    except Exception as error:  # the tokenizers library raises bare Exception
+    if not file.is_file():
         raise CheckpointError(
-            f"{folder / 'tokenizer.json'}: not a tokenizer: {error}.", remedy="Fetch the model folder again."
-        ) from error
+            f"{file.parent}: no {file.name}.",
+            remedy="Save the tokenizer with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...).",
+        )
+    try:
+        tokenizer = Tokenizer.from_str(_TRIMMED.sub(r"\1false", file.read_text(encoding="utf-8")))
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise CheckpointError(f"{file}: not a tokenizer: {error}.", remedy="Fetch the model folder again.") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
 
 
-def _untrimmed(value: Any) -> Any:
-    if isinstance(value, dict):
-        large = ("vocab", "merges", "added_tokens")
-        changed = {key: item if key in large else _untrimmed(item) for key, item in value.items()}
-        if "trim_offsets" in changed:
-            changed["trim_offsets"] = False
-        return changed
-    if isinstance(value, list):
-        return [_untrimmed(item) for item in value]
-    return value
-
-
-def _read_json(path: Path, *, required: bool = False) -> dict[str, Any]:
-    if not path.is_file():
-        if required:
-            raise CheckpointError(
-                f"{path.parent}: no {path.name}.",
-                remedy="Save the tokenizer with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...).",
-            )
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path}: not JSON: {error}.", remedy="Fetch the model folder again.") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: found {type(value).__name__}, expected an object.")
-    return value
+def _read_json(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
 
 
 def _special_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:

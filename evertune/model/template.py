@@ -6,6 +6,7 @@ loops without writing anything is not stopped.
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -191,7 +192,7 @@ def _take_marks(marked: str) -> tuple[str, tuple[tuple[int, int], ...]]:
     spans: list[tuple[int, int]] = []
     pieces: list[str] = []
     length = depth = start = 0
-    for piece in _split_keep(marked):
+    for piece in re.split(f"([{_OPEN}{_CLOSE}])", marked):
         if piece == _OPEN:
             start = length if depth == 0 else start
             depth += 1
@@ -203,16 +204,6 @@ def _take_marks(marked: str) -> tuple[str, tuple[tuple[int, int], ...]]:
             pieces.append(piece)
             length += len(piece)
     return "".join(pieces), tuple(spans)
-
-
-def _split_keep(text: str) -> Iterator[str]:
-    begin = 0
-    for i, char in enumerate(text):
-        if char in (_OPEN, _CLOSE):
-            yield text[begin:i]
-            yield char
-            begin = i + 1
-    yield text[begin:]
 
 
 def _plain(value: Any) -> Any:

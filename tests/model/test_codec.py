@@ -188,7 +188,7 @@ INEXACT = {
     "letters are changed": EACH + " | replace('i', 'j') }}" + DONE,
     "what follows depends on the words": EACH + " }}{{ '!' if '🙂' in m.content else '?' }}" + DONE,
     "the end depends on the words": EACH + " }}|" + DONE + "{{ '!' if '你' in messages[-1].content }}",
-    "words are repeated": EACH + " }}/{{ m.content }}|" + DONE,
+    "words are repeated": EACH + " }}{{ '' if loop.last else m.content }}|" + DONE,
     "words are left out": EACH + " if m.role == 'user' }}|" + DONE,
 }
 
