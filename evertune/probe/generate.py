@@ -1,84 +1,73 @@
-"""Greedy answers in batches: left-padded prompts, one cache, an early end when every row has stopped."""
+"""Greedy answers in batches: the likeliest token, again and again, until a stop token or the limit.
 
-# B rows, T tokens
+Sampling settings of a model's generation_config.json do not apply: a probe must say the same thing twice.
+"""
 
-from collections.abc import Sequence
+# B rows still speaking, T tokens
+
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from evertune.model.open import OpenModel
-
-BATCH_ROWS = 32
+from evertune.probe.forward import BATCH_TOKENS, Forward, batches
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said: text without the stop token, and whether it stopped by itself."""
+    """What the model said.
 
-    text: str
-    stopped: bool
-
-
-@torch.inference_mode()
-def generate_answers(
-    opened: OpenModel, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, batch_rows: int = BATCH_ROWS
-) -> list[Answer]:
-    """The most likely next token, again and again, until a stop token or `max_new_tokens`; in the prompts' order.
-
-    Prompts are batched by length, so the same prompts give the same batches.
+    ids: tokens of the answer without its stop token.
+    stopped: whether a stop token came before the limit.
+    is_finite: False when the model's logits were NaN or Inf at some step; then `ids` means nothing.
     """
-    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
-    answers: dict[int, Answer] = {}
-    for first in range(0, len(order), batch_rows):
-        batch = order[first : first + batch_rows]
-        answers.update(zip(batch, _generate(opened, [prompts[i] for i in batch], max_new_tokens), strict=True))
-    return [answers[i] for i in range(len(prompts))]
+
+    ids: tuple[int, ...]
+    stopped: bool
+    is_finite: bool
 
 
-def pad_left(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(B, T) ids that end together, and the mask of what is not padding."""
-    longest = max(map(len, rows))
-    ids_BT = torch.full((len(rows), longest), pad_id, dtype=torch.int64)
-    mask_BT = torch.zeros((len(rows), longest), dtype=torch.int64)
-    for b, row in enumerate(rows):
-        ids_BT[b, longest - len(row) :] = torch.tensor(row)
-        mask_BT[b, longest - len(row) :] = 1
-    return ids_BT.to(device), mask_BT.to(device)
+def generate_answers(
+    forward: Forward,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stop_ids: Set[int],
+    batch_tokens: int = BATCH_TOKENS,
+) -> list[Answer]:
+    """Greedy answers, in the order of the prompts. Batches depend on the prompts' lengths alone."""
+    answers: list[Answer | None] = [None] * len(prompts)
+    # A recurrent state reads padding too, so such a model gets each prompt alone.
+    budget = batch_tokens if forward.can_branch else 0
+    for batch in batches([len(one) + max_new_tokens for one in prompts], budget=budget):
+        said = _speak(forward, [prompts[i] for i in batch], max_new_tokens, stop_ids)
+        for i, answer in zip(batch, said, strict=True):
+            answers[i] = answer
+    return [one for one in answers if one is not None]
 
 
-def _generate(opened: OpenModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[Answer]:
-    stop = torch.tensor(sorted(opened.codec.stop_ids), device=opened.device)
-    ids_BT, mask_BT = pad_left(prompts, opened.codec.pad_id, opened.device)
-    position_BT = (mask_BT.cumsum(dim=1) - 1).clamp(min=0)
-    said: list[Tensor] = []
-    has_stopped_B = torch.zeros(len(prompts), dtype=torch.bool, device=opened.device)
-    cache = None
-    for _ in range(max_new_tokens):
-        output = opened.model(
-            input_ids=ids_BT,
-            attention_mask=mask_BT,
-            position_ids=position_BT,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        cache = output.past_key_values
-        next_B = output.logits[:, -1].float().argmax(dim=-1)
-        said.append(torch.where(has_stopped_B, opened.codec.pad_id, next_B))
-        has_stopped_B |= torch.isin(next_B, stop)
-        if bool(has_stopped_B.all()):
+@torch.no_grad()
+def _speak(forward: Forward, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop_ids: Set[int]) -> list[Answer]:
+    said: list[list[int]] = [[] for _ in prompts]
+    stopped, finite = [False] * len(prompts), [True] * len(prompts)
+    alive = list(range(len(prompts)))
+    outputs, mask_BT, cache = forward.read_prompts(prompts)
+    for step in range(max_new_tokens):
+        best_B, next_B = forward.logits(outputs, outputs.last_hidden_state[:, -1]).max(dim=-1)
+        for row, token, is_finite in zip(alive, next_B.tolist(), best_B.isfinite().tolist(), strict=True):
+            if not stopped[row]:
+                finite[row] &= is_finite
+                stopped[row] = token in stop_ids
+                said[row] += [] if stopped[row] else [token]
+        speaking = [b for b, row in enumerate(alive) if not stopped[row]]
+        if not speaking or step == max_new_tokens - 1:
             break
-        ids_BT = next_B[:, None]
-        mask_BT = torch.cat([mask_BT, torch.ones_like(ids_BT)], dim=1)
-        position_BT = position_BT[:, -1:] + 1
-    return [
-        _answer(opened, row, bool(ended))
-        for row, ended in zip(torch.stack(said, 1).tolist(), has_stopped_B, strict=True)
-    ]
-
-
-def _answer(opened: OpenModel, ids: list[int], stopped: bool) -> Answer:
-    end = next((i for i, one in enumerate(ids) if one in opened.codec.stop_ids), len(ids))
-    return Answer(text=opened.codec.decode(ids[:end]), stopped=stopped)
+        # Rows that have stopped leave the batch when they are half of it: each time the cache is copied.
+        if len(speaking) <= len(alive) // 2:
+            kept = torch.tensor(speaking, device=forward.device)
+            cache.batch_select_indices(kept)
+            next_B, mask_BT = next_B[kept], mask_BT[kept]
+            alive = [alive[b] for b in speaking]
+        mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(alive), 1)], dim=1)
+        outputs = forward.read_on(next_B.unsqueeze(1), mask_BT, cache)
+    return [Answer(tuple(said[row]), stopped[row], finite[row]) for row in range(len(prompts))]

@@ -12,6 +12,7 @@ from evertune.measure.stats import mean_interval
 from evertune.model.checkpoint import Checkpoint
 from evertune.probe.scores import ItemScores
 from evertune.probe.suite import AnyProbe, LmEvalProbe
+from evertune.probe.task_files import require_lm_eval
 from evertune.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -30,7 +31,15 @@ def probe_key(checkpoint: Checkpoint, probe: AnyProbe, numerics: Mapping[str, An
 def run_probes(
     checkpoint: Checkpoint, probes: Sequence[AnyProbe], workspace: Workspace, *, numerics: Mapping[str, Any]
 ) -> list[str]:
-    """Score a checkpoint on probes and publish each result as soon as it is there; returns the objects' keys.
+    """Score a checkpoint on the probes it has no scores for, and publish each result as soon as it is there.
+
+    An object holds `scores.parquet`; its record has `probe`, the ledger's facts of the result, and `volatile`.
+
+    Args:
+        numerics: the recipe's `dtype`, `device` and `threads`.
+
+    Returns:
+        The keys of the objects, in the order of the probes.
 
     Raises:
         ProbeError: see `score_probe` and `score_lm_eval`; results published before it are kept.
@@ -39,11 +48,14 @@ def run_probes(
 
     from evertune.model.open import open_model
 
+    keys = [probe_key(checkpoint, probe, numerics) for probe in probes]
+    missing = [(key, probe) for key, probe in zip(keys, probes, strict=True) if workspace.manifest(key) is None]
+    if not missing:
+        return keys
     if numerics.get("threads"):
         torch.set_num_threads(numerics["threads"])
     opened = open_model(checkpoint, dtype=numerics["dtype"], device=numerics["device"])
-    keys = []
-    for probe in probes:
+    for key, probe in missing:
         began = time.monotonic()
         scores = score_one(opened, probe)
 
@@ -54,9 +66,7 @@ def run_probes(
             "probe": _body(checkpoint, probe, scores),
             "volatile": {"seconds": round(time.monotonic() - began, 3)},
         }
-        key = probe_key(checkpoint, probe, numerics)
         workspace.publish(kind="probe", key=key, record=record, write=write)
-        keys.append(key)
     return keys
 
 
@@ -66,8 +76,13 @@ def score_open(opened: "OpenModel", probes: Sequence[AnyProbe]) -> dict[str, Ite
 
 
 def score_one(opened: "OpenModel", probe: AnyProbe) -> ItemScores:
-    """Scores of a model in memory on one probe."""
+    """Scores of a model in memory on one probe.
+
+    Raises:
+        ProbeError: see `score_probe` and `score_lm_eval`.
+    """
     if isinstance(probe, LmEvalProbe):
+        require_lm_eval(probe.name)
         from evertune.probe.lm_eval import score_lm_eval
 
         return score_lm_eval(opened, probe)

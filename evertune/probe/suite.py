@@ -1,4 +1,12 @@
-"""Probes: fixed sets of items, read and checked before any model is loaded. Their digest is their identity."""
+"""Probes: fixed sets of items, read and checked before any model is loaded. Their digest is their identity.
+
+    choice           {"prompt" | "messages", "choices": [...], "answer": index or text}
+    generate         {"prompt" | "messages", "answer"}, or a choice item: its right choice is the answer
+    bits_per_byte    {"text"}, or {"messages"} that end with the assistant's gold answer
+
+Every item may have an `id` (file and line stand in for it) and a `cluster`: items that are not independent of each
+other, such as questions on one passage, share one.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -6,14 +14,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from evertune.data.leak import ProbeText
-from evertune.data.rows import Row, messages_of, read_rows
+from evertune.data.lines import values_of
+from evertune.data.rows import Row, files_of, messages_of, read_rows
 from evertune.errors import DataError, ProbeError
-from evertune.hashing import digest_file, digest_json
+from evertune.hashing import digest_json
+from evertune.probe.task_files import require_lm_eval, task_identity
 from evertune.verifiers import validate
 
 Kind = Literal["choice", "generate", "bits_per_byte", "lm_eval"]
+# Raised by hand when the meaning of an item changes: old scores are then made anew.
 ITEM_VERSION = 1
-_FORMATS = {"choice": ("choice",), "generate": ("verifiable", "choice"), "bits_per_byte": ("text", "messages")}
 
 
 @dataclass(frozen=True)
@@ -23,9 +33,10 @@ class ProbeItem:
     Attributes:
         id: unique within the probe.
         messages: the turns shown to the model; for `bits_per_byte` of answers, with the gold answer last.
-        text: for `bits_per_byte` of plain text.
-        choices, answer: the choices and the right index; or the expected answer of a generating probe.
-        cluster: items that are not independent share one.
+        text: for `bits_per_byte` of plain text; then there are no messages.
+        choices: texts to choose from, for `choice`.
+        answer: index of the right choice; or what a generated answer is checked against.
+        cluster: items that are not independent share one; an item that stands alone has its id.
     """
 
     id: str
@@ -37,7 +48,7 @@ class ProbeItem:
 
     @property
     def prompt(self) -> str:
-        """What a person sees of the item: its last user turn, or its text."""
+        """What a person sees of the item: its last turn that is not the assistant's, or its text."""
         if self.text is not None:
             return self.text
         return next((one["content"] for one in reversed(self.messages) if one["role"] != "assistant"), "")
@@ -45,7 +56,7 @@ class ProbeItem:
 
 @dataclass(frozen=True)
 class Probe:
-    """A probe of our own kinds, with its items."""
+    """A probe of our own kinds, with its items. `digest` covers the items and all that shapes their scores."""
 
     name: str
     kind: Kind
@@ -60,12 +71,13 @@ class Probe:
 
     @property
     def chance(self) -> float | None:
-        """Score of a model that guesses, for `choice`."""
+        """Score of a model that guesses, for `choice`: the mean of 1 / choices."""
         if self.kind != "choice":
             return None
         return sum(1 / len(item.choices) for item in self.items) / len(self.items)
 
     def prompts(self) -> dict[str, str]:
+        """What a person sees of each item, by id."""
         return {item.id: item.prompt for item in self.items}
 
     def texts(self) -> list[ProbeText]:
@@ -75,7 +87,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class LmEvalProbe:
-    """A task of lm-evaluation-harness; its items are known only when it runs."""
+    """A task of lm-evaluation-harness, by name or by the path of its YAML. Its items are known when it runs."""
 
     name: str
     task: str
@@ -89,9 +101,11 @@ class LmEvalProbe:
     chance: None = field(default=None, init=False)
 
     def prompts(self) -> dict[str, str]:
+        """Nothing: lm-eval keeps its prompts to itself."""
         return {}
 
     def texts(self) -> list[ProbeText]:
+        """Nothing: training data is not searched for lm-eval's items."""
         return []
 
 
@@ -106,21 +120,26 @@ def load_probe(name: str, *, settings: Mapping[str, Any], root: Path) -> AnyProb
         root: what paths are relative to.
 
     Raises:
-        ProbeError: a file or an item is wrong; with file, line, what was found and what was expected.
+        ProbeError: a file or an item is wrong, with file, line, what was found and what was expected; or lm-eval is
+            asked for and not installed.
     """
-    common = {"role": settings.get("role", "guard"), "safety": settings.get("safety", False)}
     if settings.get("lm_eval") is not None:
-        return _lm_eval_probe(name, settings, root, common)
+        return _lm_eval_probe(name, settings, root)
     kind = settings["kind"]
-    rows = _read(name, root / settings["path"], kind, settings.get("limit"))
     verifier = dict(settings.get("verifier") or {})
+    try:
+        rows = _read(name, root / settings["path"], kind, settings.get("limit"))
+    except DataError as error:
+        raise ProbeError(f"probe '{name}': {error.message}", remedy=error.remedy) from error
     items = tuple(_item(row, kind, settings.get("system"), verifier) for row in rows)
+    normalise = settings.get("normalise", "bytes")
+    max_new_tokens = settings.get("max_new_tokens", 64)
     identity = {
         "version": ITEM_VERSION,
         "kind": kind,
         "verifier": verifier,
-        "normalise": settings.get("normalise", "bytes") if kind == "choice" else "",
-        "max_new_tokens": settings.get("max_new_tokens", 64) if kind == "generate" else 0,
+        "normalise": normalise if kind == "choice" else None,
+        "max_new_tokens": max_new_tokens if kind == "generate" else None,
         "items": [
             [one.id, [dict(turn) for turn in one.messages], one.text, list(one.choices), one.answer, one.cluster]
             for one in items
@@ -129,79 +148,78 @@ def load_probe(name: str, *, settings: Mapping[str, Any], root: Path) -> AnyProb
     return Probe(
         name=name,
         kind=kind,
+        role=settings.get("role", "guard"),
+        safety=settings.get("safety", False),
         items=items,
         verifier=verifier,
-        normalise=settings.get("normalise", "bytes"),
-        max_new_tokens=settings.get("max_new_tokens", 64),
+        normalise=normalise,
+        max_new_tokens=max_new_tokens,
         margin=settings.get("margin"),
         digest=digest_json(identity),
-        **common,
     )
 
 
-def _lm_eval_probe(name: str, settings: Mapping[str, Any], root: Path, common: dict[str, Any]) -> LmEvalProbe:
-    task = settings["lm_eval"]
-    identity: dict[str, Any] = {"task": task, "metric": settings.get("metric"), "limit": settings.get("limit")}
+def _lm_eval_probe(name: str, settings: Mapping[str, Any], root: Path) -> LmEvalProbe:
+    task, metric, limit = settings["lm_eval"], settings.get("metric"), settings.get("limit")
+    require_lm_eval(name)
     if task.endswith((".yaml", ".yml")):
-        place = root / task
-        if not place.is_file():
-            raise ProbeError(f"probes.{name}.lm_eval: there is no task file {place}.")
-        task = str(place)
-        identity["task"] = digest_file(place)
-        data = sorted(one for one in place.parent.iterdir() if one.name.endswith((".jsonl", ".json", ".parquet")))
-        identity["data"] = [digest_file(one) for one in data]
+        task = str(root / task)
     return LmEvalProbe(
         name=name,
         task=task,
-        metric=settings.get("metric"),
-        limit=settings.get("limit"),
+        metric=metric,
+        limit=limit,
+        role=settings.get("role", "guard"),
+        safety=settings.get("safety", False),
         margin=settings.get("margin"),
-        digest=digest_json(identity),
-        **common,
+        digest=digest_json({"metric": metric, "limit": limit, **task_identity(name, task)}),
     )
 
 
 def _read(name: str, path: Path, kind: str, limit: int | None) -> list[Row]:
-    """Rows in the first format that fits the first row; the error is of the format that fits best."""
-    formats = _FORMATS[kind]
-    last: DataError | None = None
-    for one in formats:
-        try:
-            read_rows(path, format=one, source=name, limit=1)
-        except DataError as error:
-            last = last or error
-            continue
-        try:
-            return read_rows(path, format=one, source=name, limit=limit)
-        except DataError as error:
-            raise ProbeError(f"probe '{name}': {error.message}", remedy=error.remedy) from error
-    if last is None:
-        raise AssertionError(f"probe kind {kind} has no format")
-    raise ProbeError(f"probe '{name}': {last.message}", remedy=last.remedy) from last
+    """Rows in the format that the fields of the first row speak for."""
+    first: dict[str, Any] = next((value for file in files_of(path) for _, value in values_of(file)), {})
+    format = {
+        "choice": "choice",
+        "generate": "choice" if "choices" in first else "verifiable",
+        "bits_per_byte": "messages" if "messages" in first else "text",
+    }[kind]
+    return read_rows(path, format=format, source=name, limit=limit)
 
 
 def _item(row: Row, kind: str, system: str | None, verifier: Mapping[str, Any]) -> ProbeItem:
     value = row.value
-    plain = kind == "bits_per_byte" and "messages" not in value
-    messages = [] if plain else messages_of(value)
-    if system is not None and messages:
-        messages = [{"role": "system", "content": system}, *(one for one in messages if one["role"] != "system")]
-    choices = tuple(value["choices"]) if "choices" in value else ()
-    answer: Any = value.get("answer")
+    text = value["text"] if row.format == "text" else None
+    choices: tuple[str, ...] = tuple(value["choices"]) if row.format == "choice" else ()
+    answer: Any = None if kind == "bits_per_byte" else value.get("answer")
     if choices and isinstance(answer, str):
         answer = choices.index(answer)
     if kind == "generate":
         answer = choices[answer] if choices else answer
-        validate(verifier, answer, place=row.place)
         choices = ()
-    cluster = value.get("cluster")
-    if cluster is not None and not isinstance(cluster, str):
-        raise ProbeError(f"{row.place}: 'cluster' is {cluster!r}, expected a text.")
+        validate(verifier, answer, place=row.place)
+    cluster = value.get("cluster", row.id)
+    if not isinstance(cluster, str):
+        raise ProbeError(
+            f"{row.place}: found {cluster!r} in 'cluster', expected a text.", remedy="Name clusters by texts."
+        )
     return ProbeItem(
         id=row.id,
-        messages=tuple(messages),
-        text=value["text"] if plain else None,
+        messages=() if text is not None else _turns(row, system),
+        text=text,
         choices=choices,
         answer=answer,
-        cluster=cluster or row.id,
+        cluster=cluster,
     )
+
+
+def _turns(row: Row, system: str | None) -> tuple[Mapping[str, str], ...]:
+    turns = messages_of(row.value)
+    if system is None:
+        return tuple(turns)
+    if turns[0]["role"] == "system":
+        raise ProbeError(
+            f"{row.place}: found a system turn in the item, and the probe sets 'system' too; expected one of them.",
+            remedy="Remove 'system' from the probe, or the turn from its items.",
+        )
+    return ({"role": "system", "content": system}, *turns)
