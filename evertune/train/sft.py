@@ -23,7 +23,7 @@ from evertune.train.reference import Reference, ReferenceSource
 from evertune.train.resume import METRICS, ResumePoints
 from evertune.train.sink import Metrics, Sink, require_trackers, start_trackers, to_lines, without_volatile
 from evertune.train.spec import AnchorSpec, SftSpec
-from evertune.workspace import Workspace
+from evertune.workspace import Manifest, Workspace
 
 # The final loss is averaged over this many steps: one step's is mostly the luck of its rows.
 FINAL_STEPS = 10
@@ -42,6 +42,9 @@ def run_sft(spec: SftSpec, workspace: Workspace) -> dict[str, Any]:
         TrainingError: NaN or Inf; the last resume point is intact.
         KeyboardInterrupt: asked to stop; the same order goes on later.
     """
+    done = workspace.manifest(spec.key)
+    if done is not None:
+        return _result(done)
     require_trackers(spec.track)
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)
@@ -60,7 +63,6 @@ def run_sft(spec: SftSpec, workspace: Workspace) -> dict[str, Any]:
     start_trackers(accelerator, spec.label, spec.settings(), folder=points.folder / "trackers")
     sink = Sink(points.folder / METRICS, history=history, accelerator=accelerator)
     train(trainer, points, sink, first=first, save_steps=spec.save_steps)
-    accelerator.end_training()
     trainer.masters.use_average()
     cosines = _start_and_end(at_start, interference(trainer, material))
     if accelerator.is_main_process:
@@ -68,9 +70,10 @@ def run_sft(spec: SftSpec, workspace: Workspace) -> dict[str, Any]:
         _publish(spec, workspace, opened, sink.history, facts)
         points.clear()
     accelerator.wait_for_everyone()
+    accelerator.end_training()
     manifest = workspace.manifest(spec.key)
     assert manifest is not None, "published and yet not there"
-    return {name: manifest.record[name] for name in ("checkpoint", "volatile")}
+    return _result(manifest)
 
 
 def open_trained(spec: SftSpec, accelerator: Accelerator) -> tuple[OpenModel, Mapping[str, nn.Parameter]]:
@@ -221,6 +224,10 @@ def _methods(spec: SftSpec, *, has_replay: bool) -> list[str]:
         "ema": spec.ema_decay is not None,
     }
     return [name for name, is_used in used.items() if is_used]
+
+
+def _result(manifest: Manifest) -> dict[str, Any]:
+    return {name: manifest.record[name] for name in ("checkpoint", "volatile")}
 
 
 def _mean(history: Sequence[Metrics], name: str) -> float:

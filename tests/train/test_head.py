@@ -150,6 +150,15 @@ def test_an_architecture_that_changes_its_logits_is_refused(key: str, value: flo
     refuse_logit_transforms(_Config(final_logit_softcapping=None, logit_scale=1.0))
 
 
+def test_a_softcap_in_a_models_config_is_refused_before_any_numbers(tiny_model):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    model.config.final_logit_softcapping = 30.0
+    with pytest.raises(CheckpointError, match="final_logit_softcapping"):
+        split_model(model)
+
+
 def test_a_softcap_without_a_known_name_is_seen_in_the_numbers(tiny_model):
     from transformers import AutoModelForCausalLM
 
