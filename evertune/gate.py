@@ -5,7 +5,8 @@ something was (a significant harm test after Holm's correction, or a broken hard
 INCONCLUSIVE, with the number of items that would decide. "No significant drop" never promotes.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -19,13 +20,29 @@ from evertune.probe.scores import ItemScores, check_paired
 Decision = Literal["PROMOTE", "HOLD", "INCONCLUSIVE"]
 Outcome = Literal["pass", "harm", "too_few", "undecided", "watch"]
 Reference = Literal["champion", "best"]
-# A model that ended most of its answers and now ends almost none has lost its stop token: no statistics are needed.
-STOP_RATE_HAD, STOP_RATE_LOST = 0.5, 0.1
+Unit = Literal["points", "percent", "score"]
+Scores = Mapping[str, ItemScores]
+
+# A model whose answers mostly ended (or had the form asked for) and now hardly ever do is broken: no statistics needed.
+HAD, LOST = 0.5, 0.1
+FORMS = (
+    ("format", "valid", "the answer format has collapsed", "have the form that was asked for"),
+    ("stop", "stopped", "the stop token is lost", "end by themselves"),
+)
 
 
 @dataclass(frozen=True)
 class GateSettings:
-    """The recipe's `gate` as plain numbers; margins in score units, `loss` relative."""
+    """The recipe's `gate` as plain numbers.
+
+    Attributes:
+        alpha: one-sided error of each test.
+        pooled, probe, safety, format, ratchet: margins in score units, 0.03 is 3 points: of all guards together, of
+            each, of each safety guard, of format and stop rate, and against the best promoted score.
+        loss: margin of a lower-is-better guard, relative.
+        min_gain: the mean gain a target must reach.
+        min_items, min_clusters: with fewer, a probe cannot promote.
+    """
 
     alpha: float
     pooled: float
@@ -47,7 +64,7 @@ class GateSettings:
 
 @dataclass(frozen=True)
 class ProbeFacts:
-    """What the gate must know of a probe."""
+    """What the gate must know of a probe: its role in this round, `guard`, `target` or `watch`, and its own margin."""
 
     role: str
     safety: bool
@@ -56,10 +73,24 @@ class ProbeFacts:
 
 @dataclass(frozen=True)
 class Evidence:
-    """One comparison: a probe (or its format, its stop rate, or all guards pooled) against one reference.
+    """One comparison: a probe, its answers' form, or all guards pooled, against one reference.
 
-    Differences are in score units, better is positive; for bits per byte they are relative to the reference.
-    `lower_bound` is one-sided at the level promotion uses, `ci90` two-sided.
+    Attributes:
+        probe, kind, safety: of the probe; kind is `pooled` where several are taken together.
+        role: `guard`, `target`, `watch`, or `form` for format and stop rate.
+        reference: the champion, or the best promoted scores.
+        before, after: mean scores of reference and candidate.
+        difference: better is positive; in score units, or relative to the reference's loss.
+        unit: what 0.01 of it is: a `points`, a `percent` of the loss, or 0.01 of a `score` outside [0, 1].
+        lower_bound: one-sided, at the level that promotion uses; `ci90` is two-sided.
+        flip_share: share of items whose score changed.
+        smallest_visible_drop: true drop that the harm test finds with power 80 %, before Holm.
+        margin: drop that must be ruled out; None for a target or watched probe.
+        p_harm, p_holm: one-sided p-value of harm, plain and adjusted over the verdict; None where it is not tested.
+        outcome: `watch` where nothing waits for it and no harm is shown.
+        items_needed: items that would decide with power 80 % if the truth is what was seen; None when decided, or
+            when no number would.
+        reason: one sentence with the numbers.
     """
 
     probe: str
@@ -72,6 +103,7 @@ class Evidence:
     before: float
     after: float
     difference: float
+    unit: Unit
     ci90: tuple[float, float]
     lower_bound: float
     flip_share: float
@@ -83,15 +115,33 @@ class Evidence:
     items_needed: int | None
     reason: str
 
+    @property
+    def is_awaited(self) -> bool:
+        """A promotion needs this comparison to pass."""
+        return self.role in ("guard", "target") or self.kind == "pooled"
+
+    @property
+    def is_within_margin(self) -> bool:
+        """A drop as large as the margin is ruled out."""
+        return self.margin is not None and self.lower_bound > -self.margin
+
 
 @dataclass(frozen=True)
 class Verdict:
-    """The decision with everything it rests on."""
+    """The decision with everything it rests on.
+
+    `pooled` is all guards together; `probes` every other comparison, format and stop rate included.
+    """
 
     decision: Decision
     reasons: tuple[str, ...]
     pooled: Evidence | None
     probes: tuple[Evidence, ...]
+
+    @property
+    def failing(self) -> tuple[Evidence, ...]:
+        """What stands between the candidate and a promotion."""
+        return _failing([*([self.pooled] if self.pooled else []), *self.probes])
 
     def to_json(self) -> dict[str, Any]:
         """Plain values: decision, reasons, pooled, probes."""
@@ -104,9 +154,9 @@ class Verdict:
 
 
 def judge(
-    candidate: Mapping[str, ItemScores],
-    champion: Mapping[str, ItemScores],
-    best: Mapping[str, ItemScores],
+    candidate: Scores,
+    champion: Scores,
+    best: Scores,
     probes: Mapping[str, ProbeFacts],
     settings: GateSettings,
     *,
@@ -121,161 +171,139 @@ def judge(
         best: scores of the best promoted model so far, by probe: small losses cannot add up against it.
         probes: the probes that count, with their roles.
         settings: levels, margins and least numbers.
-        tried: candidates among which this one was picked (a rescue scan); promotion then needs level alpha / tried.
+        tried: candidates among which this one was picked by its scores (a rescue scan). Each bound is then taken at
+            level alpha / tried, so that the chance of promoting any bad one of them stays alpha (Bonferroni).
         hard: broken hard rules found elsewhere, as sentences: each holds the candidate by itself.
 
     Raises:
-        ProbeError: a probe is missing on one side, or the sides differ in items or template.
+        ProbeError: a probe is missing on one side, or the sides differ in items or template. Scores that are not
+            finite cannot get here: `ItemScores` refuses them.
     """
-    level = settings.alpha / tried
-    for name in probes:
-        for side, scores in (("candidate", candidate), ("champion", champion), ("best", best)):
-            if name not in scores:
-                raise ProbeError(f"probe '{name}' has no scores for the {side}.")
-    evidence = [
-        one
-        for name, facts in probes.items()
-        for one in _compare(candidate, champion, best, name, facts, settings, level)
+    _check_sides(candidate, champion, best, probes)
+    asked = [
+        *_ask_pooled(candidate, champion, probes, settings),
+        *(one for name in probes for one in _ask(candidate[name], champion[name], best[name], probes[name], settings)),
     ]
-    evidence = _with_holm(evidence, settings)
-    pooled = _pool(candidate, champion, probes, settings, level)
-    broken = [*hard, *_lost_stop_tokens(candidate, champion, probes)]
-    decision = _decide(evidence, pooled, broken)
-    return Verdict(
-        decision, tuple(_reasons(decision, evidence, pooled, broken, settings, tried)), pooled, tuple(evidence)
-    )
-
-
-def _compare(
-    candidate: Mapping[str, ItemScores],
-    champion: Mapping[str, ItemScores],
-    best: Mapping[str, ItemScores],
-    name: str,
-    facts: ProbeFacts,
-    settings: GateSettings,
-    level: float,
-) -> list[Evidence]:
-    """A probe against the champion, against the best where that is another, and its form and stop rate."""
-    after, before, top = candidate[name], champion[name], best[name]
-    check_paired(after, before)
-    check_paired(after, top)
-    own = _own_margin(after, facts, settings)
-    found = [_evidence(after, before, facts, settings, level, margin=own, reference="champion")]
-    if facts.role == "guard" and not np.array_equal(top.score, before.score):
-        ratchet = max(own, settings.ratchet) if after.direction == "higher" else max(own, settings.loss)
-        found.append(_evidence(after, top, facts, settings, level, margin=ratchet, reference="best"))
-    if facts.role in ("guard", "target") and after.valid is not None and before.valid is not None:
-        found += _form_evidence(after, before, facts, settings, level)
-    return found
-
-
-def _form_evidence(
-    after: ItemScores, before: ItemScores, facts: ProbeFacts, settings: GateSettings, level: float
-) -> list[Evidence]:
-    """Form and stop rate: they can hold a candidate, but a promotion does not wait for them."""
-    found = []
-    for label, column in (("format", "valid"), ("stop", "stopped")):
-        sides = [
-            replace(one, score=getattr(one, column), weight=np.ones(len(one.ids)), valid=None, stopped=None)
-            for one in (after, before)
-        ]
-        watched = replace(facts, role="form")
-        found.append(
-            _evidence(
-                replace(sides[0], probe=f"{after.probe} ({label})"),
-                sides[1],
-                watched,
-                settings,
-                level,
-                margin=settings.format,
-                reference="champion",
-            )
-        )
-    return found
-
-
-def _evidence(
-    after: ItemScores,
-    before: ItemScores,
-    facts: ProbeFacts,
-    settings: GateSettings,
-    level: float,
-    *,
-    margin: float | None,
-    reference: Reference,
-) -> Evidence:
-    d = _differences(after, before)
-    found = _compare_items(d, after.cluster, level, settings.alpha)
-    clusters = len(set(after.cluster))
-    few = len(d) < settings.min_items or clusters < settings.min_clusters
-    evidence = Evidence(
-        probe=after.probe,
-        role=facts.role,
-        safety=facts.safety,
-        kind=after.kind,
-        reference=reference,
-        n=len(d),
-        clusters=clusters,
-        before=before.value,
-        after=after.value,
-        difference=found.difference,
-        ci90=found.ci90,
-        lower_bound=found.lower_bound,
-        flip_share=float(np.mean(d != 0)),
-        smallest_visible_drop=stats.smallest_visible_drop(found.variance, len(d), settings.alpha),
-        margin=margin,
-        p_harm=found.p_harm,
-        p_holm=None,
-        outcome="watch",
-        items_needed=None,
-        reason="",
-    )
-    outcome = _outcome(evidence, few, settings)
-    needed = (
-        _items_needed(evidence, found.variance, few, settings, level) if outcome in ("too_few", "undecided") else None
-    )
-    return replace(evidence, outcome=outcome, items_needed=needed)
+    level = settings.alpha / tried
+    evidence = _adjust([_answer(one, settings, level) for one in asked], settings)
+    broken = [*hard, *_collapses(candidate, champion, probes)]
+    decision = _decide(evidence, broken)
+    reasons = _reasons(decision, evidence, broken, level, tried)
+    pooled = next((one for one in evidence if one.kind == "pooled" and one.role == "guard"), None)
+    return Verdict(decision, tuple(reasons), pooled, tuple(one for one in evidence if one is not pooled))
 
 
 @dataclass(frozen=True)
-class _Comparison:
-    difference: float
-    ci90: tuple[float, float]
-    lower_bound: float
-    p_harm: float
-    variance: float
+class _Pair:
+    """Two models on the same items; d is the change of each item, better is positive."""
+
+    probe: str
+    kind: str
+    unit: Unit
+    before: float
+    after: float
+    d: NDArray[np.float64]
+    clusters: tuple[str, ...]
 
 
-def _compare_items(d: NDArray[np.float64], clusters: Sequence[str], level: float, alpha: float) -> _Comparison:
-    """Tango's bound and McNemar's test for independent binary items, a cluster-robust t otherwise."""
-    n = len(d)
-    if np.all(np.isin(d, (-1, 0, 1))) and len(set(clusters)) == n:
-        b, c = int(np.sum(d < 0)), int(np.sum(d > 0))
-        # At least one flip more than was seen, so that a variance of zero is never claimed from few items.
-        variance = max((b + c + 1) / (n + 2) - ((c - b) / n) ** 2, 1 / (n + 2))
-        interval = stats.tango_interval(b, c, n, 0.05)
-        return _Comparison((c - b) / n, interval, stats.tango_bound(b, c, n, level), stats.mcnemar_p(b, c), variance)
-    estimate = stats.cluster_mean(d, clusters)
-    if estimate.standard_error == 0:
-        # Nothing moved at all: as careful as with binary items that did not flip.
-        bound = stats.tango_bound(0, 0, n, level) if estimate.mean == 0 else estimate.mean
-        return _Comparison(estimate.mean, (bound, estimate.mean), bound, estimate.p_below_zero(), 1 / (n + 2))
-    # Of the mean, times n: with clusters it is what one more item is worth.
-    variance = estimate.standard_error**2 * n
-    if not np.isfinite(variance):
-        return _Comparison(estimate.mean, (-1.0, 1.0), -1.0, 1.0, 1.0)
-    return _Comparison(estimate.mean, estimate.interval(0.05), estimate.bound(level), estimate.p_below_zero(), variance)
+@dataclass(frozen=True)
+class _Question:
+    """A comparison to be made: what is compared, in which role, and the drop to rule out."""
+
+    pair: _Pair
+    role: str
+    margin: float | None
+    reference: Reference = "champion"
+    safety: bool = False
 
 
-def _differences(after: ItemScores, before: ItemScores) -> NDArray[np.float64]:
-    """Per item, better is positive; for a loss, relative to the reference's loss of the item."""
-    if after.direction == "higher":
-        return after.score - before.score
-    if np.any(before.score <= 0):
-        raise ProbeError(
-            f"probe '{after.probe}': the reference has an item with a loss of 0, which has no relative change."
-        )
-    return (before.score - after.score) / before.score
+def _check_sides(candidate: Scores, champion: Scores, best: Scores, probes: Mapping[str, ProbeFacts]) -> None:
+    for name in probes:
+        for side, scores in (("candidate", candidate), ("champion", champion), ("best", best)):
+            if name not in scores:
+                raise ProbeError(f"probe '{name}' has no scores for the {side}.", remedy="Score it on that checkpoint.")
+            check_paired(candidate[name], scores[name])
+
+
+def _ask(
+    after: ItemScores, before: ItemScores, best: ItemScores, facts: ProbeFacts, settings: GateSettings
+) -> Iterator[_Question]:
+    """A probe against the champion, a guard also against the best where that is another; and its answers' form."""
+    if facts.role != "guard":
+        yield _Question(_pair(after, before), facts.role, None)
+    else:
+        own = _own_margin(after, facts, settings)
+        yield _Question(_pair(after, before), "guard", own, safety=facts.safety)
+        if not np.array_equal(best.score, before.score):
+            # The ratchet is in points; for a relative loss the probe's own margin is the cumulative one too.
+            cumulative = max(own, settings.ratchet) if after.direction == "higher" else own
+            yield _Question(_pair(after, best), "guard", cumulative, "best", facts.safety)
+    if facts.role == "watch":
+        return
+    for label, column, _, _ in FORMS:
+        form = _form_pair(after, before, label, column)
+        if form is None:
+            continue
+        yield _Question(form, "form", settings.format)
+        against_best = _form_pair(after, best, label, column)
+        if against_best is not None and not np.array_equal(getattr(best, column), getattr(before, column)):
+            yield _Question(against_best, "form", max(settings.format, settings.ratchet), "best")
+
+
+def _ask_pooled(
+    candidate: Scores, champion: Scores, probes: Mapping[str, ProbeFacts], settings: GateSettings
+) -> Iterator[_Question]:
+    """All guards scored in [0, 1] as one, every item with equal weight: the tight margin. And all answers' form."""
+    guards = [_pair(candidate[name], champion[name]) for name, facts in probes.items() if facts.role == "guard"]
+    guards = [one for one in guards if one.unit == "points"]
+    if guards:
+        yield _Question(_pool("all guards", guards), "guard", settings.pooled)
+    counted = [name for name, facts in probes.items() if facts.role != "watch"]
+    for label, column, _, _ in FORMS:
+        forms = [_form_pair(candidate[name], champion[name], label, column) for name in counted]
+        if found := [one for one in forms if one is not None]:
+            yield _Question(_pool(f"all answers ({label})", found), "form", settings.format)
+
+
+def _pair(after: ItemScores, before: ItemScores) -> _Pair:
+    """Differences per item; for a loss, relative to the reference's loss of the item."""
+    d = after.score - before.score
+    unit: Unit = "points"
+    if after.direction == "lower":
+        if np.any(before.score <= 0):
+            raise ProbeError(
+                f"probe '{after.probe}': the reference's loss on item {before.ids[int(np.argmin(before.score))]!r} is "
+                f"{before.score.min():g}, which has no relative change.",
+                remedy="Use a score where higher is better, or leave the item out.",
+            )
+        d, unit = -d / before.score, "percent"
+    elif any(one.score.min() < 0 or one.score.max() > 1 for one in (after, before)):
+        unit = "score"
+    return _Pair(after.probe, after.kind, unit, before.value, after.value, d, after.cluster)
+
+
+def _form_pair(after: ItemScores, before: ItemScores, label: str, column: str) -> _Pair | None:
+    """Whether each answer had the form, or ended, as a score of 0 or 1; None where nothing is generated."""
+    now, then = getattr(after, column), getattr(before, column)
+    if now is None or then is None:
+        return None
+    d = now.astype(np.float64) - then.astype(np.float64)
+    return _Pair(
+        f"{after.probe} ({label})", after.kind, "points", float(then.mean()), float(now.mean()), d, after.cluster
+    )
+
+
+def _pool(name: str, pairs: Sequence[_Pair]) -> _Pair:
+    sizes = [len(one.d) for one in pairs]
+    return _Pair(
+        probe=name,
+        kind="pooled",
+        unit="points",
+        before=float(np.average([one.before for one in pairs], weights=sizes)),
+        after=float(np.average([one.after for one in pairs], weights=sizes)),
+        d=np.concatenate([one.d for one in pairs]),
+        clusters=tuple(f"{one.probe}/{cluster}" for one in pairs for cluster in one.clusters),
+    )
 
 
 def _own_margin(scores: ItemScores, facts: ProbeFacts, settings: GateSettings) -> float:
@@ -286,155 +314,154 @@ def _own_margin(scores: ItemScores, facts: ProbeFacts, settings: GateSettings) -
     return settings.probe if scores.direction == "higher" else settings.loss
 
 
-def _outcome(one: Evidence, few: bool, settings: GateSettings) -> Outcome:
-    """Before Holm's correction: can this comparison pass? Harm is decided over all of them together."""
-    if one.role == "watch":
-        return "watch"
-    if one.role == "target":
-        passed = one.lower_bound > 0 and one.difference >= settings.min_gain
-    else:
-        passed = one.margin is not None and one.lower_bound > -one.margin
-    if one.role == "form":
-        return "pass" if passed else "undecided"
-    if few:
-        return "too_few"
-    return "pass" if passed else "undecided"
+def _answer(asked: _Question, settings: GateSettings, level: float) -> Evidence:
+    """Compare, before any correction: `harm` is decided over all comparisons together, in `_adjust`."""
+    pair, n = asked.pair, len(asked.pair.d)
+    found = stats.compare_paired(pair.d, pair.clusters, level=level, bounded=pair.unit == "points")
+    clusters = len(set(pair.clusters))
+    evidence = Evidence(
+        probe=pair.probe,
+        role=asked.role,
+        safety=asked.safety,
+        kind=pair.kind,
+        reference=asked.reference,
+        n=n,
+        clusters=clusters,
+        before=pair.before,
+        after=pair.after,
+        difference=found.difference,
+        unit=pair.unit,
+        ci90=found.ci90,
+        lower_bound=found.lower_bound,
+        flip_share=float(np.mean(pair.d != 0)),
+        smallest_visible_drop=stats.smallest_visible_drop(found.variance, n, settings.alpha),
+        margin=asked.margin,
+        p_harm=found.p_harm,
+        p_holm=None,
+        outcome="watch",
+        items_needed=None,
+        reason="",
+    )
+    if not evidence.is_awaited:
+        return replace(evidence, outcome="pass" if evidence.is_within_margin else "watch")
+    passed = evidence.is_within_margin
+    if evidence.role == "target":
+        passed = evidence.lower_bound > 0 and evidence.difference >= settings.min_gain
+    few = n < settings.min_items or clusters < settings.min_clusters
+    if passed and not few:
+        return replace(evidence, outcome="pass")
+    needed = _items_needed(evidence, found.variance, few, settings, level)
+    return replace(evidence, outcome="too_few" if few else "undecided", items_needed=needed)
 
 
 def _items_needed(one: Evidence, variance: float, few: bool, settings: GateSettings, level: float) -> int | None:
-    target = one.role == "target"
-    distance = one.difference if target else one.difference + (one.margin or 0.0)
-    needed = stats.items_needed(variance, distance, level)
+    """Items for an 80 % chance to pass if the true difference is the one seen, and the least numbers are met."""
+    if one.role == "target" and one.difference < settings.min_gain:
+        return None
+    needed = stats.items_needed(variance, one.difference + (one.margin or 0.0), level)
     if needed is None:
         return None
-    return max(needed, settings.min_items if few else 0, one.n + 1 if not few else 0)
+    per_cluster = one.n / one.clusters
+    least: list[float] = [settings.min_items, settings.min_clusters * per_cluster] if few else [one.n + 1]
+    if one.margin is not None and one.unit == "points":
+        least.append(stats.minimum_items(one.margin, level) * per_cluster)
+    return math.ceil(max(needed, *least))
 
 
-def _with_holm(evidence: Sequence[Evidence], settings: GateSettings) -> list[Evidence]:
-    """Adjust the harm tests of all that count together, and mark what is harmed.
+def _adjust(evidence: Sequence[Evidence], settings: GateSettings) -> list[Evidence]:
+    """Holm over the harm tests of the verdict; marks what is harmed, and writes the reasons.
 
-    A significant drop that is proven to be smaller than the margin is what the margin allows, not harm.
+    A comparison in which no item changed cannot raise an alarm, whatever is true, so it does not count as a test. A
+    significant drop that is shown to be smaller than the margin is what the margin allows, not harm.
     """
-    tested = [i for i, one in enumerate(evidence) if one.role != "watch"]
+    tested = [i for i, one in enumerate(evidence) if one.role != "watch" and one.flip_share > 0]
     adjusted = dict(zip(tested, stats.holm([evidence[i].p_harm for i in tested]), strict=True))
     found = []
     for i, one in enumerate(evidence):
-        if i not in adjusted:
-            found.append(replace(one, reason=_describe(one)))
-            continue
-        tolerated = one.role != "target" and one.margin is not None and one.lower_bound > -one.margin
-        harmed = adjusted[i] <= settings.alpha and not tolerated
-        outcome: Outcome = "harm" if harmed else one.outcome
-        changed = replace(one, p_holm=adjusted[i], outcome=outcome, items_needed=None if harmed else one.items_needed)
-        found.append(replace(changed, reason=_describe(changed)))
+        p = adjusted.get(i, None if one.role == "watch" else 1.0)
+        if p is not None and p <= settings.alpha and not one.is_within_margin:
+            one = replace(one, outcome="harm", items_needed=None)
+        one = replace(one, p_holm=p)
+        found.append(replace(one, reason=_describe(one, settings)))
     return found
 
 
-def _pool(
-    candidate: Mapping[str, ItemScores],
-    champion: Mapping[str, ItemScores],
-    probes: Mapping[str, ProbeFacts],
-    settings: GateSettings,
-    level: float,
-) -> Evidence | None:
-    """All guards scored in [0, 1] as one, every item with equal weight: the tight margin."""
-    names = [name for name, facts in probes.items() if facts.role == "guard" and candidate[name].direction == "higher"]
-    if not names:
-        return None
-    sides = [_pooled_scores([side[name] for name in names]) for side in (candidate, champion)]
-    facts = ProbeFacts(role="guard", safety=False, margin=settings.pooled)
-    one = _evidence(sides[0], sides[1], facts, settings, level, margin=settings.pooled, reference="champion")
-    return replace(one, reason=_describe(one))
-
-
-def _pooled_scores(parts: Sequence[ItemScores]) -> ItemScores:
-    return replace(
-        parts[0],
-        probe="all guards",
-        kind="pooled",
-        ids=tuple(f"{one.probe}/{item}" for one in parts for item in one.ids),
-        score=np.concatenate([one.score for one in parts]),
-        cluster=tuple(f"{one.probe}/{cluster}" for one in parts for cluster in one.cluster),
-        prediction=(),
-        expected=(),
-        weight=np.concatenate([np.ones(len(one.ids)) for one in parts]),
-        valid=None,
-        stopped=None,
-        gap=None,
-    )
-
-
-def _lost_stop_tokens(
-    candidate: Mapping[str, ItemScores], champion: Mapping[str, ItemScores], probes: Mapping[str, ProbeFacts]
-) -> list[str]:
+def _collapses(candidate: Scores, champion: Scores, probes: Mapping[str, ProbeFacts]) -> list[str]:
     broken = []
-    for name, facts in probes.items():
-        after, before = candidate[name].stopped, champion[name].stopped
-        if facts.role == "watch" or after is None or before is None:
-            continue
-        if np.mean(before) >= STOP_RATE_HAD and np.mean(after) <= STOP_RATE_LOST:
-            broken.append(
-                f"{name}: the stop token is lost: {np.mean(after):.0%} of the answers end by themselves, "
-                f"{np.mean(before):.0%} did before."
-            )
+    for name in (name for name, facts in probes.items() if facts.role != "watch"):
+        for label, column, what, meaning in FORMS:
+            form = _form_pair(candidate[name], champion[name], label, column)
+            if form is not None and form.before >= HAD and form.after <= LOST:
+                broken.append(
+                    f"{name}: {what}: {form.after:.0%} of the answers {meaning}, {form.before:.0%} did before."
+                )
     return broken
 
 
-def _decide(evidence: Sequence[Evidence], pooled: Evidence | None, broken: Sequence[str]) -> Decision:
+def _failing(evidence: Iterable[Evidence]) -> tuple[Evidence, ...]:
+    return tuple(one for one in evidence if one.outcome == "harm" or (one.is_awaited and one.outcome != "pass"))
+
+
+def _decide(evidence: Sequence[Evidence], broken: Sequence[str]) -> Decision:
     if broken or any(one.outcome == "harm" for one in evidence):
         return "HOLD"
-    counted = [one for one in evidence if one.role in ("guard", "target")] + ([pooled] if pooled else [])
-    return "PROMOTE" if all(one.outcome == "pass" for one in counted) else "INCONCLUSIVE"
+    has_guard = any(one.role == "guard" for one in evidence)
+    return "PROMOTE" if has_guard and not _failing(evidence) else "INCONCLUSIVE"
 
 
 def _reasons(
-    decision: Decision,
-    evidence: Sequence[Evidence],
-    pooled: Evidence | None,
-    broken: Sequence[str],
-    settings: GateSettings,
-    tried: int,
+    decision: Decision, evidence: Sequence[Evidence], broken: Sequence[str], level: float, tried: int
 ) -> list[str]:
     """Plain sentences, the ones that decided first."""
     reasons = [*broken]
-    counted = [one for one in evidence if one.role in ("guard", "target")] + ([pooled] if pooled else [])
     if decision == "HOLD":
-        reasons += [one.reason for one in evidence if one.outcome == "harm"]
+        harmed = sorted(
+            (one for one in evidence if one.outcome == "harm"), key=lambda one: (one.p_holm, one.difference)
+        )
+        reasons += [one.reason for one in harmed]
     elif decision == "INCONCLUSIVE":
-        reasons += [f"{one.reason}{_needed(one)}" for one in counted if one.outcome in ("too_few", "undecided")]
+        reasons += [f"{one.reason}{_needed(one)}" for one in _failing(evidence)]
     else:
-        guards = [
-            one for one in counted if one.role == "guard" and one.kind != "pooled" and one.reference == "champion"
-        ]
-        reasons += [one.reason for one in counted if one.role == "target"]
+        reasons += [one.reason for one in evidence if one.role == "target"]
+        guards = {one.probe for one in evidence if one.role == "guard" and one.kind != "pooled"}
         reasons.append(f"{len(guards)} of {len(guards)} guards kept within their margins.")
-        if pooled is not None:
-            reasons.append(pooled.reason)
-    if not any(one.role == "target" for one in counted):
+        tolerated = [one for one in evidence if one.p_holm is not None and one.p_holm <= level * tried]
+        reasons += [one.reason for one in evidence if one.kind == "pooled" and one.role == "guard"]
+        reasons += [one.reason for one in tolerated if one.kind != "pooled"]
+    if not any(one.role == "guard" for one in evidence):
+        reasons.append("No probe is a guard in this round: nothing can show that anything was kept.")
+    if not any(one.role == "target" for one in evidence):
         reasons.append("No probe is a target in this round: only that nothing was lost is shown.")
     if tried > 1:
-        reasons.append(f"Picked among {tried} tried: promotion needed level {settings.alpha / tried:.3g}.")
+        reasons.append(f"Picked among {tried} tried: each bound is taken at level {level:.3g}.")
     return reasons
 
 
-def _describe(one: Evidence) -> str:
-    """One sentence with the numbers, in points or in per cent of the reference's loss."""
-    unit, scale = ("%", 100.0) if one.kind == "bits_per_byte" else (" points", 100.0)
+def _describe(one: Evidence, settings: GateSettings) -> str:
+    """One sentence with the numbers."""
+    sign, scale = {"points": (" points", 100.0), "percent": ("%", 100.0), "score": ("", 1.0)}[one.unit]
     low, high = one.ci90
     against = "" if one.reference == "champion" else " against the best promoted score"
     p = "" if one.p_holm is None else f", Holm p {one.p_holm:.3f}" if one.p_holm >= 0.001 else ", Holm p < 0.001"
-    margin = ""
-    if one.role == "guard" and one.margin is not None and one.outcome in ("undecided", "too_few"):
-        margin = f"; a drop of {one.margin * scale:.1f}{unit} is not ruled out"
+    more = ""
     if one.outcome == "too_few":
-        margin = "; too few items to promote on"
+        more = "; too few to promote on" + (f" in {one.clusters} clusters" if one.clusters < one.n else "")
+    elif one.outcome == "undecided" and one.margin is not None:
+        more = f"; a drop of {one.margin * scale:.1f}{sign} is not ruled out"
+    elif one.outcome == "undecided":
+        short = one.difference < settings.min_gain
+        more = f"; the gain asked for is {settings.min_gain * scale:.1f}{sign}" if short else "; a gain is not shown"
+    elif one.outcome == "pass" and one.p_holm is not None and one.p_holm <= settings.alpha and one.margin is not None:
+        more = f"; it is shown to be less than the {one.margin * scale:.1f}{sign} that are allowed"
     return (
-        f"{one.probe} {one.difference * scale:+.1f}{unit}{against} (90% interval {low * scale:+.1f} to "
-        f"{high * scale:+.1f}, {one.n} items{p}){margin}."
+        f"{one.probe} {one.difference * scale:+.1f}{sign}{against} (90% interval {low * scale:+.1f} to "
+        f"{high * scale:+.1f}, {one.n} items{p}){more}."
     )
 
 
 def _needed(one: Evidence) -> str:
+    if one.outcome == "harm":
+        return ""
     if one.items_needed is None:
         return " More items would not change this."
     return f" About {one.items_needed:,} items would decide."

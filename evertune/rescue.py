@@ -73,5 +73,4 @@ def ratchet(best: Scores, promoted: Scores) -> dict[str, ItemScores]:
 
 def _rank(verdict: Verdict) -> tuple[int, int]:
     order = {"PROMOTE": 0, "INCONCLUSIVE": 1, "HOLD": 2}
-    failing = sum(one.outcome in ("harm", "undecided", "too_few") for one in verdict.probes if one.role != "form")
-    return order[verdict.decision], failing
+    return order[verdict.decision], len(verdict.failing)
