@@ -12,7 +12,6 @@ import traceback
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
-import click
 import typer
 
 from evertune.errors import EvertuneError, RecipeError
@@ -260,19 +259,20 @@ def main() -> NoReturn:
     except EvertuneError as error:
         _complain(f"{type(error).__name__}: {error}")
         sys.exit(error.exit_code)
-    except click.exceptions.Exit as error:
+    except typer.Exit as error:
         sys.exit(error.exit_code)
-    except click.exceptions.Abort:
-        sys.exit(130)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(3)
-    except KeyboardInterrupt:
+    except (typer.Abort, KeyboardInterrupt):
         sys.exit(130)
     except OSError as error:
         _complain(f"WorkspaceError: {error.filename or 'the system'}: {error.strerror or error}")
         sys.exit(5)
     except Exception as error:
+        if hasattr(error, "format_message"):
+            # A wrong command line. Typer carries a click of its own, so the class cannot be named for all versions.
+            if not error.format_message():
+                sys.exit(0)  # no arguments at all: the help was printed
+            _complain(f"{error.format_message()} See 'evertune --help'.")
+            sys.exit(3)
         _complain(f"This is a bug in Evertune: {type(error).__name__}: {error}\nTraceback: {_keep_traceback()}")
         sys.exit(1)
     sys.exit(code if isinstance(code, int) else 0)

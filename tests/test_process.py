@@ -1,0 +1,96 @@
+"""Children: their errors keep their names, their deaths are told, and they die with their parent."""
+
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evertune import process, worker
+from evertune.errors import DataError, TrainingError
+from evertune.workspace import Workspace
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    return Workspace.open(tmp_path / "run", create=True)
+
+
+def _job(workspace: Workspace, kind: str, **facts: Any) -> worker.Job:
+    return {"kind": kind, "workspace": str(workspace.root), "label": "test", **facts}
+
+
+@pytest.fixture
+def jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs of the tests' own, performed by the real worker in a forked child."""
+
+    def refuse(job: worker.Job, workspace: Workspace) -> dict[str, Any]:
+        raise DataError("rows.jsonl:3: found nothing", remedy="Fill it.")
+
+    def stumble(job: worker.Job, workspace: Workspace) -> dict[str, Any]:
+        raise ZeroDivisionError("our own mistake")
+
+    def die(job: worker.Job, workspace: Workspace) -> dict[str, Any]:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return {}
+
+    def wait(job: worker.Job, workspace: Workspace) -> dict[str, Any]:
+        Path(job["place"]).write_text(str(os.getpid()))
+        time.sleep(60)
+        return {}
+
+    def answer(job: worker.Job, workspace: Workspace) -> dict[str, Any]:
+        return {"pid": os.getpid()}
+
+    for name, one in (("refuse", refuse), ("stumble", stumble), ("die", die), ("wait", wait), ("answer", answer)):
+        monkeypatch.setitem(worker._JOBS, name, one)
+
+
+def test_a_result_comes_from_another_process(workspace: Workspace, jobs: None) -> None:
+    assert process.Workers(start_method="fork").run(_job(workspace, "answer"))["pid"] != os.getpid()
+
+
+def test_an_error_keeps_its_name_and_its_remedy(workspace: Workspace, jobs: None) -> None:
+    with pytest.raises(DataError, match="rows.jsonl:3: found nothing Fill it"):
+        process.Workers(start_method="fork").run(_job(workspace, "refuse"))
+
+
+def test_a_bug_travels_with_its_traceback(workspace: Workspace, jobs: None) -> None:
+    with pytest.raises(process.Bug, match="ZeroDivisionError: our own mistake"):
+        process.Workers(start_method="fork").run(_job(workspace, "stumble"))
+
+
+def test_a_killed_child_is_told_with_its_signal(workspace: Workspace, jobs: None) -> None:
+    with pytest.raises(TrainingError, match="SIGKILL.*[Mm]emory"):
+        process.Workers(start_method="fork").run(_job(workspace, "die"))
+
+
+def _wait_for_ever(root: str, place: str) -> None:
+    process.Workers(start_method="fork").run({"kind": "wait", "workspace": root, "label": "test", "place": place})
+
+
+def test_a_child_dies_with_its_parent(workspace: Workspace, jobs: None, tmp_path: Path) -> None:
+    place = tmp_path / "pid"
+    parent = multiprocessing.get_context("fork").Process(target=_wait_for_ever, args=(str(workspace.root), str(place)))
+    parent.start()
+    while not (place.exists() and place.read_text()):
+        time.sleep(0.02)
+    child = int(place.read_text())
+    assert parent.pid is not None
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.join()
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{child}").exists() and "Z" not in Path(f"/proc/{child}/stat").read_text().split(")")[1][:3]:
+        assert time.monotonic() < deadline, "the child outlived its parent"
+        time.sleep(0.02)
+    # And a new run does not wait for it: the worker's lock is free.
+    assert workspace.recover().swept == ()
+
+
+def test_threads_that_wait_do_not_spin() -> None:
+    process.Workers(start_method="fork")
+    assert os.environ["OMP_WAIT_POLICY"]
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
