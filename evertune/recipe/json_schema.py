@@ -2,22 +2,27 @@
 
 from typing import Any
 
-from evertune.recipe.schema import Recipe
+from evertune.recipe.schema import Recipe, Rung, Tune, Verifier
 
-# Models that may be written as a bare name, and which names.
-BARE_NAMES = {
-    "Verifier": ["exact", "contains", "math"],
-    "Tune": ["full", "lora"],
-    "Rung": ["interpolate", "discard"],
-}
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
+BARE_NAMES = {model.__name__: list(model.bare_names) for model in (Verifier, Tune, Rung)}
 
 
 def recipe_json_schema() -> dict[str, Any]:
     """JSON Schema (draft 2020-12) of a recipe file."""
     schema = Recipe.model_json_schema(by_alias=True)
     for name, words in BARE_NAMES.items():
-        if name in schema["$defs"]:
-            schema["$defs"][name] = {"anyOf": [{"enum": words}, schema["$defs"][name]]}
-    data = schema["$defs"]["Sft"]["properties"]["data"]
-    data["anyOf"].append({"type": "string"})
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "Evertune recipe", **schema}
+        schema["$defs"][name] = {"anyOf": [{"enum": words}, schema["$defs"][name]]}
+    return {"$schema": DIALECT, **_closed(schema), "title": "Evertune recipe"}
+
+
+def _closed(value: Any) -> Any:
+    """With free names held to their pattern: else a misspelt name passes unchecked."""
+    if isinstance(value, list):
+        return [_closed(one) for one in value]
+    if not isinstance(value, dict):
+        return value
+    closed = {name: _closed(one) for name, one in value.items()}
+    if "patternProperties" in closed:
+        closed["additionalProperties"] = False
+    return closed

@@ -1,27 +1,16 @@
-"""Values that neither a stage nor `defaults` gives, and where each number comes from.
+"""Values that neither a stage nor `defaults` gives, and where each number comes from."""
 
-| preset   | tune      | lr    | epochs | replay | anchor kl |
-|----------|-----------|-------|--------|--------|-----------|
-| gentle   | LoRA 16   | 1e-4  | 1      | 0.3    | 0.1       |
-| balanced | LoRA 16   | 2e-4  | 2      | 0.2    | 0.05      |
-| full     | full      | 2e-5  | 2      | 0.2    | 0.05      |
+from dataclasses import asdict, dataclass
+from typing import Any
 
-LoRA rank 16: Apple's shipped adapters (arXiv:2407.21075); alpha twice the rank. LoRA learning rate about ten times that
-of full fine-tuning, 1e-4 to 2e-4 (arXiv:2405.09673). Full: 1e-5 to 5e-5 below 2B parameters; two epochs as in Tulu 3
-(arXiv:2411.15124), where longer did not help. Replay share 0.2 of the stream, to be swept over 0.05 to 0.3; 0.3 is its
-upper end. Anchor 0.05 to 0.1: the range reported for supervised KL anchors (arXiv:2509.23753), a research method:
-validate it on your own probes.
-"""
-
-from dataclasses import dataclass
-
-from evertune.recipe.schema import Anchor, Ema, Lora, Recipe, Replay, Sft, Tune
+from evertune.recipe.schema import Anchor, Config, Ema, Lora, NoOptions, Recipe, Replay, Sft, Tune
 
 
 @dataclass(frozen=True)
 class Preset:
     """One row of the table; `lora_lr` and `full_lr` apply by what is trained."""
 
+    summary: str
     tune: Tune
     lora_lr: float
     full_lr: float
@@ -30,19 +19,45 @@ class Preset:
     anchor_kl: float
 
 
-LORA_16 = Tune(lora=Lora(rank=16))
-FULL = Tune(full={})
+_LORA = Tune(lora=Lora(rank=16))
+_FULL = Tune(full=NoOptions())
 
 PRESETS = {
-    "gentle": Preset(LORA_16, lora_lr=1e-4, full_lr=1e-5, epochs=1.0, replay_share=0.3, anchor_kl=0.1),
-    "balanced": Preset(LORA_16, lora_lr=2e-4, full_lr=2e-5, epochs=2.0, replay_share=0.2, anchor_kl=0.05),
-    "full": Preset(FULL, lora_lr=2e-4, full_lr=2e-5, epochs=2.0, replay_share=0.2, anchor_kl=0.05),
+    "gentle": Preset(
+        "the smallest change: half the learning rate, one epoch, more replay, a stronger anchor",
+        _LORA, lora_lr=1e-4, full_lr=1e-5, epochs=1.0, replay_share=0.3, anchor_kl=0.1,
+    ),
+    "balanced": Preset(
+        "the recommendation: an adapter, two epochs, one replayed row in five",
+        _LORA, lora_lr=2e-4, full_lr=2e-5, epochs=2.0, replay_share=0.2, anchor_kl=0.05,
+    ),
+    "full": Preset(
+        "as balanced, but every weight is trained: for skills that an adapter cannot hold",
+        _FULL, lora_lr=2e-4, full_lr=2e-5, epochs=2.0, replay_share=0.2, anchor_kl=0.05,
+    ),
+}  # fmt: skip
+
+# Field of a preset -> where its numbers come from. docs/recipe.md prints this.
+SOURCES = {
+    "tune": "Rank 16 on all linear layers: the rank of Apple's shipped adapters (arXiv:2407.21075); alpha twice the "
+    "rank. Low rank forgets less and learns less than full fine-tuning (arXiv:2405.09673).",
+    "lora_lr": "About ten times the rate of full fine-tuning (Schulman et al. 2025, LoRA Without Regret).",
+    "full_lr": "The lower half of 1e-5 to 5e-5, for models below 2B parameters: a heuristic. From 8B on use 5e-6 and "
+    "less, as Tulu 3 (arXiv:2411.15124).",
+    "epochs": "Two, as in Tulu 3 (arXiv:2411.15124), where longer did not help; one where little change is wanted.",
+    "replay_share": "0.2 of the stream, to be swept over 0.05, 0.1, 0.2 and 0.3: a heuristic. That old data must come "
+    "along is reported by Llama 2 (arXiv:2307.09288); the share is found by watching retention.",
+    "anchor_kl": "0.05 and 0.1: the weights used with supervised KL anchors (arXiv:2509.23753), there on new rows. A "
+    "research method: validate it on your own probes.",
 }
 
 
 @dataclass(frozen=True)
 class ResolvedSft:
-    """An sft stage with every value given: the stage's, else the defaults', else the preset's."""
+    """An sft stage with every value given: the stage's, else the defaults', else the preset's.
+
+    Exactly one of `epochs` and `steps` is a number. Replay share 0 and anchor kl 0 mean "off".
+    """
 
     tune: Tune
     replay: Replay
@@ -64,16 +79,20 @@ class ResolvedSft:
 
 
 def resolve_stage(recipe: Recipe, stage: Sft) -> ResolvedSft:
-    """Fill in what a stage leaves open. Replay share 0 and anchor kl 0 mean "off"."""
-    preset = PRESETS[recipe.preset]
-    tune = stage.tune or recipe.defaults.tune or preset.tune
-    epochs = stage.epochs if stage.epochs is not None or stage.steps is not None else preset.epochs
+    """Fill in what a stage leaves open.
+
+    `tune`, `lr` and `epochs` are taken whole. `replay` and `anchor` are filled field by field, so that
+    `replay: {share: 0.3}` in a stage keeps the sources of `defaults.replay`.
+    """
+    preset, defaults = PRESETS[recipe.preset], recipe.defaults
+    tune = stage.tune or defaults.tune or preset.tune
+    is_timed = stage.epochs is not None or stage.steps is not None
     return ResolvedSft(
         tune=tune,
-        replay=stage.replay or recipe.defaults.replay or Replay(share=preset.replay_share),
-        anchor=stage.anchor or recipe.defaults.anchor or Anchor(kl=preset.anchor_kl),
+        replay=Replay.model_validate(_layered({"share": preset.replay_share}, defaults.replay, stage.replay)),
+        anchor=Anchor.model_validate(_layered({"kl": preset.anchor_kl}, defaults.anchor, stage.anchor)),
         lr=stage.lr if stage.lr is not None else (preset.lora_lr if tune.lora else preset.full_lr),
-        epochs=epochs,
+        epochs=stage.epochs if is_timed else preset.epochs,
         steps=stage.steps,
         schedule=stage.schedule,
         warmup=stage.warmup,
@@ -87,3 +106,25 @@ def resolve_stage(recipe: Recipe, stage: Sft) -> ResolvedSft:
         ema=stage.ema,
         save_steps=stage.save_steps,
     )
+
+
+def resolve_recipe(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain JSON values with nothing left open. It is itself a recipe, and resolves to itself."""
+    body = recipe.model_dump(mode="json", by_alias=True)
+    for one, written in zip(recipe.rounds, body["rounds"], strict=True):
+        for stage, inner in zip(one.stages, written["stages"], strict=True):
+            if stage.sft is not None:
+                inner["sft"] |= {name: _plain(each) for name, each in asdict(resolve_stage(recipe, stage.sft)).items()}
+    return body
+
+
+def _layered(values: dict[str, Any], *layers: Config | None) -> dict[str, Any]:
+    """The values, under what each layer says explicitly."""
+    for layer in layers:
+        if layer is not None:
+            values = {**values, **{name: getattr(layer, name) for name in layer.model_fields_set}}
+    return values
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump(mode="json", by_alias=True) if isinstance(value, Config) else value

@@ -4,9 +4,10 @@ A field is here only when code reads it. `None` means "not asked for": the prese
 Python build the same objects; `evertune/recipe/load.py` adds file, line and "did you mean" to what goes wrong here.
 """
 
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
 Share = Annotated[float, Field(ge=0.0, lt=1.0, allow_inf_nan=False)]
@@ -15,17 +16,71 @@ NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Points = Annotated[float, Field(gt=0.0, lt=1.0, allow_inf_nan=False)]
 
 
+PlaceText = Annotated[str, Field(min_length=1)]
+
+
 class Config(BaseModel):
     """Frozen, unknown keys refused, no silent conversion of strings to numbers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
 
+class NoOptions(Config):
+    """Takes no options: `{}`."""
+
+
+class OneKey(Config):
+    """Exactly one of its keys is given; a key of `bare_names` may stand alone, `full` for `{full: {}}`."""
+
+    bare_names: ClassVar[tuple[str, ...]] = ()
+    noun: ClassVar[str]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare_name(cls, value: Any) -> Any:
+        known = f"expected {', '.join(cls.bare_names)}, or a mapping with one key"
+        if cls.bare_names and isinstance(value, str):
+            if value not in cls.bare_names:
+                raise ValueError(f"found {value!r}, {known}")
+            return {value: {}}
+        if isinstance(value, dict):
+            # `tune: {lora: }` is how people write a key without options.
+            is_alone = len(value) == 1
+            return {
+                key: {} if is_alone and one is None and key in cls.bare_names else one for key, one in value.items()
+            }
+        return value
+
+    @model_validator(mode="after")
+    def _one_key(self) -> Self:
+        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
+        if len(given) != 1:
+            known = ", ".join(type(self).model_fields)
+            raise ValueError(f"{self.noun} has exactly one key of: {known}; found {', '.join(given) or 'none'}")
+        return self
+
+    @property
+    def kind(self) -> str:
+        return next(name for name in type(self).model_fields if getattr(self, name) is not None)
+
+
 def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-Names = Annotated[list[Name], BeforeValidator(_as_list), Field(min_length=1)]
+def _without_repeats(names: list[str]) -> list[str]:
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(f"'{repeated[0]}' stands twice")
+    return names
+
+
+Names = Annotated[
+    list[Name],
+    BeforeValidator(_as_list, json_schema_input_type=Name | list[Name]),
+    Field(min_length=1),
+    AfterValidator(_without_repeats),
+]
 
 RowFormat = Literal["messages", "preference", "verifiable", "choice", "text"]
 
@@ -33,41 +88,31 @@ RowFormat = Literal["messages", "preference", "verifiable", "choice", "text"]
 class DataSource(Config):
     """Training rows: JSONL or Parquet, one file or a glob."""
 
-    path: str
+    path: PlaceText
     """File or glob, relative to the recipe. `.jsonl`, `.jsonl.gz` or `.parquet`."""
     format: RowFormat = "messages"
     """Shape of a row: `{"messages"}`, `{"prompt","chosen","rejected"}`, `{"prompt"|"messages","answer"}`,
     `{"prompt","choices","answer"}` or `{"text"}`. An sft stage reads `messages` and `text`."""
-    limit: int | None = Field(default=None, gt=0)
+    limit: int | None = Field(None, gt=0)
     """Use only the first rows of the source, in file order."""
 
 
-class Verifier(Config):
+class Verifier(OneKey):
     """How a generated answer is checked: exactly one key, or its bare name where no argument is needed."""
 
-    exact: dict[str, Any] | None = None
+    bare_names = ("exact", "contains", "math")
+    noun = "a verifier"
+
+    exact: NoOptions | None = None
     """The answer equals the item's `answer` after trimming white space."""
-    contains: dict[str, Any] | None = None
+    contains: NoOptions | None = None
     """The item's `answer` occurs in the output."""
-    math: dict[str, Any] | None = None
+    math: NoOptions | None = None
     """The final number or expression equals the item's `answer` (math-verify)."""
     regex: str | None = None
     """A pattern that must match the whole trimmed output. The item's `answer` is not read."""
     json_schema: dict[str, Any] | None = None
     """A JSON Schema the output must satisfy; when the item has an `answer` object, it must equal it too."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _bare_name(cls, value: Any) -> Any:
-        return _from_bare_name(value, "exact", "contains", "math")
-
-    @model_validator(mode="after")
-    def _one_key(self) -> "Verifier":
-        return _exactly_one(self, "a verifier")
-
-    @property
-    def kind(self) -> str:
-        return next(name for name in type(self).model_fields if getattr(self, name) is not None)
 
 
 Role = Literal["guard", "target", "watch"]
@@ -76,12 +121,12 @@ Role = Literal["guard", "target", "watch"]
 class Probe(Config):
     """A fixed set of items with a score per item. Give `path` and `kind`, or `lm_eval`."""
 
-    path: str | None = None
+    path: PlaceText | None = None
     """JSONL or Parquet of items, relative to the recipe."""
     kind: Literal["choice", "generate", "bits_per_byte"] | None = None
     """`choice`: log-likelihood of each choice; `generate`: output checked by a verifier; `bits_per_byte`: likelihood
     of plain text, or of the answers of `messages` rows, in bits per UTF-8 byte (lower is better)."""
-    lm_eval: str | None = None
+    lm_eval: PlaceText | None = None
     """A task name of lm-evaluation-harness, or the path of a task YAML. Needs the `eval` extra."""
     metric: str | None = None
     """The lm-eval metric to record per item; the task's first metric when not given."""
@@ -95,9 +140,9 @@ class Probe(Config):
     """For `choice`: compare summed log-likelihoods, or per UTF-8 byte of the choice."""
     system: str | None = None
     """System turn put before every item; the template's own default when not given."""
-    max_new_tokens: int = Field(default=64, gt=0, le=4096)
+    max_new_tokens: int = Field(64, gt=0, le=4096)
     """For `generate`: the longest answer, in tokens."""
-    limit: int | None = Field(default=None, gt=0)
+    limit: int | None = Field(None, gt=0)
     """Use only the first items, in file order."""
     margin: Points | None = None
     """Overrides the gate's margin for this probe: the drop that must be ruled out."""
@@ -116,46 +161,54 @@ class Probe(Config):
             raise ValueError("'verifier' is needed for kind 'generate', and for no other kind")
         if self.safety and self.role != "guard":
             raise ValueError("'safety: true' needs role 'guard'")
+        self._check_unread()
         return self
+
+    def _check_unread(self) -> None:
+        """Raise for a setting that this kind of probe would not read."""
+        readers = {
+            "normalise": ("choice",),
+            "max_new_tokens": ("generate",),
+            "system": ("choice", "generate", "bits_per_byte"),
+        }
+        kind = self.kind or "lm_eval"
+        for name, kinds in readers.items():
+            if kind not in kinds and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"'{name}' is read by {', '.join(kinds)} only, this probe is of kind {kind}")
 
 
 class Lora(Config):
     """A low-rank update on frozen weights (Hu et al. 2021, arXiv:2106.09685)."""
 
-    rank: int = Field(default=16, gt=0, le=1024)
+    rank: int = Field(16, gt=0, le=1024)
     """Rank of the update. 16 is the rank of Apple's shipped adapters (arXiv:2407.21075)."""
     alpha: Positive | None = None
     """Scale is alpha / rank; twice the rank when not given."""
-    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    dropout: float = Field(0.0, ge=0.0, lt=1.0)
     """Dropout on the adapter's input."""
     targets: Literal["all-linear"] | list[str] = "all-linear"
     """Names of the linear layers to adapt; `all-linear` is every linear layer but the head."""
 
 
-class Tune(Config):
+class Tune(OneKey):
     """What is trained: exactly one key, or the bare word `full` or `lora`."""
 
+    bare_names = ("lora", "full")
+    noun = "tune"
+
     lora: Lora | None = None
-    full: dict[str, Any] | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _bare_name(cls, value: Any) -> Any:
-        return _from_bare_name(value, "full", "lora")
-
-    @model_validator(mode="after")
-    def _one_key(self) -> "Tune":
-        if self.full:
-            raise ValueError("'full' takes no options")
-        return _exactly_one(self, "tune")
+    """A new adapter on frozen weights."""
+    full: NoOptions | None = None
+    """Every weight."""
 
 
 class Replay(Config):
     """Old or general rows mixed into the stream of new ones (rehearsal)."""
 
     share: Share = 0.2
-    """Share of the final stream that is replayed: 0.2 is one row in five. 0 turns replay off."""
-    sources: list[str] = Field(default_factory=lambda: ["history"], alias="from", min_length=1)
+    """Share of the final stream that is replayed: 0.2 is one row in five. 0 turns replay off. Where no `replay` of the
+    stage or of `defaults` gives it, it is the preset's."""
+    sources: Names = Field(default_factory=lambda: ["history"], alias="from")
     """Data sources to replay, and `history`: the training rows of this run's promoted rounds."""
     dedup: bool = True
     """Leave out replay rows whose normalised text is also a new row."""
@@ -167,8 +220,9 @@ class Anchor(Config):
     """A penalty on divergence from a frozen reference (Ziegler et al. 2019, arXiv:1909.08593)."""
 
     kl: NonNegative = 0.05
-    """Weight of the KL term, per token of the anchored positions. 0 turns the anchor off."""
-    to: str = "start"
+    """Weight of the KL term, per token of the anchored positions. 0 turns the anchor off. Where no `anchor` of the
+    stage or of `defaults` gives it, it is the preset's."""
+    to: PlaceText = "start"
     """The reference: `start` (what this stage starts from), `base`, `champion`, or the path of a checkpoint."""
     on: Literal["replay", "new", "both"] = "replay"
     """Which rows' counted positions are anchored."""
@@ -183,30 +237,30 @@ class Anchor(Config):
 class Ema(Config):
     """Exponential moving average of the trained weights; the average is the stage's result."""
 
-    decay: float = Field(default=0.99, gt=0.0, lt=1.0)
+    decay: float = Field(0.99, gt=0.0, lt=1.0)
     """Kept share of the old average at each step. 0.99 suits runs below 2,000 steps."""
 
 
 class Sft(Config):
     """Supervised fine-tuning: cross-entropy on completion tokens."""
 
-    data: Names | dict[Name, Positive]
+    data: Names | Annotated[dict[Name, Positive], Field(min_length=1)]
     """Names of new-data sources, each seen once an epoch, or `name: weight` for shares of the new rows."""
     epochs: Positive | None = None
     """Passes over the new rows. Give `epochs` or `steps`; the preset's epochs when neither is given."""
-    steps: int | None = Field(default=None, gt=0)
+    steps: int | None = Field(None, gt=0)
     """Optimizer steps."""
     lr: Annotated[float, Field(gt=0.0, le=1.0, allow_inf_nan=False)] | None = None
     """Peak learning rate; the preset's when not given."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """Shape of the decay to 0 after warm-up; `constant` does not decay."""
-    warmup: float = Field(default=0.03, ge=0.0, lt=1.0)
+    warmup: float = Field(0.03, ge=0.0, lt=1.0)
     """Share of the steps over which the learning rate rises from 0."""
-    batch_rows: int = Field(default=16, gt=0)
+    batch_rows: int = Field(16, gt=0)
     """Rows in one optimizer step, replay included, over all processes."""
-    micro_batch_rows: int = Field(default=4, gt=0)
+    micro_batch_rows: int = Field(4, gt=0)
     """Rows in one forward pass of one process. Changes speed and memory, not the loss."""
-    max_tokens: int = Field(default=1024, gt=1)
+    max_tokens: int = Field(1024, gt=1)
     """Longest row in tokens."""
     too_long: Literal["error", "drop"] = "error"
     """A row longer than `max_tokens` stops the run before training, or is left out and reported. Never cut."""
@@ -218,14 +272,14 @@ class Sft(Config):
     """Recompute activations in the backward pass: less memory, more time, the same result."""
     ema: Ema | None = None
     """Average the weights over the steps."""
-    save_steps: int = Field(default=50, gt=0)
+    save_steps: int = Field(50, gt=0)
     """Optimizer steps between two resume points."""
     tune: Tune | None = None
     """What is trained here; `defaults.tune` or the preset when not given."""
     replay: Replay | None = None
-    """Replay here; `defaults.replay` or the preset when not given."""
+    """Replay here; what it leaves out comes from `defaults.replay`, then from the preset."""
     anchor: Anchor | None = None
-    """Anchor here; `defaults.anchor` or the preset when not given."""
+    """Anchor here; what it leaves out comes from `defaults.anchor`, then from the preset."""
 
     @model_validator(mode="after")
     def _one_length(self) -> "Sft":
@@ -236,26 +290,24 @@ class Sft(Config):
         return self
 
 
-class Stage(Config):
+class Stage(OneKey):
     """One step that makes a checkpoint: exactly one key, the kind."""
 
+    noun = "a stage"
+
     sft: Sft | None = None
-
-    @model_validator(mode="after")
-    def _one_key(self) -> "Stage":
-        return _exactly_one(self, "a stage")
-
-    @property
-    def kind(self) -> str:
-        return next(name for name in type(self).model_fields if getattr(self, name) is not None)
+    """Supervised fine-tuning."""
 
 
 class Defaults(Config):
     """What a stage gets when it does not say otherwise."""
 
     tune: Tune | None = None
+    """What is trained; the preset's when not given."""
     replay: Replay | None = None
+    """Replay of every stage, field by field."""
     anchor: Anchor | None = None
+    """Anchor of every stage, field by field."""
 
 
 class Margins(Config):
@@ -279,14 +331,14 @@ class Margins(Config):
 class Gate(Config):
     """When a candidate is promoted. Formulas and reasons: docs/gate.md."""
 
-    alpha: float = Field(default=0.05, gt=0.0, le=0.5)
+    alpha: float = Field(0.05, gt=0.0, le=0.5)
     """One-sided error of each test: of a false promote and of a false hold."""
     margin: Margins = Margins()
-    min_gain: float = Field(default=0.0, ge=0.0, lt=1.0)
+    min_gain: float = Field(0.0, ge=0.0, lt=1.0)
     """The target's mean gain must reach this; its lower bound must be above 0."""
-    min_items: int = Field(default=200, gt=0)
+    min_items: int = Field(200, gt=0)
     """A guard or target with fewer items cannot promote."""
-    min_clusters: int = Field(default=30, gt=0)
+    min_clusters: int = Field(30, gt=0)
     """A guard or target with fewer clusters cannot promote."""
 
 
@@ -297,32 +349,23 @@ class Interpolate(Config):
     """Shares of the candidate to try, applied in memory; only the winner is written."""
 
 
-class Rung(Config):
+class Rung(OneKey):
     """One rung of the rescue ladder: exactly one key, or its bare name."""
 
+    bare_names = ("interpolate", "discard")
+    noun = "a rescue rung"
+
     interpolate: Interpolate | None = None
-    discard: dict[str, Any] | None = None
+    """Between the reference and the candidate."""
+    discard: NoOptions | None = None
     """Set the candidate aside; the champion stays, bit for bit."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _bare_name(cls, value: Any) -> Any:
-        return _from_bare_name(value, "interpolate", "discard")
-
-    @model_validator(mode="after")
-    def _one_key(self) -> "Rung":
-        return _exactly_one(self, "a rescue rung")
-
-    @property
-    def kind(self) -> str:
-        return next(name for name in type(self).model_fields if getattr(self, name) is not None)
 
 
 class Round(Config):
     """One update of the model: stages in order, from a start checkpoint to a candidate."""
 
     name: Name
-    start: str = "champion"
+    start: PlaceText = "champion"
     """`champion` (the base before any promotion), `base`, or the path of a checkpoint."""
     stages: list[Stage] = Field(min_length=1)
     roles: dict[Name, Role] = {}
@@ -338,7 +381,7 @@ class Numerics(Config):
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of weights and activations; trained weights keep a float32 master copy."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: int | None = Field(default=None, gt=0)
+    threads: int | None = Field(None, gt=0)
     """CPU threads; all available cores when not given."""
 
 
@@ -351,18 +394,18 @@ class Recipe(Config):
     evertune: Literal[1]
     """Version of this schema."""
     name: Name
-    base: str
+    base: PlaceText
     """Bundled name (`smollm2-135m`), folder of a Hugging Face model or PEFT adapter, or a `.gguf` file."""
-    workspace: str
+    workspace: PlaceText
     """Folder of this run's checkpoints, ledger and cache, relative to the recipe."""
-    seed: int = Field(default=0, ge=0, lt=2**31)
+    seed: int = Field(0, ge=0, lt=2**31)
     preset: Literal["gentle", "balanced", "full"] = "balanced"
     """Where values come from that neither a stage nor `defaults` gives: docs/recipe.md lists each number's source."""
     data: dict[Name, DataSource] = Field(min_length=1)
     probes: dict[Name, Probe] = Field(min_length=1)
     defaults: Defaults = Defaults()
     gate: Gate = Gate()
-    rescue: list[Rung] = Field(default_factory=lambda: [Rung(interpolate=Interpolate()), Rung(discard={})])
+    rescue: list[Rung] = Field(default_factory=lambda: [Rung(interpolate=Interpolate()), Rung(discard=NoOptions())])
     """Tried in order after a round that is not promoted; each attempt is probed and judged like any candidate."""
     rounds: list[Round] = Field(min_length=1)
     numerics: Numerics = Numerics()
@@ -377,50 +420,43 @@ class Recipe(Config):
         return self
 
 
-def _from_bare_name(value: Any, *names: str) -> Any:
-    """`full` stands for `{full: {}}`."""
-    if not isinstance(value, str):
-        return value
-    if value not in names:
-        raise ValueError(f"found {value!r}, expected {', '.join(names)}, or a mapping with one key")
-    return {value: {}}
-
-
-def _exactly_one(config: Any, what: str) -> Any:
-    given = [name for name in type(config).model_fields if getattr(config, name) is not None]
-    if len(given) != 1:
-        known = ", ".join(type(config).model_fields)
-        raise ValueError(f"{what} has exactly one key of: {known}; found {', '.join(given) or 'none'}")
-    return config
-
-
 def _check_references(recipe: Recipe) -> None:
-    """Raise for a data source that no entry names, a repeated round name, or a source of the wrong format."""
-    names = [one.name for one in recipe.rounds]
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise ValueError(f"round names must differ; repeated: {', '.join(repeated)}")
+    """Raise for names that name nothing, names that stand twice, and sources of the wrong format: one line each."""
+    problems = [*_round_problems(recipe), *_source_problems(recipe)]
     if "history" in recipe.data:
-        raise ValueError("data source 'history' is a reserved name: the rows of promoted rounds")
-    replays = [("defaults.replay", recipe.defaults.replay)]
+        problems.append("data.history: 'history' is a reserved name: the rows of promoted rounds")
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def _round_problems(recipe: Recipe) -> Iterator[str]:
+    names = [one.name for one in recipe.rounds]
     for i, one in enumerate(recipe.rounds):
-        for name in one.roles:
+        if one.name in names[:i]:
+            first = names.index(one.name)
+            yield f"rounds[{i}].name: '{one.name}' is also the name of rounds[{first}]; names must differ"
+        for name, role in one.roles.items():
             if name not in recipe.probes:
-                raise ValueError(f"rounds[{i}].roles: no probe '{name}'; probes has: {', '.join(recipe.probes)}")
+                yield f"rounds[{i}].roles.{name}: no probe '{name}'; probes has: {', '.join(recipe.probes)}"
+            elif recipe.probes[name].safety and role != "guard":
+                yield f"rounds[{i}].roles.{name}: found '{role}', expected 'guard': the probe has 'safety: true'"
+
+
+def _source_problems(recipe: Recipe) -> Iterator[str]:
+    named = [("defaults.replay.from", one) for one in _replayed(recipe.defaults.replay)]
+    for i, one in enumerate(recipe.rounds):
         for k, stage in enumerate(one.stages):
             if stage.sft is not None:
                 place = f"rounds[{i}].stages[{k}].sft"
-                for name in stage.sft.data:
-                    _check_source(recipe, name, f"{place}.data")
-                replays.append((f"{place}.replay", stage.sft.replay))
-    for place, replay in replays:
-        for name in replay.sources if replay else []:
-            if name != "history":
-                _check_source(recipe, name, f"{place}.from")
+                named += [(f"{place}.data", name) for name in stage.sft.data]
+                named += [(f"{place}.replay.from", name) for name in _replayed(stage.sft.replay)]
+    for place, name in named:
+        source = recipe.data.get(name)
+        if source is None:
+            yield f"{place}: no data source '{name}'; data has: {', '.join(recipe.data)}"
+        elif source.format not in ("messages", "text"):
+            yield f"{place}: '{name}' has format '{source.format}'; sft reads messages and text"
 
 
-def _check_source(recipe: Recipe, name: str, place: str) -> None:
-    if name not in recipe.data:
-        raise ValueError(f"{place}: no data source '{name}'; data has: {', '.join(recipe.data)}")
-    if recipe.data[name].format not in ("messages", "text"):
-        raise ValueError(f"{place}: '{name}' has format '{recipe.data[name].format}'; sft reads messages and text")
+def _replayed(replay: Replay | None) -> list[str]:
+    return [name for name in replay.sources if name != "history"] if replay else []
