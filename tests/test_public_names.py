@@ -41,7 +41,7 @@ def test_make_replay_stream_refuses_a_ratio_outside_zero_to_one(ratio: float) ->
 
 
 def test_make_replay_stream_refuses_to_replay_nothing() -> None:
-    with pytest.raises(DataError, match="empty"):
+    with pytest.raises(DataError, match="old_data"):
         evertune.make_replay_stream([1], [], 0.5)
 
 
