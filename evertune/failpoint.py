@@ -21,6 +21,8 @@ FAILPOINTS = (
     "ledger.inserted",
     "ledger.committed",
     "resume.begin",
+    "resume.file_synced",
+    "resume.manifest_synced",
     "resume.renamed",
     "resume.end",
     "current.begin",
