@@ -145,7 +145,7 @@ def score_rows(forward: Forward, rows: Sequence[Tokens], *, batch_tokens: int = 
     for batch in batches([len(row.ids) for row in rows], budget=batch_tokens):
         chosen = [rows[i] for i in batch]
         ids_BT, _ = forward.pad([row.ids for row in chosen])
-        outputs = forward.decoder(input_ids=ids_BT, use_cache=False)
+        outputs = forward.decoder(input_ids=ids_BT[:, :-1], use_cache=False)
         logps = _counted_log_probabilities(forward, outputs, ids_BT, [row.counted for row in chosen])
         for i, values in zip(batch, logps, strict=True):
             found[i] = values
@@ -180,20 +180,19 @@ def _score_branched(forward: Forward, groups: Sequence[Sequence[Tokens]], shared
     owner_R = torch.tensor([b for b, _ in pairs], device=forward.device)
     cache.batch_select_indices(owner_R)
     ids_RC, mask_RC = forward.pad([row.ids[shared[b] :] for b, row in pairs])
-    outputs = forward.read_on(ids_RC, torch.cat([mask_BP[owner_R], mask_RC], dim=1), cache)
+    outputs = forward.read_on(ids_RC[:, :-1], torch.cat([mask_BP[owner_R], mask_RC[:, :-1]], dim=1), cache)
     return _counted_log_probabilities(forward, outputs, ids_RC, [row.counted[shared[b] :] for b, row in pairs])
 
 
 def _counted_log_probabilities(
     forward: Forward, outputs: Any, ids_BT: Tensor, counted: Sequence[Sequence[bool]]
 ) -> list[list[float]]:
-    """Per row, the log-probabilities of its counted tokens; the row's first token is context."""
-    asked_BT = torch.zeros(ids_BT.shape, dtype=torch.bool)
+    """Per row, the log-probabilities of its counted tokens; `outputs` are of all columns of the ids but the last."""
+    asked_BT = torch.zeros((len(ids_BT), ids_BT.shape[1] - 1), dtype=torch.bool)
     for b, row in enumerate(counted):
         asked_BT[b, : len(row) - 1] = torch.tensor(row[1:], dtype=torch.bool)
     asked_BT = asked_BT.to(forward.device)
-    targets_N = ids_BT[:, 1:][asked_BT[:, :-1]]
-    values = iter(forward.log_probabilities(outputs, asked_BT, targets_N))
+    values = iter(forward.log_probabilities(outputs, asked_BT, ids_BT[:, 1:][asked_BT]))
     return [[next(values) for _ in range(sum(row[1:]))] for row in counted]
 
 

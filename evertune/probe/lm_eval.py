@@ -161,15 +161,19 @@ def _scores(opened: OpenModel, probe: LmEvalProbe, results: Mapping[str, Any]) -
         direction="higher" if directions.pop() else "lower",
         ids=ids,
         score=np.array([_number(probe, one, metric) for _, one, metric in found]),
-        cluster=tuple(
-            str(one["doc"].get("cluster", name)) if isinstance(one["doc"], Mapping) else name
-            for name, (_, one, _) in zip(ids, found, strict=True)
-        ),
+        cluster=tuple(_cluster(one, name) for name, (_, one, _) in zip(ids, found, strict=True)),
         prediction=tuple(str(one["filtered_resps"]) for _, one, _ in found),
         expected=tuple(str(one["target"]) for _, one, _ in found),
         items_digest=digest_json({"probe": probe.digest, "ids": ids, "hashes": hashes}),
         template_digest=opened.codec.digest,
     )
+
+
+def _cluster(sample: Mapping[str, Any], otherwise: str) -> str:
+    """The item's `cluster` field, if it has one that is a text."""
+    doc = sample["doc"]
+    found = doc.get("cluster") if isinstance(doc, Mapping) else None
+    return found if isinstance(found, str) else otherwise
 
 
 def _of_one_filter(probe: LmEvalProbe, task: str, samples: Sequence[dict[str, Any]]) -> Iterator[tuple[Any, str]]:
