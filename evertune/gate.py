@@ -415,9 +415,8 @@ def _reasons(
     """Plain sentences, the ones that decided first."""
     reasons = [*broken]
     if decision == "HOLD":
-        harmed = sorted(
-            (one for one in evidence if one.outcome == "harm"), key=lambda one: (one.p_holm, one.difference)
-        )
+        harmed = [one for one in evidence if one.outcome == "harm"]
+        harmed.sort(key=lambda one: (one.kind == "pooled", one.p_holm, one.difference))
         reasons += [one.reason for one in harmed]
     elif decision == "INCONCLUSIVE":
         reasons += [f"{one.reason}{_needed(one)}" for one in _failing(evidence)]
