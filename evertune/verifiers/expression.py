@@ -19,14 +19,14 @@ _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 def equal_expression(_: Any, output: str, answer: str | int | float) -> Outcome:
     r"""The output's final number or expression equals the answer, to six decimals. Valid: there is one.
 
-    Read are numbers and sums anywhere (`#### 1,234`, `x = 5`, `1/2`) and LaTeX inside `$...$` or `\boxed{...}`. A
-    percentage equals its share and its bare number: `50%` is 0.5 and 50.
+    Read are numbers and sums anywhere (`#### 1,234`, `x = 5`, `1/2`) and LaTeX inside `$...$` or `\boxed{...}`. What
+    stands after `####` comes first. A percentage equals its share and its bare number: `50%` is 0.5 and 50.
     Reading and comparing stop after five seconds each: what takes longer counts as not read, or not equal. The limit
     is an alarm signal, so this runs in a process's main thread only.
     """
     from math_verify import verify
 
-    found = _parse(output)
+    found = _parse(output.rpartition("####")[2]) or _parse(output)
     if not found:
         return Outcome(0.0, False)
     is_equal = verify(_parse_answer(answer), found, timeout_seconds=SECONDS)
