@@ -1,7 +1,7 @@
 """Values that neither a stage nor `defaults` gives, and where each number comes from."""
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from evertune.recipe.schema import Anchor, Config, Ema, Lora, NoOptions, Recipe, Replay, Sft, Tune
 
@@ -65,12 +65,12 @@ class ResolvedSft:
     lr: float
     epochs: float | None
     steps: int | None
-    schedule: str
+    schedule: Literal["linear", "cosine", "constant"]
     warmup: float
     batch_rows: int
     micro_batch_rows: int
     max_tokens: int
-    too_long: str
+    too_long: Literal["error", "drop"]
     weight_decay: float
     clip: float | None
     gradient_checkpointing: bool

@@ -1,0 +1,181 @@
+"""Reads all that a recipe names, and says what is wrong with it. A problem is a finding, not an exception."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+from evertune.check.estimate import Shapes, nearest_folder, shapes_of
+from evertune.check.findings import Finding, Severity
+from evertune.data.encode import Encoding
+from evertune.data.leak import find_leaks
+from evertune.data.replay import drop_duplicates
+from evertune.data.rows import Row, read_rows
+from evertune.errors import EvertuneError
+from evertune.ledger import Event, Ledger
+from evertune.model.bundled import home, resolve_base
+from evertune.model.checkpoint import Checkpoint, describe
+from evertune.model.codec import Codec, load_codec
+from evertune.probe.suite import AnyProbe, load_probe
+from evertune.recipe.load import LoadedRecipe
+from evertune.recipe.presets import resolve_stage
+from evertune.recipe.schema import Recipe, Sft
+
+LEAKS_SHOWN = 5
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+@dataclass
+class Look:
+    """What has been read so far, and the findings."""
+
+    loaded: LoadedRecipe
+    findings: list[Finding] = field(default_factory=list)
+    rows: dict[str, list[Row]] = field(default_factory=dict)
+    probes: list[AnyProbe] = field(default_factory=list)
+    base: Checkpoint | None = None
+    codec: Codec | None = None
+    encodings: dict[tuple[str, int, str], Encoding | None] = field(default_factory=dict)
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.loaded.recipe
+
+    def say(self, severity: Severity, place: str, message: str, remedy: str = "") -> None:
+        """Keep a finding."""
+        self.findings.append(Finding(severity, place, message, remedy))
+
+    def attempt(self, place: str, call: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T | None:
+        """The call's result; None and an error when it raises one of ours, or the system refuses."""
+        try:
+            return call(*arguments, **named)
+        except EvertuneError as error:
+            self.say("error", place, error.message, error.remedy)
+        except OSError as error:
+            self.say("error", place, f"{error.filename or 'the system'}: {error.strerror or error}.")
+        return None
+
+    @cached_property
+    def shapes(self) -> Shapes | None:
+        if self.base is None or self.codec is None:
+            return None
+        return self.attempt("base", shapes_of, self.base.base, self.codec.vocab_size)
+
+    @cached_property
+    def past(self) -> Sequence[Event]:
+        """Checkpoints in the workspace that this very recipe made."""
+        path = self.loaded.resolve(self.recipe.workspace) / "ledger.sqlite"
+        events = self.attempt("workspace", _events, path) if path.is_file() else None
+        runs = [one for one in events or () if one.kind == "run"]
+        if not any(one.body["recipe_digest"] == self.loaded.digest for one in runs):
+            return ()
+        return [one for one in events or () if one.kind == "checkpoint"]
+
+
+def digest_cache() -> Path | None:
+    """Digests of weights that were read before, beside the fetched models: the second check reads no weight.
+
+    None where nothing can be written there: then every check reads the weights.
+    """
+    place = home() / "digests.json"
+    return place if os.access(nearest_folder(place), os.W_OK) else None
+
+
+def read_data(look: Look) -> None:
+    """Every row of every source, and how many of them repeat."""
+    for name, source in look.recipe.data.items():
+        place = f"data.{name}"
+        path = look.loaded.resolve(source.path)
+        rows = look.attempt(place, read_rows, path, format=source.format, source=name, limit=source.limit)
+        if rows is None:
+            continue
+        look.rows[name] = rows
+        if source.format in ("messages", "text"):
+            repeated = drop_duplicates(rows, []).removed
+            if repeated:
+                told = f"{len(repeated)} of {len(rows)} rows repeat an earlier one, the first at {repeated[0].place}."
+                look.say("note", place, told)
+
+
+def read_probes(look: Look) -> None:
+    """Every item of every probe, with its verifier."""
+    for name, probe in look.recipe.probes.items():
+        settings = probe.model_dump(exclude_none=True)
+        loaded = look.attempt(f"probes.{name}", load_probe, name, settings=settings, root=look.loaded.folder)
+        if loaded is not None:
+            look.probes.append(loaded)
+
+
+def read_models(look: Look) -> None:
+    """The base with its tokenizer and template, and the checkpoints that rounds and anchors name by path."""
+    path = look.attempt("base", resolve_base, look.recipe.base, folder=look.loaded.folder)
+    look.base = look.attempt("base", describe, path, cache=digest_cache()) if path is not None else None
+    if look.base is not None:
+        look.codec = look.attempt("base", load_codec, look.base.base.path)
+    if look.codec is not None:
+        _look_at_template(look, look.codec)
+    for place, written in _named_checkpoints(look):
+        found = look.attempt(place, describe, look.loaded.resolve(written), cache=digest_cache())
+        codec = look.attempt(place, load_codec, found.base.path) if found is not None else None
+        if codec is not None and look.codec is not None and codec.digest != look.codec.digest:
+            told = f"{written} has another tokenizer or chat template than the base."
+            look.say("error", place, told, "Name a checkpoint that stands on the same base.")
+
+
+def _look_at_template(look: Look, codec: Codec) -> None:
+    if codec.template is None:
+        asked = [f"probes.{one.name}" for one in look.probes if one.kind in ("choice", "generate")]
+        chats = [f"data.{name}" for name, source in look.recipe.data.items() if source.format != "text"]
+        if asked or chats:
+            told = f"{codec.folder} has no chat template, and {', '.join([*chats, *asked])} need one."
+            look.say("error", "base", told, "Add the chat_template.jinja that the model was trained with.")
+            look.codec = None
+        return
+    trains_stop = look.attempt("base", codec.trains_stop)
+    if trains_stop is None:
+        look.codec = None
+    elif not trains_stop:
+        told = "the loss mask would never train a stop token: answers would not learn to end."
+        remedy = "Let the chat template end an assistant's turn with a stop token of generation_config.json."
+        look.say("error", "base", told, remedy)
+
+
+def _named_checkpoints(look: Look) -> Iterator[tuple[str, str]]:
+    for i, one in enumerate(look.recipe.rounds):
+        if one.start not in ("champion", "base"):
+            yield f"rounds[{i}].start", one.start
+        for k, stage in enumerate(one.stages):
+            if stage.sft is not None:
+                anchor = resolve_stage(look.recipe, stage.sft).anchor
+                if anchor.kl and anchor.to not in ("start", "base", "champion"):
+                    yield f"rounds[{i}].stages[{k}].sft.anchor.to", anchor.to
+
+
+def look_at_leaks(look: Look) -> None:
+    """Rows that are trained on or replayed and hold an item of a probe."""
+    stages = [stage.sft for one in look.recipe.rounds for stage in one.stages if stage.sft is not None]
+    texts = [text for probe in look.probes for text in probe.texts()]
+    for name in sorted({name for stage in stages for name in sources_of(look.recipe, stage)} & set(look.rows)):
+        leaks = find_leaks(look.rows[name], texts)
+        for leak in leaks[:LEAKS_SHOWN]:
+            told = (
+                f"{leak.file}:{leak.line} holds item {leak.item!r} of probe '{leak.probe}' ({leak.how}): a probe that "
+                "was trained on measures nothing."
+            )
+            look.say("error", f"data.{name}", told, "Remove the row or the item.")
+        if len(leaks) > LEAKS_SHOWN:
+            look.say("error", f"data.{name}", f"{len(leaks) - LEAKS_SHOWN} more rows hold items of probes.")
+
+
+def _events(path: Path) -> list[Event]:
+    return Ledger.open(path, create=False).events()
+
+
+def sources_of(recipe: Recipe, stage: Sft) -> list[str]:
+    """Names of all sources that a stage reads, new ones first."""
+    replay = resolve_stage(recipe, stage).replay
+    return list(dict.fromkeys([*stage.data, *(one for one in replay.sources if one != "history" and replay.share)]))

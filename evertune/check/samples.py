@@ -1,0 +1,39 @@
+"""Rows rendered through the chat template, with what carries loss told apart."""
+
+from itertools import groupby
+
+from evertune.check.findings import Sample
+from evertune.data.encode import EncodedRow, encode_rows
+from evertune.data.rows import read_rows
+from evertune.model.bundled import resolve_base
+from evertune.model.checkpoint import describe
+from evertune.model.codec import Codec, load_codec
+from evertune.recipe.load import LoadedRecipe
+
+NO_LIMIT = 1 << 30
+
+
+def render_samples(loaded: LoadedRecipe, count: int) -> list[Sample]:
+    """The first `count` rows of every source of new data, in the order the rounds name them.
+
+    Raises:
+        DataError, CheckpointError: a file, the base or its template is not what it should be.
+    """
+    base = describe(resolve_base(loaded.recipe.base, folder=loaded.folder))
+    codec = load_codec(base.base.path)
+    stages = [stage.sft for one in loaded.recipe.rounds for stage in one.stages if stage.sft is not None]
+    samples = []
+    for name in dict.fromkeys(name for stage in stages for name in stage.data):
+        source = loaded.recipe.data[name]
+        limit = min(count, source.limit or count)
+        rows = read_rows(loaded.resolve(source.path), format=source.format, source=name, limit=limit)
+        encoded = encode_rows(rows, codec, max_tokens=NO_LIMIT, too_long="drop")
+        samples += [sample_of(row, codec) for row in encoded.rows]
+    return samples
+
+
+def sample_of(row: EncodedRow, codec: Codec) -> Sample:
+    """The row's text in pieces; special tokens are shown."""
+    tokens = zip(row.ids.tolist(), row.counted.tolist(), strict=True)
+    pieces = [(counted, [token for token, _ in group]) for counted, group in groupby(tokens, key=lambda one: one[1])]
+    return Sample(row.source, row.id, tuple((codec.decode(ids, special=True), counted) for counted, ids in pieces))
