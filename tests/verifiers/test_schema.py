@@ -81,9 +81,9 @@ def test_a_text_answer_is_not_read() -> None:
 
 
 def test_a_pattern_that_backtracks_for_ever_is_the_verifiers_failure() -> None:
-    start = time.monotonic()
+    start = time.process_time()
     found = check({"json_schema": {"pattern": "^(a|aa)+$"}}, output='"' + "a" * 200 + '!"', answer=None)
-    assert time.monotonic() - start < 10
+    assert time.process_time() - start < 10
     assert found.error == "TimeoutError: regex timed out"
 
 
