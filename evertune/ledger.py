@@ -51,11 +51,11 @@ SCHEMA = (
 )
 _REBUILT = "If the file is damaged, move it away and run the recipe again: it is rebuilt from the objects."
 _REMEDIES = {
-    "SQLITE_BUSY": "Another program has it open: close that and run the same command again.",
-    "SQLITE_FULL": "Free some disk space and run the same command again: nothing is lost.",
-    "SQLITE_IOERR_WRITE": "Free some disk space or check the disk, and run the same command again: nothing is lost.",
-    "SQLITE_READONLY": "Check the permissions of the file and its folder.",
-    "SQLITE_CANTOPEN": "Check that it is there, and the permissions of the file and its folder.",
+    sqlite3.SQLITE_BUSY: "Another program has it open: close that and run the same command again.",
+    sqlite3.SQLITE_FULL: "Free some disk space and run the same command again: nothing is lost.",
+    sqlite3.SQLITE_IOERR: "Free some disk space or check the disk, and run the same command again: nothing is lost.",
+    sqlite3.SQLITE_READONLY: "Check the permissions of the file and its folder.",
+    sqlite3.SQLITE_CANTOPEN: "Check that it is there, and the permissions of the file and its folder.",
 }
 
 
@@ -204,7 +204,8 @@ class Ledger:
             finally:
                 connection.close()
         except sqlite3.Error as error:
-            remedy = _REMEDIES.get(getattr(error, "sqlite_errorname", ""), _REBUILT)
+            # The low byte is the kind of error, the rest its detail.
+            remedy = _REMEDIES.get(getattr(error, "sqlite_errorcode", 0) & 0xFF, _REBUILT)
             raise WorkspaceError(f"the ledger {self.path} cannot be used: {error}.", remedy=remedy) from error
         except OSError as error:
             raise disk_error(error, f"the ledger {self.path} cannot be written") from error
