@@ -18,6 +18,7 @@ from evertune.errors import IntegrityError
 from evertune.gate import Verdict, judge
 from evertune.hashing import digest_json
 from evertune.ledger import Event, Ledger, record_event, write_current
+from evertune.ledger import champion as champion_of
 from evertune.model.checkpoint import Checkpoint, describe
 from evertune.plan import GATE_VERSION, Plan, make_plan, sft_spec
 from evertune.probe.scores import ItemScores
@@ -106,6 +107,7 @@ def run_recipe(loaded: LoadedRecipe, *, display: Display | None = None, start_me
         position = begin(session)
         for one in plan.recipe.rounds:
             position = run_round(session, one, position)
+        _agree_on_champion(session, position)
         write_current(workspace, session.ledger)
     return Outcome(session.decisions, session.stages_run, session.probes_run)
 
@@ -353,6 +355,21 @@ def _after_settling(session: Session, position: Position) -> Position:
     if checkpoint.digest != event.body["checkpoint"]:
         raise IntegrityError(f"'{event.body['label']}', promoted by hand, is no longer what it was: {checkpoint.path}.")
     return replace(position, champion=probe(session, Model(checkpoint, event.body["label"])))
+
+
+def _agree_on_champion(session: Session, position: Position) -> None:
+    """A recipe that was changed and changed back ends at an older champion than the last one recorded: say so."""
+    recorded = champion_of(session.ledger)
+    now = position.champion
+    if recorded is None or recorded.body["checkpoint"] == now.checkpoint.digest:
+        return
+    body = {
+        "label": now.label,
+        "checkpoint": now.checkpoint.digest,
+        "from": recorded.body["label"],
+        "reason": "the recipe as it stands ends here",
+    }
+    _record(session, "rollback", digest_json({**body, "head": session.ledger.head()}), body)
 
 
 def _recover(session: Session) -> None:
