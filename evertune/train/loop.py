@@ -290,9 +290,8 @@ def make_accelerator(*, device: str, track: Sequence[str], logging_dir: Any) -> 
             "numerics.device is 'cuda', but no CUDA device is visible.",
             remedy="Use 'auto' or 'cpu', or install a driver.",
         )
-    return Accelerator(
-        cpu=device == "cpu", mixed_precision="no", log_with=list(track) or None, project_dir=str(logging_dir)
-    )
+    is_cpu = device == "cpu" or not torch.cuda.is_available()
+    return Accelerator(cpu=is_cpu, mixed_precision="no", log_with=list(track) or None, project_dir=str(logging_dir))
 
 
 def _any_process(accelerator: Accelerator, claim: bool) -> bool:

@@ -46,10 +46,10 @@ def run_sft(spec: SftSpec, workspace: Workspace) -> dict[str, Any]:
     if done is not None:
         return _result(done)
     require_trackers(spec.track)
-    if spec.threads is not None:
-        torch.set_num_threads(spec.threads)
     points = ResumePoints(workspace, spec.key)
     accelerator = make_accelerator(device=spec.device, track=spec.track, logging_dir=points.folder / "trackers")
+    if spec.threads is not None:
+        torch.set_num_threads(spec.threads)
     opened, trained = open_trained(spec, accelerator)
     material = load_material(spec, opened.codec, world_size=accelerator.num_processes)
     trainer = make_trainer(spec, opened, trained, material, workspace, accelerator)
@@ -58,6 +58,7 @@ def run_sft(spec: SftSpec, workspace: Workspace) -> dict[str, Any]:
     if found is not None:
         trainer.masters.load_state(found.state)
     first, history = (found.step, found.history) if found is not None else (0, [])
+    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         points.drop_after(first)
     start_trackers(accelerator, spec.label, spec.settings(), folder=points.folder / "trackers")
