@@ -12,6 +12,7 @@ from evertune.model import bundled
 from evertune.model.bundled import fetch_bundled, find_package_file, resolve_base
 from evertune.model.checkpoint import describe, read_json
 from evertune.model.gguf import import_gguf
+from evertune.model.header import read_header
 from evertune.model.open import open_model
 from tests.tiny import CHATML
 
@@ -181,6 +182,7 @@ def test_an_imported_gguf_has_the_file_s_values_tokens_and_settings(empty_home: 
     folder = fetch_bundled(str(file))
     assert resolve_base(str(file)) == folder
     assert_weights_equal(folder, tensors, HEADS, KV_HEADS)
+    assert {one.dtype for one in read_header(folder / "model.safetensors").values()} == {"BF16"}
     config = read_json(folder / "config.json")
     assert config["rope_parameters"]["rope_theta"] == 50000.0
     assert config["rms_norm_eps"] == pytest.approx(1e-5)

@@ -133,6 +133,15 @@ def test_marks_inside_macros_and_blocks_are_found_where_their_text_ends_up(tmp_p
     assert said(codec, codec.encode_chat(MULTI_TURN[:2])) == "Hi! 🙂<|im_end|>"
 
 
+def test_a_filter_that_changes_marked_text_afterwards_is_refused(tmp_path: Path) -> None:
+    template = (
+        "{% set all %}{% for m in messages %}{% generation %} {{ m.content }} {% endgeneration %}{% endfor %}{% endset %}"
+        "{{ all | trim }}"
+    )
+    with pytest.raises(CheckpointError, match="inside"):
+        make_codec(tmp_path, template).encode_chat(MULTI_TURN)
+
+
 @pytest.mark.parametrize("name", ["chatml", "llama2", "generation"])
 def test_the_prompt_is_a_strict_prefix_of_the_conversation_up_to_the_first_counted_token(
     tmp_path: Path, name: str
