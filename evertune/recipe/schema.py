@@ -98,7 +98,7 @@ class DataSource(Config):
 
 
 class Verifier(OneKey):
-    """How a generated answer is checked: exactly one key, or its bare name where no argument is needed."""
+    """How a generated answer is checked: exactly one key."""
 
     bare_names = ("exact", "contains", "math")
     noun = "a verifier"
@@ -191,7 +191,7 @@ class Lora(Config):
 
 
 class Tune(OneKey):
-    """What is trained: exactly one key, or the bare word `full` or `lora`."""
+    """What is trained: exactly one key."""
 
     bare_names = ("lora", "full")
     noun = "tune"
@@ -209,9 +209,10 @@ class Replay(Config):
     """Share of the final stream that is replayed: 0.2 is one row in five. 0 turns replay off. Where no `replay` of the
     stage or of `defaults` gives it, it is the preset's."""
     sources: Names = Field(default_factory=lambda: ["history"], alias="from")
-    """Data sources to replay, and `history`: the training rows of this run's promoted rounds."""
+    """Data sources to replay, and `history`: the training rows of this run's promoted rounds. `[history]` when not
+    given; in the first round that is nothing, and the share is 0."""
     dedup: bool = True
-    """Leave out replay rows whose normalised text is also a new row."""
+    """Leave out replay rows whose normalised text is also a new row, or an earlier replay row."""
 
     model_config = ConfigDict(populate_by_name=True)
 
@@ -322,10 +323,10 @@ class Margins(Config):
     loss: Points = 0.005
     """Each `bits_per_byte` guard: relative rise of 0.5 %."""
     format: Points = 0.01
-    """Share of parseable answers of each generating guard: 1 point."""
+    """Form of the answers of each generating probe, the share that parses and the share that ends: 1 point."""
     ratchet: Points = 0.02
-    """Cumulative: against the best promoted score of each guard, over all rounds, on top of the probe's margin's
-    place: 2 points or the probe's own margin, whichever is larger."""
+    """Over all rounds, against the best promoted score of each guard: 2 points, or the guard's own margin where that
+    is larger. A `bits_per_byte` guard has its own margin only."""
 
 
 class Gate(Config):
@@ -334,6 +335,7 @@ class Gate(Config):
     alpha: float = Field(0.05, gt=0.0, le=0.5)
     """One-sided error of each test: of a false promote and of a false hold."""
     margin: Margins = Margins()
+    """By what is compared."""
     min_gain: float = Field(0.0, ge=0.0, lt=1.0)
     """The target's mean gain must reach this; its lower bound must be above 0."""
     min_items: int = Field(200, gt=0)
@@ -350,7 +352,7 @@ class Interpolate(Config):
 
 
 class Rung(OneKey):
-    """One rung of the rescue ladder: exactly one key, or its bare name."""
+    """One rung of the rescue ladder: exactly one key."""
 
     bare_names = ("interpolate", "discard")
     noun = "a rescue rung"
@@ -365,9 +367,11 @@ class Round(Config):
     """One update of the model: stages in order, from a start checkpoint to a candidate."""
 
     name: Name
+    """Of the round; its checkpoints are called `<name>/1-sft` and so on."""
     start: PlaceText = "champion"
     """`champion` (the base before any promotion), `base`, or the path of a checkpoint."""
     stages: list[Stage] = Field(min_length=1)
+    """Done one after the other; the last one's checkpoint is the candidate."""
     roles: dict[Name, Role] = {}
     """Roles of probes in this round where they differ from the probe's own: a skill is the `target` of the round that
     teaches it and a `guard` in later ones."""
@@ -381,6 +385,7 @@ class Numerics(Config):
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of weights and activations; trained weights keep a float32 master copy."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` is a GPU where there is one."""
     threads: int | None = Field(None, gt=0)
     """CPU threads; all available cores when not given."""
 
@@ -394,21 +399,30 @@ class Recipe(Config):
     evertune: Literal[1]
     """Version of this schema."""
     name: Name
+    """Of the run, in the ledger and the report."""
     base: PlaceText
     """Bundled name (`smollm2-135m`), folder of a Hugging Face model or PEFT adapter, or a `.gguf` file."""
     workspace: PlaceText
     """Folder of this run's checkpoints, ledger and cache, relative to the recipe."""
     seed: int = Field(0, ge=0, lt=2**31)
+    """Seeds the order of rows, new adapters and dropout: the same recipe gives the same model."""
     preset: Literal["gentle", "balanced", "full"] = "balanced"
     """Where values come from that neither a stage nor `defaults` gives: docs/recipe.md lists each number's source."""
     data: dict[Name, DataSource] = Field(min_length=1)
+    """Sources of training rows, by the name that stages use."""
     probes: dict[Name, Probe] = Field(min_length=1)
+    """What every checkpoint is asked."""
     defaults: Defaults = Defaults()
+    """What stages have in common."""
     gate: Gate = Gate()
+    """What a promotion must show."""
     rescue: list[Rung] = Field(default_factory=lambda: [Rung(interpolate=Interpolate()), Rung(discard=NoOptions())])
-    """Tried in order after a round that is not promoted; each attempt is probed and judged like any candidate."""
+    """Tried in order after a round that is not promoted; each attempt is probed and judged like any candidate.
+    `[interpolate, discard]` when not given."""
     rounds: list[Round] = Field(min_length=1)
+    """Updates, in order; each starts where the promoted ones before it lead."""
     numerics: Numerics = Numerics()
+    """Precision, device and threads."""
     launch: str | None = None
     """Command that starts a training process, such as `torchrun --nproc-per-node 2`."""
     track: list[Tracker] = []

@@ -65,9 +65,11 @@ def write_starter(folder: Path) -> list[Path]:
     """Write the recipe, its data and its probes; nothing is overwritten.
 
     Raises:
-        RecipeError: one of the files exists.
+        RecipeError: one of the files exists, or the folder is a file.
     """
     files = {"recipe.yaml": RECIPE, **{name: _lines(rows) for name, rows in _rows().items()}}
+    if folder.exists() and not folder.is_dir():
+        raise RecipeError(f"{folder} is a file, expected a folder.", remedy="Choose a new folder.")
     present = [name for name in files if (folder / name).exists()]
     if present:
         raise RecipeError(f"{folder / present[0]} exists; nothing was written.", remedy="Choose a new folder.")

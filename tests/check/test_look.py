@@ -209,7 +209,17 @@ REPORT_SCHEMA = {
             "type": "array",
             "minItems": 1,
             "items": {
-                "required": "label new_rows replay_rows steps tokens counted_tokens seconds disk_bytes done".split()
+                "required": [
+                    "label",
+                    "new_rows",
+                    "replay_rows",
+                    "steps",
+                    "tokens",
+                    "counted_tokens",
+                    "seconds",
+                    "disk_bytes",
+                    "done",
+                ]
             },
         },
         "disk": {"required": ["needed_bytes", "free_bytes"]},
