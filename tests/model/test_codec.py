@@ -135,8 +135,8 @@ def test_marks_inside_macros_and_blocks_are_found_where_their_text_ends_up(tmp_p
 
 def test_a_filter_that_changes_marked_text_afterwards_is_refused(tmp_path: Path) -> None:
     template = (
-        "{% set all %}{% for m in messages %}{% generation %} {{ m.content }} {% endgeneration %}{% endfor %}{% endset %}"
-        "{{ all | trim }}"
+        "{% set all %}{% for m in messages %}{% generation %} {{ m.content }} {% endgeneration %}{% endfor %}"
+        "{% endset %}{{ all | trim }}"
     )
     with pytest.raises(CheckpointError, match="inside"):
         make_codec(tmp_path, template).encode_chat(MULTI_TURN)
