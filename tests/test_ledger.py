@@ -296,6 +296,14 @@ def test_a_row_forged_with_a_right_hash_breaks_the_chain_after_it(workspace: Wor
     assert [one.place.split("sqlite ")[1] for one in ledger.verify()] == ["event 5 (promotion)"]
 
 
+def test_a_gap_in_the_numbers_is_found_though_the_hashes_fit(ledger: Ledger) -> None:
+    first = ledger.append("run", "a", {}, volatile={})
+    forged = ledger_module._chained(3, "run", "b", {}, {}, first.hash)
+    with ledger._connect() as connection:
+        connection.execute("INSERT INTO event VALUES (?, ?, ?, ?, ?, ?, ?)", ledger_module._row(forged))
+    assert [(one.found, one.expected) for one in ledger.verify()] == [("number 3", "number 2")]
+
+
 def test_a_whole_chain_forged_after_an_edit_differs_from_the_objects_and_from_current(
     workspace: Workspace, ledger: Ledger
 ) -> None:
@@ -465,6 +473,7 @@ def test_current_json_that_cannot_be_written_stays_as_it_was(
     workspace: Workspace, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(source: Path, target: Path) -> None:
+        assert Path(source).parent == workspace.tmp  # where the next start sweeps it after a kill
         raise OSError(errno.ENOSPC, "No space left on device")
 
     _fill(workspace, ledger)

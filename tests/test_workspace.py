@@ -302,8 +302,17 @@ def test_an_object_in_another_objects_place_is_found(workspace: Workspace) -> No
     workspace.path(KEY).rename(workspace.root / "aside")
     workspace.path(OTHER).rename(workspace.path(KEY))
     assert [one.place for one in workspace.verify_all()] == [str(workspace.path(KEY))]
-    workspace.path(OTHER).symlink_to(workspace.root / "aside")
-    assert [one.place for one in workspace.verify_all()] == [str(workspace.path(KEY)), str(workspace.path(OTHER))]
+
+
+def test_a_link_in_an_objects_place_is_found_and_moved_away(workspace: Workspace) -> None:
+    # What it points to can change, or go with the disk it lies on.
+    _publish(workspace)
+    workspace.path(KEY).rename(workspace.root / "aside")
+    workspace.path(KEY).symlink_to(workspace.root / "aside")
+    assert [(one.place, one.found) for one in workspace.verify_all()] == [(str(workspace.path(KEY)), "a symbolic link")]
+    assert len(workspace.recover().quarantined) == 1
+    assert workspace.keys() == []
+    assert verify_folder(workspace.root / "aside") == []
 
 
 def test_an_edited_record_with_the_old_digest_is_an_error(workspace: Workspace) -> None:
@@ -551,6 +560,7 @@ def test_a_path_that_cannot_be_a_folder_is_refused(tmp_path: Path, place: str) -
         ("host {parent} 9p rw 0 0", True),
         ("me@host: {root} fuse.sshfs rw 0 0", False),
         ("server:/x {parent} nfs4 rw 0 0\n/dev/sda {root} ext4 rw 0 0", False),
+        ("/dev/sda {root} ext4 rw 0 0\nserver:/x {parent} nfs4 rw 0 0", False),
         ("server:/x {root}-other nfs4 rw 0 0\n/dev/sda / ext4 rw 0 0", False),
     ],
 )
