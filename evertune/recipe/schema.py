@@ -1,7 +1,7 @@
 """The recipe: a tree of small frozen models, checked in full before any weight is loaded.
 
 A field is here only when code reads it. `None` means "not asked for": the preset or the stage decides. YAML and
-Python build the same objects; `evertune/recipe/load.py` adds file, line and "did you mean" to what goes wrong here.
+Python build the same objects; `problems.py` adds file, line and "did you mean" to what goes wrong here.
 """
 
 from collections.abc import Iterator

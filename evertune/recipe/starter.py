@@ -41,7 +41,7 @@ rounds:
           replay: {share: 0.2, from: [general]}         # one row in five
           anchor: {kl: 0.05, to: start, on: replay}     # stay close to the start on replayed rows
 """
-ITEMS = [
+ITEMS = (
     "lamp",
     "chair",
     "desk",
@@ -54,11 +54,16 @@ ITEMS = [
     "ladder",
     "bottle",
     "kettle",
-]
-COLOURS = ["red", "blue", "green", "white", "black"]
+)
+COLOURS = ("red", "blue", "green", "white", "black")
 CITIES = {"France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Germany": "Berlin", "Japan": "Tokyo",
           "Egypt": "Cairo", "Greece": "Athens", "Norway": "Oslo", "Russia": "Moscow", "China": "Beijing",
-          "Portugal": "Lisbon", "Poland": "Warsaw"}  # fmt: skip
+          "Portugal": "Lisbon", "Poland": "Warsaw", "Sweden": "Stockholm", "Finland": "Helsinki",
+          "Denmark": "Copenhagen", "Ireland": "Dublin", "Austria": "Vienna", "Hungary": "Budapest",
+          "Belgium": "Brussels", "Turkey": "Ankara", "Cuba": "Havana", "Peru": "Lima", "Chile": "Santiago",
+          "Kenya": "Nairobi"}  # fmt: skip
+# Orders are trained but for the last items of the list, which are asked.
+TRAINED_ORDERS = 40
 
 
 def write_starter(folder: Path) -> list[Path]:
@@ -82,22 +87,23 @@ def write_starter(folder: Path) -> list[Path]:
 def _rows() -> dict[str, list[dict[str, Any]]]:
     orders = [(f"Order: {count} {colour} {item}", f"{item}/{colour}/{count}")
               for i, item in enumerate(ITEMS) for colour in COLOURS for count in (i % 4 + 2,)]  # fmt: skip
-    trained, asked = orders[:48], orders[48:]
-    cities = sorted(CITIES.values())
+    trained, asked = orders[:TRAINED_ORDERS], orders[TRAINED_ORDERS:]
+    cities = list(CITIES.values())
     return {
         "orders.jsonl": [_chat(prompt, answer) for prompt, answer in trained],
         "general.jsonl": [_chat(f"Write the word {item}.", item) for item in ITEMS],
         "probe-orders.jsonl": [{"prompt": prompt, "answer": answer} for prompt, answer in asked],
         "probe-knowledge.jsonl": [
-            {"prompt": f"What is the capital of {land}?", "choices": _four(cities, city), "answer": city}
-            for land, city in CITIES.items()
+            {"prompt": f"What is the capital of {land}?", "choices": _four(cities, i), "answer": city}
+            for i, (land, city) in enumerate(CITIES.items())
         ],
     }
 
 
-def _four(cities: list[str], city: str) -> list[str]:
-    start = cities.index(city)
-    return sorted(cities[(start + 3 * i) % len(cities)] for i in range(4))
+def _four(cities: list[str], i: int) -> list[str]:
+    """City i and three others; each place is the right one equally often."""
+    others = [cities[(i + 5 * k) % len(cities)] for k in (1, 2, 3)]
+    return [*others[: i % 4], cities[i], *others[i % 4 :]]
 
 
 def _chat(prompt: str, answer: str) -> dict[str, Any]:

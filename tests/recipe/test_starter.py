@@ -21,8 +21,8 @@ def test_the_starter_has_no_findings_on_another_base_too(
     write_starter(tmp_path / "new")
     report = check_recipe(load_recipe(tmp_path / "new" / "recipe.yaml", overrides=[f"base={tiny_model}"]))
     assert report.findings == ()
-    # Three epochs of 48 rows and 12 replayed are 23 steps of 8, one row in five replayed.
-    assert (report.stages[0].new_rows, report.stages[0].steps) == (148, 23)
+    # Three epochs of 40 rows and 10 replayed are 19 steps of 8, one row in five replayed.
+    assert (report.stages[0].new_rows, report.stages[0].steps) == (122, 19)
 
 
 @pytest.mark.skipif(not (home() / "models" / "smollm2-135m").is_dir(), reason="the bundled model is not fetched")
@@ -35,7 +35,7 @@ def test_what_is_asked_was_not_trained(tmp_path: Path) -> None:
     write_starter(tmp_path)
     trained = {row.value["messages"][0]["content"] for row in _rows(tmp_path, "orders.jsonl", "messages")}
     asked = {row.value["prompt"] for row in _rows(tmp_path, "probe-orders.jsonl", "verifiable")}
-    assert (len(trained), len(asked)) == (48, 12)
+    assert (len(trained), len(asked)) == (40, 20)
     assert not trained & asked
 
 
@@ -43,8 +43,9 @@ def test_every_question_has_one_right_choice_of_four(tmp_path: Path) -> None:
     write_starter(tmp_path)
     items = [row.value for row in _rows(tmp_path, "probe-knowledge.jsonl", "choice")]
     assert all(len(set(item["choices"])) == 4 and item["answer"] in item["choices"] for item in items)
-    # A model that always takes the first choice must not pass.
-    assert 1 <= sum(item["choices"][0] == item["answer"] for item in items) <= 6
+    # A model that always takes one place is right by chance only.
+    places = [item["choices"].index(item["answer"]) for item in items]
+    assert [places.count(place) for place in range(4)] == [6, 6, 6, 6]
 
 
 def test_the_same_files_are_written_again(tmp_path: Path) -> None:
