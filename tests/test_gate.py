@@ -172,7 +172,7 @@ def test_the_tight_pooled_margin_alone_withholds_a_promotion() -> None:
 
 def test_a_loss_is_judged_relative_and_stays_out_of_the_pool() -> None:
     rng = np.random.default_rng(1)
-    base = rng.uniform(0.8, 1.2, 300)
+    base = rng.uniform(1.6, 2.4, 300)
     before = {"prose": prose(base), "facts": scores("facts", FACTS)}
 
     def with_rise(rise: float) -> Verdict:
