@@ -110,7 +110,7 @@ def _read(path: Path) -> str:
     if len(data) > FILE_BYTES:
         raise RecipeError(f"{path}: more than {FILE_BYTES:,} bytes.", remedy="Is this a recipe? Rows go to data files.")
     try:
-        return data.decode("utf-8-sig")
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         found = f"{path}:{line}: found byte {data[error.start]:#04x}, expected UTF-8."

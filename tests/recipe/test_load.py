@@ -153,6 +153,7 @@ def test_an_override_fills_a_mapping_that_was_left_empty(tmp_path: Path) -> None
         ("rounds.name=x", "rounds is no mapping, so it has no key 'name'"),
         ("name[0]=x", "name is no list, so it has no entry [0]"),
         ("rounds[0].stages[0].sft.lrr=1", "rounds[0].stages[0].sft: unknown key 'lrr'. Did you mean 'lr'?"),
+        ("rounds[-1].stages[-1].sft.lr=quick", "rounds[0].stages[0].sft.lr: found 'quick', expected a number"),
         ("rounds[0].stages[0].sft.lr=quick", "rounds[0].stages[0].sft.lr: found 'quick', expected a number"),
         ("rounds[0].stages[0].sft.replay={share: 2}", "sft.replay.share: found 2, expected a number below 1"),
         ("gaet.alpha=0.1", "unknown key 'gaet'. Did you mean 'gate'?"),

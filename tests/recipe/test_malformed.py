@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from evertune.errors import RecipeError
 from evertune.recipe.load import load_recipe
@@ -223,3 +225,47 @@ def test_texts_that_blow_up_are_refused_at_once(text: str, told: str, tmp_path: 
     with pytest.raises(RecipeError, match=told) as caught:
         load_text(tmp_path, text)
     assert "\n" not in str(caught.value)
+
+
+PIECES = [
+    "{",
+    "}",
+    "[",
+    "]",
+    ":",
+    "\n",
+    "&a ",
+    "*a",
+    "!!int ",
+    "'",
+    '"',
+    "#",
+    "|",
+    "%",
+    "null",
+    "1e999",
+    ".nan",
+    "\t",
+    "\\",
+]
+EDITS = st.lists(
+    st.tuples(st.integers(0, len(VALID) - 1), st.integers(0, 9), st.sampled_from(PIECES) | st.text(max_size=3)),
+    min_size=1,
+    max_size=4,
+)
+
+
+@given(EDITS)
+@settings(max_examples=150, deadline=None)
+def test_any_damage_is_a_recipe_or_a_recipe_error(
+    tmp_path_factory: pytest.TempPathFactory, edits: list[tuple[int, int, str]]
+) -> None:
+    text = VALID
+    for place, removed, piece in edits:
+        text = text[:place] + piece + text[place + removed :]
+    path = tmp_path_factory.getbasetemp() / "damaged.yaml"
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    try:
+        assert load_recipe(path).digest
+    except RecipeError as error:
+        assert str(error).startswith(str(path))
