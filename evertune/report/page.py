@@ -1,5 +1,6 @@
 """The page: jinja2 templates with autoescape on everything, and an atomic write."""
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,17 +18,8 @@ FOLDER = Path(__file__).parent
 
 def render(report: Report) -> str:
     """One HTML document; the same report gives the same bytes."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(FOLDER),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= FILTERS
-    environment.globals |= {"charts": charts, "gain_text": gain_text}
     style = (FOLDER / "style.css").read_text(encoding="utf-8")
-    return environment.get_template("page.html.j2").render(r=report, style=style)
+    return _templates().get_template("page.html.j2").render(r=report, style=style)
 
 
 def write_report(events: Sequence[Event], out: Path) -> None:
@@ -42,3 +34,17 @@ def write_report(events: Sequence[Event], out: Path) -> None:
         write_atomically(out, page.encode("utf-8"))
     except OSError as error:
         raise WorkspaceError(f"{out} cannot be written: {error.strerror}.", remedy="Name another --out.") from error
+
+
+@functools.cache
+def _templates() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(FOLDER),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= FILTERS
+    environment.globals |= {"charts": charts, "gain_text": gain_text}
+    return environment

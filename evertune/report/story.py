@@ -18,7 +18,7 @@ from evertune.report.stages import (
     trained_stages,
     unproven,
 )
-from evertune.report.text import points, signed
+from evertune.report.text import in_unit, unit_word
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ def _kept(verdict: Body) -> str:
     """Guards kept against every reference, and the targets' gains."""
     guards: dict[str, bool] = {}
     for one in verdict["probes"]:
-        if one["role"] == "guard":
+        if one["role"] == "guard" and one["kind"] != "pooled":
             guards[one["probe"]] = guards.get(one["probe"], True) and one["outcome"] == "pass"
     targets = [f"{one['probe']} {gain_text(one)}" for one in verdict["probes"] if one["role"] == "target"]
     parts = [f"Kept {sum(guards.values())} of {_counted(len(guards), 'guarded skill')}"] if guards else []
@@ -203,10 +203,8 @@ def _afterwards(events: Sequence[Event]) -> list[str]:
 
 
 def gain_text(one: Body) -> str:
-    """A difference in points, or in per cent of the reference's loss; better is positive."""
-    if one["kind"] == "bits_per_byte":
-        return f"{signed(one['difference'] * 100, 1)} %"
-    return f"{points(one['difference'])} points"
+    """A difference with its unit; better is positive."""
+    return f"{in_unit(one['difference'], one['unit'])} {unit_word(one['unit'])}".strip()
 
 
 def _counted(n: int, noun: str) -> str:

@@ -1,5 +1,6 @@
 """Values as words: numbers with their sign, hidden characters made visible, long texts cut. The template's filters."""
 
+import re
 import time
 import unicodedata
 from typing import Any
@@ -10,6 +11,7 @@ MISSING = "not recorded"
 # Joiners that ordinary text in many scripts, and emoji, cannot do without.
 JOINERS = "\u200c\u200d"
 MARKS_IN_A_ROW = 4
+PLAIN = re.compile(r"[\x20-\x7e\n\t]*")
 
 
 def visible(text: Any) -> str:
@@ -18,6 +20,8 @@ def visible(text: Any) -> str:
     New lines and tabs stay; so do joiners between two characters beyond ASCII, and up to four combining marks in a row.
     """
     source = str(text)
+    if PLAIN.fullmatch(source):
+        return source
     parts: list[str] = []
     marks = 0
     for i, char in enumerate(source):
@@ -51,6 +55,16 @@ def signed(value: float | None, digits: int = 3) -> str:
 def points(value: float | None) -> str:
     """A difference of scores in points: 0.713 is +71.3."""
     return "" if value is None else signed(100 * value, 1)
+
+
+def in_unit(value: float | None, unit: str) -> str:
+    """A signed difference as the gate counts it: points and per cent are hundredths, a score is plain."""
+    return signed(value, 3) if unit == "score" else "" if value is None else signed(100 * value, 1)
+
+
+def unit_word(unit: str) -> str:
+    """The word after a difference: `points`, `%` of the loss, or nothing for a score outside [0, 1]."""
+    return {"points": "points", "percent": "%"}.get(unit, "")
 
 
 def percent(value: float | None, digits: int = 1) -> str:
@@ -93,6 +107,8 @@ FILTERS = {
     "number": number,
     "signed": signed,
     "points": points,
+    "in_unit": in_unit,
+    "unit_word": unit_word,
     "percent": percent,
     "count": count,
     "duration": duration,
