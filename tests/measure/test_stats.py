@@ -130,6 +130,19 @@ def test_many_clusters_are_flipped_by_a_fixed_draw() -> None:
     assert stats.sign_flip(x) == pytest.approx(scipy_stats.ttest_1samp(x, 0, alternative="less").pvalue, abs=0.02)
 
 
+def test_few_clusters_are_tested_by_signs_and_many_by_t() -> None:
+    # Six of eight clusters fall, one of them far: t does not trust the outlier, signs count it once.
+    d = np.repeat([-9.0, -1, -1, -1, -1, -1, 0.5, 0.5], 3)
+    few = stats.compare_paired(d, _in_groups(8, 3), level=0.05, bounded=False)
+    assert few.p_harm == stats.sign_flip(d.reshape(8, 3).sum(axis=1))
+    # By hand: of 2^8 signs, those with a sum of at most -13: every cluster down (-15), one small one up (-14, twice),
+    # both small ones up (-13), or one of the five up (-13).
+    assert few.p_harm == pytest.approx(9 / 256)
+    many = np.tile(d, 4)
+    found = stats.compare_paired(many, _in_groups(32, 3), level=0.05, bounded=False)
+    assert found.p_harm == stats.cluster_mean(many, _in_groups(32, 3)).p_harm()
+
+
 def test_holm_agrees_with_statsmodels() -> None:
     p = np.random.default_rng(4).uniform(0, 0.2, 12)
     assert stats.holm(list(p)) == pytest.approx(multipletests(p, method="holm")[1])
