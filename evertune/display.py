@@ -60,6 +60,8 @@ class Display:
         metrics = workspace.work / spec.key / "metrics.jsonl"
         began = time.monotonic()
         state: dict[str, Any] = {}
+        if not self._live:
+            self._console.print(f"  training {escape(label)}")
         with self._status(f"{label}: starting") as status:
 
             def watch() -> None:
@@ -94,7 +96,7 @@ class Display:
         if self._first_row:
             heads = "  ".join(one.name.rjust(width) for one, width in zip(probes, widths, strict=True))
             roles = "  ".join(one.role.rjust(width) for one, width in zip(probes, widths, strict=True))
-            self._console.print(f"\n[bold]{'R[stage, probe]'.ljust(26)}{escape(heads)}[/]")
+            self._console.print(f"\n[bold]{escape('R[stage, probe]'.ljust(26) + heads)}[/]")
             self._console.print(f"[dim]{''.ljust(26)}{roles}[/]")
             self._first_row = False
         cells = "  ".join(_cell(scores[one.name]).rjust(width) for one, width in zip(probes, widths, strict=True))
