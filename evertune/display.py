@@ -102,15 +102,18 @@ class Display:
         cells = "  ".join(_cell(scores[one.name]).rjust(width) for one, width in zip(probes, widths, strict=True))
         self._console.print(f"{escape(label.ljust(26))}{cells}")
 
-    def verdict(self, round_name: str, label: str, verdict: Verdict, body: Mapping[str, Any]) -> None:
+    def verdict(self, label: str, verdict: Verdict, body: Mapping[str, Any], *, next_command: str) -> None:
         """The decision, the evidence per probe, the reasons, and the next command."""
         colour = COLOURS[verdict.decision]
         tried = f", one of {body['tried']} tried" if body["tried"] > 1 else ""
         self._console.print(f"\n  [{colour}]{verdict.decision}[/]  {escape(label)}[dim]{tried}[/]")
         self._console.print(evidence_table(body))
+        told = _kept_forms(body)
+        if told:
+            self._console.print(f"[dim]{told}[/]")
         for reason in body["reasons"]:
             self._console.print(f"  - {escape(reason)}")
-        self._console.print(f"  [dim]next:[/] {escape(body['next'])}")
+        self._console.print(f"  [dim]next:[/] {escape(next_command)}")
 
     def promoted(self, round_name: str, label: str) -> None:
         self._console.print(f"  [green]champion[/] is now {escape(label)}")
@@ -132,11 +135,13 @@ class Display:
 
 
 def evidence_table(body: Mapping[str, Any]) -> Table:
-    """The verdict's table: one row per probe and reference."""
+    """The verdict's table: one row per probe and reference; form and stop rates only where they are not kept."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for name in ("probe", "against", "n", "before", "after", "difference", "90% interval", "margin", "p (Holm)", ""):
         table.add_column(name, justify="left" if name in ("probe", "against", "") else "right")
     for one in ([body["pooled"]] if body["pooled"] else []) + body["probes"]:
+        if one["role"] == "form" and one["outcome"] == "pass":
+            continue
         colour = OUTCOME_COLOURS[one["outcome"]]
         low, high = one["ci90"]
         table.add_row(
@@ -152,6 +157,11 @@ def evidence_table(body: Mapping[str, Any]) -> Table:
             f"[{colour}]{one['outcome'].replace('_', ' ')}[/]",
         )
     return table
+
+
+def _kept_forms(body: Mapping[str, Any]) -> str:
+    forms = [one["outcome"] == "pass" for one in body["probes"] if one["role"] == "form"]
+    return f"format and stop rate: {sum(forms)} of {len(forms)} comparisons kept" if forms else ""
 
 
 def _cell(scores: ItemScores) -> str:

@@ -25,6 +25,7 @@ from evertune.probe.scores import ItemScores
 from evertune.process import Workers
 from evertune.recipe.load import LoadedRecipe
 from evertune.recipe.schema import Round, Rung
+from evertune.report.text import next_command
 from evertune.scoring import score_checkpoint
 from evertune.workspace import Workspace
 
@@ -220,11 +221,11 @@ def decide(
         "settings": plan.gate_body,
         "tried": tried,
         "flips": plan.flips(candidate.scores, position.champion.scores),
-        "next": _next_command(session, candidate, verdict),
         **(rescue_facts or {}),
     }
     _record(session, kind, key, body)
-    session.display.verdict(one.name, candidate.label, verdict, body)
+    then = next_command(plan.recipe.workspace, plan.recipe.name, candidate.label, verdict.decision)
+    session.display.verdict(candidate.label, verdict, body, next_command=then)
     return verdict, key
 
 
@@ -396,10 +397,3 @@ def _record(
 ) -> Event:
     stamp = {"time": time.time(), **(volatile or {})}
     return record_event(session.workspace, session.ledger, kind, key, body, stamp)
-
-
-def _next_command(session: Session, candidate: Model, verdict: Verdict) -> str:
-    workspace = session.plan.recipe.workspace
-    if verdict.decision == "PROMOTE":
-        return f"evertune export {workspace} --out {session.plan.recipe.name}-model"
-    return f"evertune show {workspace} {candidate.label}"

@@ -47,6 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "model",
         "probe",
         "recipe",
+        "report",
         "workspace",
     },
     "judging": {"plan", "scoring", "process", "display", "gate", "model", "recipe", "workspace"},
