@@ -19,7 +19,6 @@ from rich.table import Table
 from evertune.gate import Verdict
 from evertune.probe.scores import ItemScores
 from evertune.probe.suite import AnyProbe
-from evertune.train.spec import SftSpec
 from evertune.workspace import Workspace
 
 COLOURS = {"PROMOTE": "bold green", "HOLD": "bold red", "INCONCLUSIVE": "bold yellow"}
@@ -55,9 +54,9 @@ class Display:
         self._console.print(f"\n[bold]Round {escape(name)}[/]  [dim]against {escape(champion)}[/]")
 
     @contextlib.contextmanager
-    def stage(self, label: str, spec: SftSpec, workspace: Workspace) -> Iterator[Callable[[], None]]:
+    def stage(self, label: str, key: str, workspace: Workspace) -> Iterator[Callable[[], None]]:
         """One live line while a stage trains, fed from its metrics file; one line when it is done."""
-        metrics = workspace.work / spec.key / "metrics.jsonl"
+        metrics = workspace.work / key / "metrics.jsonl"
         began = time.monotonic()
         state: dict[str, Any] = {}
         if not self._live:
@@ -72,7 +71,7 @@ class Display:
 
             yield watch
             watch()
-        self._console.print(f"  trained  {escape(label)}  [dim]{_progress(state, time.monotonic() - began)}[/]")
+        self._console.print(f"  made     {escape(label)}  [dim]{_progress(state, time.monotonic() - began)}[/]")
 
     @contextlib.contextmanager
     def probing(self, label: str, probes: int) -> Iterator[Callable[[], None]]:
