@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "check": {"measure", "recipe", "data", "model", "probe", "gate", "ledger", "workspace", "verifiers"},
     "display": {"gate", "probe", "train", "workspace"},
     "listing": {"lineage", "ledger", "model", "workspace", "recipe"},
-    "scoring": {"plan", "process", "display", "model", "probe", "workspace"},
+    "scoring": {"process", "display", "model", "probe", "workspace"},
     "run": {
         "plan",
         "scoring",
@@ -49,10 +49,24 @@ MAY_IMPORT: dict[str, set[str]] = {
         "recipe",
         "workspace",
     },
-    "judging": {"plan", "scoring", "process", "display", "gate", "model", "recipe", "workspace"},
+    "judgement": {"gate", "probe"},
+    "renderings": set(),
+    "suites": {"recipe", "data", "model", "probe", "gate"},
+    "judging": {
+        "suites",
+        "judgement",
+        "scoring",
+        "process",
+        "display",
+        "gate",
+        "model",
+        "probe",
+        "recipe",
+        "workspace",
+    },
 }
 # Whole-package doors: they may import anything below them.
-TOP = {"cli", "__main__", "__init__"}
+TOP = {"cli", "commands", "__main__", "__init__"}
 
 LIGHT = ("recipe", "gate", "ledger", "report", "cli", "check", "lineage", "plan", "run", "display", "workspace")
 HEAVY = ("torch", "transformers", "accelerate", "peft")
