@@ -27,7 +27,7 @@ def judge_folders(
 
     Returns:
         The verdict as plain values: `decision`, `reasons`, `pooled`, `probes`, `flips`, `settings`, `candidate`,
-        `champion`, `label`, `champion_label`, `tried`, `next`.
+        `champion`, `label`, `champion_label`, `tried`.
     """
     plan = make_plan(loaded)
     workspace = Workspace.open(folder, create=True)
@@ -51,7 +51,6 @@ def judge_folders(
         "settings": plan.gate_body,
         "tried": 1,
         "flips": plan.flips(scores[after.digest], scores[before.digest]),
-        "next": f"evertune show {candidate}",
     }
-    display.verdict("", str(candidate), verdict, body)
+    display.verdict(str(candidate), verdict, body, next_command=f"evertune show {candidate}")
     return body

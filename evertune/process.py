@@ -70,7 +70,7 @@ class Workers:
             Bug: the child raised anything else.
             KeyboardInterrupt: after the child has had time to save where it is.
         """
-        if self._launch and job["kind"] == "sft":
+        if self._launch and job.get("is_launched"):
             answer = self._run_launched(job, watch)
         else:
             answer = self._run_child(job, watch)
