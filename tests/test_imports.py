@@ -55,7 +55,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "judging": {"plan", "scoring", "process", "display", "gate", "model", "recipe", "workspace"},
 }
 # Whole-package doors: they may import anything below them.
-TOP = {"cli", "__main__", "__init__"}
+TOP = {"cli", "commands", "__main__", "__init__"}
 
 LIGHT = (
     "recipe",

@@ -76,6 +76,7 @@ def resolve(
     earlier: Earlier | None = None,
     threshold: float = THRESHOLD,
     template_share: float = TEMPLATE_SHARE,
+    templates: Hashes | None = None,
 ) -> Resolution:
     """Decide for every row whether it stays.
 
@@ -85,6 +86,7 @@ def resolve(
         earlier: rows that win over all of these.
         threshold: Jaccard similarity from which on two rows are near-duplicates; 1 finds exact ones only.
         template_share: see above; 1 compares everything.
+        templates: shingles to leave out beside those of `earlier`, instead of those that these rows share.
     """
     count = len(prints)
     ranks = np.zeros(count, np.int64) if rank is None else np.asarray(rank, np.int64)
@@ -102,7 +104,9 @@ def resolve(
         return found
     waiting = order[found.stays[order]]
     known = earlier.templates if earlier is not None else found.templates
-    templates = distinct(np.concatenate([known, *_templates(prints.shingles, waiting, of_source, template_share)]))
+    if templates is None:
+        templates = _templates(prints.shingles, waiting, of_source, template_share)
+    templates = distinct(np.concatenate([known, templates]))
     shingles = prints.shingles.without(templates)
     if earlier is not None:
         pairs = earlier.similar(shingles.take(waiting), threshold)
@@ -133,6 +137,36 @@ class Memory:
 
     def similar(self, shingles: Shingles, threshold: float) -> Pairs:
         return pairs_between(shingles, self._shingles, self._postings, self._rarity, threshold)
+
+
+class Several:
+    """Earlier rows of several places, numbered one after the other."""
+
+    def __init__(self, parts: Sequence[tuple[Earlier, int]]) -> None:
+        self._parts = parts
+        self._before = np.cumsum([0, *(count for _, count in parts)]).tolist()
+
+    @property
+    def templates(self) -> Hashes:
+        return distinct(np.concatenate([np.zeros(0, np.uint64), *(one.templates for one, _ in self._parts)]))
+
+    def same_text(self, texts: NDArray[np.uint64]) -> Indices:
+        found = np.full(len(texts), -1)
+        for (one, _), before in zip(self._parts, self._before, strict=False):
+            place = one.same_text(texts)
+            found = np.where((found < 0) & (place >= 0), place + before, found)
+        return found
+
+    def similar(self, shingles: Shingles, threshold: float) -> Pairs:
+        found = [
+            (one.similar(shingles, threshold), before)
+            for (one, _), before in zip(self._parts, self._before, strict=False)
+        ]
+        return Pairs(
+            np.concatenate([np.zeros(0, np.int64), *(one.left for one, _ in found)]),
+            np.concatenate([np.zeros(0, np.int64), *(one.right + before for one, before in found)]),
+            np.concatenate([np.zeros(0), *(one.jaccard for one, _ in found)]),
+        )
 
 
 def find_texts(known: NDArray[np.uint64], wanted: NDArray[np.uint64]) -> Indices:
@@ -170,14 +204,22 @@ def _drop_equal(found: Resolution, prints: Fingerprints, order: Indices, earlier
     found.is_exact[is_removed] = True
 
 
-def _templates(shingles: Shingles, rows: Indices, of_source: Indices, share: float) -> list[Hashes]:
-    """Of each source the shingles that most of its distinct rows share."""
-    found = []
+def find_templates(prints: Fingerprints, sources: Indices, share: float = TEMPLATE_SHARE) -> Hashes:
+    """Shingles that most distinct rows of a source share, of all sources, ascending."""
+    order = by_text(prints.texts)
+    texts = prints.texts[order]
+    is_first = np.ones(len(order), np.bool_)
+    is_first[1:] = (texts[1:] != texts[:-1]).any(axis=1)
+    return _templates(prints.shingles, order[is_first], sources, share)
+
+
+def _templates(shingles: Shingles, rows: Indices, of_source: Indices, share: float) -> Hashes:
+    found = [np.zeros(0, np.uint64)]
     for source in np.unique(of_source[rows]):
         own = rows[of_source[rows] == source]
         if len(own) >= TEMPLATE_ROWS and share < 1.0:
             found.append(common_hashes(shingles.take(own), share))
-    return found
+    return distinct(np.concatenate(found))
 
 
 class _Removed(NamedTuple):

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evertune.data.dedup import by_text, find_texts
+from evertune.data.dedup import Several, by_text, find_texts
 from evertune.data.fingerprint import Fingerprints, join
 from evertune.data.shingles import Hashes, Indices, Shingles, distinct
 from evertune.data.similar import MAX_ROWS, Pairs, Postings, Rarity, pairs_between, postings_of
@@ -113,7 +113,17 @@ class DedupIndex:
     @property
     def templates(self) -> Hashes:
         """Shingles left out of any batch."""
-        return distinct(np.concatenate([np.zeros(0, np.uint64), *(one.templates for one in self.segments)]))
+        return self._all.templates
+
+    def same_text(self, texts: NDArray[np.uint64]) -> Indices:
+        return self._all.same_text(texts)
+
+    def similar(self, shingles: Shingles, threshold: float) -> Pairs:
+        return self._all.similar(shingles, threshold)
+
+    @property
+    def _all(self) -> Several:
+        return Several([(one, one.count) for one in self.segments])
 
     def label(self, row: int) -> str:
         """What the row of this number is called."""
@@ -122,21 +132,6 @@ class DedupIndex:
                 return one.labels[row]
             row -= one.count
         raise IndexError(row)
-
-    def same_text(self, texts: NDArray[np.uint64]) -> Indices:
-        found = np.full(len(texts), -1)
-        for before, one in self._numbered():
-            place = one.same_text(texts)
-            found = np.where((found < 0) & (place >= 0), place + before, found)
-        return found
-
-    def similar(self, shingles: Shingles, threshold: float) -> Pairs:
-        parts = [(before, one.similar(shingles, threshold)) for before, one in self._numbered()]
-        return Pairs(
-            np.concatenate([np.zeros(0, np.int64), *(one.left for _, one in parts)]),
-            np.concatenate([np.zeros(0, np.int64), *(one.right + before for before, one in parts)]),
-            np.concatenate([np.zeros(0), *(one.jaccard for _, one in parts)]),
-        )
 
     def add(self, prints: Fingerprints, labels: Sequence[str], templates: Hashes) -> None:
         """Keep rows that repeat nothing in the index; on disk, whole, when this returns.
@@ -170,12 +165,6 @@ class DedupIndex:
             for one in shed:
                 if one.folder != held[-1].folder:
                     shutil.rmtree(one.folder)
-
-    def _numbered(self) -> Iterator[tuple[int, Segment]]:
-        before = 0
-        for one in self.segments:
-            yield before, one
-            before += one.count
 
     def _write(self, prints: Fingerprints, labels: Sequence[str], templates: Hashes) -> Segment:
         if len(prints) > MAX_ROWS:
