@@ -37,15 +37,9 @@ def judge_models(candidate: str, baseline: str, suite: Suite, folder: Path, *, d
         folder: workspace in which the scores are kept, so that the same question is answered at once next time.
         display: where the scores are printed.
 
-<<<<<<< HEAD
-    Returns:
-        The verdict as plain values: `decision`, `reasons`, `pooled`, `probes`, `flips`, `settings`, `candidate`,
-        `champion`, `label`, `champion_label`, `tried`.
-=======
     Raises:
         CheckpointError: one of the two is no model.
         ProbeError: the two read text differently, or an item cannot be scored.
->>>>>>> judge
     """
     after, before = (describe(_folder(one)) for one in (candidate, baseline))
     check_same_reading(after, before)
@@ -170,18 +164,3 @@ def _judge_scores(
         after=after,
         flips={name: flips_of(after[name], before[name], prompts.get(name, {})) for name in before},
     )
-<<<<<<< HEAD
-    body = {
-        **verdict.to_json(),
-        "label": str(candidate),
-        "candidate": after.digest,
-        "champion": before.digest,
-        "champion_label": str(baseline),
-        "settings": plan.gate_body,
-        "tried": 1,
-        "flips": plan.flips(scores[after.digest], scores[before.digest]),
-    }
-    display.verdict(str(candidate), verdict, body, next_command=f"evertune show {candidate}")
-    return body
-=======
->>>>>>> judge

@@ -20,7 +20,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "verifiers": set(),
     "ledger": {"workspace"},
     "model": {"workspace"},
-    "data": {"model"},
+    "data": {"model", "workspace"},
     "measure": set(),
     "train": {"data", "model", "workspace", "measure"},
     "probe": {"data", "model", "workspace", "verifiers", "measure"},
