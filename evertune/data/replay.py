@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, TypeVar
 
-from evertune.data.rows import Row, messages_of
+from evertune.data.rows import Row, messages_of, preference_turns
 from evertune.errors import DataError
 
 T = TypeVar("T")
@@ -76,10 +76,14 @@ def normalise_text(text: str) -> str:
 
 
 def row_text(row: Row) -> str:
-    """What duplicates are compared on: every turn with its role, or the plain text; normalised."""
+    """What duplicates are compared on: every turn with its role, or the plain text; normalised.
+
+    Of a pair it is the conversation with the chosen answer.
+    """
     if row.format == "text":
         return normalise_text(row.value["text"])
-    return "\n".join(f"{one['role']}: {normalise_text(one['content'])}" for one in messages_of(row.value))
+    turns = preference_turns(row.value, "chosen")[0] if row.format == "preference" else messages_of(row.value)
+    return "\n".join(f"{one['role']}: {normalise_text(one['content'])}" for one in turns)
 
 
 def drop_duplicates(replay: Sequence[Row], new: Sequence[Row]) -> Deduplicated:
