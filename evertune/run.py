@@ -25,6 +25,7 @@ from evertune.probe.scores import ItemScores
 from evertune.process import Workers
 from evertune.recipe.load import LoadedRecipe
 from evertune.recipe.schema import Round, Rung
+from evertune.report.text import next_command
 from evertune.scoring import score_checkpoint
 from evertune.stages import KINDS, Place
 from evertune.workspace import Workspace
@@ -236,11 +237,11 @@ def decide(
         "settings": plan.gate_body,
         "tried": tried,
         "flips": plan.flips(candidate.scores, position.champion.scores),
-        "next": _next_command(session, candidate, verdict),
         **(rescue_facts or {}),
     }
     _record(session, kind, key, body)
-    session.display.verdict(one.name, candidate.label, verdict, body)
+    then = next_command(_seen_from_here(plan.workspace), plan.recipe.name, candidate.label, verdict.decision)
+    session.display.verdict(candidate.label, verdict, body, next_command=then)
     return verdict, key
 
 
@@ -407,15 +408,13 @@ def _guarded(session: Session, one: Round, label: str, job: dict[str, Any], watc
         raise
 
 
+def _seen_from_here(folder: Path) -> str:
+    """A folder as one would type it: relative where it lies below the working directory."""
+    return str(folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder)
+
+
 def _record(
     session: Session, kind: str, key: str, body: dict[str, Any], volatile: Mapping[str, Any] | None = None
 ) -> Event:
     stamp = {"time": time.time(), **(volatile or {})}
     return record_event(session.workspace, session.ledger, kind, key, body, stamp)
-
-
-def _next_command(session: Session, candidate: Model, verdict: Verdict) -> str:
-    workspace = session.plan.recipe.workspace
-    if verdict.decision == "PROMOTE":
-        return f"evertune export {workspace} --out {session.plan.recipe.name}-model"
-    return f"evertune show {workspace} {candidate.label}"
