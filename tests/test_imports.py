@@ -52,6 +52,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "report",
         "workspace",
     },
+    "hooks": {"suites", "gate", "model", "probe"},
     "judgement": {"gate", "probe"},
     "renderings": set(),
     "suites": {"recipe", "data", "model", "probe", "gate"},
