@@ -173,5 +173,6 @@ def _source_facts(ref: RowsRef, encoding: Encoding) -> dict[str, Any]:
         "sha256": ref.digest,
         "rows": len(encoding.rows),
         "dropped_long": len(encoding.dropped),
+        "removed": ref.removed,
         "tokens": sum(len(row.ids) for row in encoding.rows),
     }
