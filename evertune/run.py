@@ -239,7 +239,7 @@ def decide(
         **(rescue_facts or {}),
     }
     _record(session, kind, key, body)
-    then = next_command(plan.recipe.workspace, plan.recipe.name, candidate.label, verdict.decision)
+    then = next_command(_seen_from_here(plan.workspace), plan.recipe.name, candidate.label, verdict.decision)
     session.display.verdict(candidate.label, verdict, body, next_command=then)
     return verdict, key
 
@@ -405,6 +405,11 @@ def _guarded(session: Session, one: Round, label: str, job: dict[str, Any], watc
         body = {"round": one.name, "stage": label, "error": str(error)}
         session.ledger.append("failure", digest_json({**body, **facts}), body, volatile=facts)
         raise
+
+
+def _seen_from_here(folder: Path) -> str:
+    """A folder as one would type it: relative where it lies below the working directory."""
+    return str(folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder)
 
 
 def _record(

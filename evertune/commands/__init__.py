@@ -1,1 +1,1 @@
-"""Groups of commands, each a module of typer functions that import what they need when they run."""
+"""Commands with many flags, one file each; `cli.py` registers them."""

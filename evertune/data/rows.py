@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from evertune.data.lines import values_of
 from evertune.data.shapes import fitting_formats, problem_of
@@ -173,6 +173,14 @@ def messages_of(value: dict[str, Any]) -> list[dict[str, str]]:
     if isinstance(turns, str):
         return [{"role": "user", "content": turns}]
     return [{"role": one["role"], "content": one["content"]} for one in turns]
+
+
+def preference_turns(value: dict[str, Any], name: Literal["chosen", "rejected"]) -> tuple[list[dict[str, str]], int]:
+    """The conversation that ends with one of a pair's two answers, and how many of the assistant's turns answer."""
+    answer = value[name]
+    turns = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else messages_of({"prompt": answer})
+    conversation = [*messages_of({"prompt": value["prompt"]}), *turns]
+    return conversation, sum(one["role"] == "assistant" for one in turns)
 
 
 def _dataset_name(pattern: Path) -> tuple[str, str] | None:

@@ -18,7 +18,7 @@ def order(place: Place) -> SftSpec:
     assert isinstance(settings, ResolvedSft), place.label
     fields = training_fields(place, settings)
     unkeyed = SftSpec(key="0" * 64, label=place.label, **fields)
-    return SftSpec(key=training_key("sft", VERSION, unkeyed), label=place.label, **fields)
+    return SftSpec(key=training_key(VERSION, unkeyed), label=place.label, **fields)
 
 
 def perform(order: dict[str, Any], workspace: Workspace) -> dict[str, Any]:

@@ -6,11 +6,12 @@ from typing import Any
 
 from evertune.data.cleaned import Given
 from evertune.hashing import digest_json
+from evertune.model.checkpoint import Checkpoint
 from evertune.plan import Plan
 from evertune.recipe.presets import ResolvedTraining
 from evertune.recipe.schema import Training
 from evertune.stages.place import Place
-from evertune.train.spec import AnchorSpec, RowsRef, SftSpec
+from evertune.train.spec import AnchorSpec, RowsRef, TrainingSpec
 from evertune.workspace import read_manifest
 
 
@@ -51,17 +52,17 @@ def training_fields(place: Place, settings: ResolvedTraining) -> dict[str, Any]:
     }
 
 
-def training_key(kind: str, version: int, spec: SftSpec) -> str:
+def training_key(version: int, spec: TrainingSpec) -> str:
     """Digest of what the result depends on; where files lie, names and bookkeeping are left out."""
     facts = spec.to_json()
     for name in ("key", "label", "threads", "track", "save_steps"):
         del facts[name]
-    facts["start"], facts["base"] = spec.start.digest, spec.base.digest
+    facts |= {name: one.digest for name, one in vars(spec).items() if isinstance(one, Checkpoint)}
     facts["new"] = [[ref.source, ref.digest] for ref in spec.new]
     facts["replay"] = [[ref.source, ref.digest] for ref in spec.replay]
     if spec.anchor is not None:
         facts["anchor"]["reference"] = spec.anchor.reference.digest
-    return digest_json({"kind": kind, "version": version, **facts})
+    return digest_json({"kind": spec.kind, "version": version, **facts})
 
 
 def _replay_refs(plan: Plan, settings: ResolvedTraining, histories: Sequence[Path]) -> list[RowsRef]:
