@@ -96,12 +96,16 @@ class DataSource(Config):
     """Training rows: JSONL or Parquet, one file or a glob."""
 
     path: PlaceText
-    """File or glob, relative to the recipe. `.jsonl`, `.jsonl.gz` or `.parquet`."""
+    """File or glob, relative to the recipe: `.jsonl`, `.jsonl.gz`, `.jsonl.zst`, `.parquet` or `.arrow`; or
+    `datasets:NAME` or `datasets:NAME:SPLIT` for what the `datasets` library keeps."""
     format: RowFormat = "messages"
     """Shape of a row: `{"messages"}`, `{"prompt","chosen","rejected"}`, `{"prompt"|"messages","answer"}`,
     `{"prompt","choices","answer"}` or `{"text"}`. An sft stage reads `messages` and `text`."""
     limit: int | None = Field(None, gt=0)
     """Use only the first rows of the source, in file order."""
+    bad_rows: Literal["error", "quarantine"] = "error"
+    """A row that cannot be read or has the wrong shape stops the run, or is left out, counted and kept with the reason.
+    """
 
 
 class Verifier(OneKey):
@@ -536,6 +540,9 @@ class Recipe(Config):
     """Sources of training rows, by the name that stages use."""
     probes: dict[Name, Probe] = Field(min_length=1)
     """What every checkpoint is asked."""
+    leaks: Literal["error", "remove"] = "error"
+    """A training row that holds a probe item stops the run, or is left out of training, replay and history, and
+    counted. What holds an item: docs/data.md."""
     defaults: Defaults = Defaults()
     """What stages have in common."""
     gate: Gate = Gate()
