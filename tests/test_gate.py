@@ -419,8 +419,8 @@ def test_a_pass_needs_the_bootstrap_where_a_t_bound_is_all_there_is() -> None:
     assert one.bootstrap_bound is not None
     assert one.lower_bound > -0.005 >= one.bootstrap_bound
     assert one.outcome == "undecided"
-    assert "the t bound of -0.4" in one.reason
-    assert "the bootstrap's of -0.5" in one.reason
+    assert "the t bound of -0.36%" in one.reason
+    assert "the bootstrap's of -0.52%" in one.reason
 
 
 def test_early_looks_spend_a_fifth_of_alpha_and_the_last_look_the_rest() -> None:

@@ -119,18 +119,31 @@ class Codec:
         """Token ids of the conversation up to where the assistant is to speak."""
         return self.encode(self.render(messages, add_generation_prompt=True))
 
-    def encode_chat(self, messages: Sequence[Message]) -> EncodedChat:
+    def encode_chat(self, messages: Sequence[Message], *, answers: int | None = None) -> EncodedChat:
         """Token ids of a conversation with the exact mask of what the assistant says, stop tokens included.
+
+        Args:
+            answers: how many of the assistant's turns count, from the last one back; all when not given.
 
         The text is tokenised once, as at inference. A token that straddles the beginning of an answer does not count.
         Without an assistant turn nothing counts.
 
         Raises:
-            CheckpointError: no template, or one for which no exact mask can be found.
+            CheckpointError: no template, one for which no exact mask can be found, or, with `answers`, one that does
+                not mark each of the assistant's turns once.
             DataError: a message holds something that is not a JSON value.
         """
         rendered = self._compiled.render(messages)
         spans = assistant_spans(self._compiled, messages, rendered, self._stop_texts)
+        if answers is not None:
+            turns = sum(one.get("role") == "assistant" for one in messages)
+            if len(spans) != turns:
+                raise CheckpointError(
+                    f"the chat template marks {len(spans)} places where the assistant speaks, and there are {turns} of "
+                    "its turns, so that the last ones cannot be told apart.",
+                    remedy="Put {% generation %}...{% endgeneration %} once around each of them.",
+                )
+            spans = spans[turns - answers :]
         encoding = self.tokenizer.encode(rendered.text, add_special_tokens=False)
         ids: list[int] = encoding.ids
         return EncodedChat(ids=ids, counted=self._counted(ids, encoding.offsets, spans), text=rendered.text)
