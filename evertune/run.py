@@ -135,7 +135,7 @@ def run_round(session: Session, one: Round, position: Position) -> Position:
         made.append(probe(session, perform_stage(session, one, index, made, position)))
     candidate = made[-1]
     verdict, key = decide(session, one, candidate, position)
-    position = replace(position, ratchet=position.ratchet.spend(verdict.decision))
+    position = replace(position, ratchet=position.ratchet.judged(verdict.decision))
     by = "gate"
     if verdict.decision != "PROMOTE":
         rescued = rescue(session, one, candidate, start, verdict, position)

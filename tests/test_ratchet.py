@@ -5,7 +5,7 @@ import pytest
 
 from evertune.gate import judge
 from evertune.measure.stats import tango_lower_bound
-from evertune.ratchet import Ratchet
+from evertune.ratchet import Ratchet, Since
 from tests.test_gate import GUARD, WIDE, flipped, ones, prose, row, scores
 
 
@@ -15,10 +15,10 @@ def test_only_a_gain_that_is_shown_raises_the_best() -> None:
     # Three items more could be luck: Tango's bound of (0, 3, 300) is above 0, of (1, 4, 300) below.
     assert tango_lower_bound(0, 3, 300, 0.05) > 0 > tango_lower_bound(1, 4, 300, 0.05)
     lucky = {"facts": scores("facts", flipped(facts, 1, 4)), "prose": prose(np.full(300, 1.0))}
-    climbed = start.spend("PROMOTE").climb(lucky, alpha=0.05)
+    climbed = start.judged("PROMOTE").climb(lucky, alpha=0.05)
     assert climbed.best["facts"] is start.best["facts"]
     assert climbed.best["prose"] is lucky["prose"]
-    assert climbed.shares == {"facts": 0.75, "prose": 1.0}
+    assert climbed.since == {"facts": Since(0.75, 1), "prose": Since()}
     better = {"facts": scores("facts", flipped(facts, 0, 3)), "prose": prose(np.full(300, 1.2))}
     again = climbed.climb(better, alpha=0.05)
     assert again.best["facts"] is better["facts"]
@@ -26,16 +26,27 @@ def test_only_a_gain_that_is_shown_raises_the_best() -> None:
 
 
 def test_the_ratchet_starts_anew_for_other_items_and_for_a_new_probe() -> None:
-    start = Ratchet.start({"facts": scores("facts", ones(300, 200))}).spend("HOLD")
+    start = Ratchet.start({"facts": scores("facts", ones(300, 200))}).judged("HOLD")
     changed = {"facts": scores("facts", ones(300, 100), items_digest="new"), "sums": scores("sums", ones(300, 5))}
-    assert start.climb(changed, alpha=0.05) == Ratchet(best=changed, shares={"facts": 1.0, "sums": 1.0})
+    assert start.climb(changed, alpha=0.05) == Ratchet(best=changed, since={"facts": Since(), "sums": Since()})
 
 
-def test_each_verdict_costs_what_its_history_is_taken_to_be_worth() -> None:
-    spent = Ratchet.start({"facts": scores("facts", ones(300, 200))})
-    for decision in ("PROMOTE", "HOLD", "INCONCLUSIVE", "PROMOTE"):
-        spent = spent.spend(decision)  # type: ignore[arg-type]
-    assert spent.shares["facts"] == pytest.approx(0.75 * 0.25 * 0.25 * 0.75)
+def test_the_share_is_that_of_the_history() -> None:
+    now = Ratchet.start({"facts": scores("facts", ones(300, 200))})
+    assert now.shares == {"facts": 0.75}
+    for decision in ("PROMOTE", "HOLD", "INCONCLUSIVE", "PROMOTE", "HOLD"):
+        now = now.judged(decision)  # type: ignore[arg-type]
+    # Promoted at once, then as the third, then one held: 3/4, (1/4) / 6, and for a second (1/4) / 2.
+    assert now.shares["facts"] == pytest.approx(0.75 * 0.25 / 6 * 0.25 / 2)
+
+
+def test_the_shares_of_all_histories_with_one_promotion_sum_to_one() -> None:
+    shares, now = [], Since()
+    for _ in range(2000):
+        shares.append(now.left)
+        now = now.judged("HOLD")
+    # What is left after 2,000 candidates is (1/4) / 2,000.
+    assert sum(shares) == pytest.approx(1 - 0.25 / 2000)
 
 
 def test_the_bound_against_the_best_is_taken_at_the_share_that_is_left() -> None:
@@ -62,7 +73,7 @@ def chain(rng: np.random.Generator, *, spend: bool, rounds: int = 10, n: int = 8
         after = {"g": scores("g", np.where(now, ~falls, rises))}
         shares = ratchet.shares if spend else None
         verdict = judge(after, champion, ratchet.best, {"g": GUARD}, settings, shares=shares)
-        ratchet = ratchet.spend(verdict.decision)
+        ratchet = ratchet.judged(verdict.decision)
         if verdict.decision == "PROMOTE":
             champion, share, lost = after, share - 0.0051, lost + 0.51
             ratchet = ratchet.climb(after, alpha=settings.alpha)
