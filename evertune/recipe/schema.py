@@ -92,6 +92,24 @@ RowFormat = Literal["messages", "preference", "verifiable", "choice", "text"]
 REPLAYABLE: tuple[RowFormat, ...] = ("messages", "text")
 
 
+class DataSource(Config):
+    """Training rows: JSONL or Parquet, one file or a glob."""
+
+    path: PlaceText
+    """File or glob, relative to the recipe: `.jsonl`, `.jsonl.gz`, `.jsonl.zst`, `.parquet` or `.arrow`; or
+    `datasets:NAME` or `datasets:NAME:SPLIT` for what the `datasets` library keeps."""
+    format: RowFormat = "messages"
+    """Shape of a row: `{"messages"}`, `{"prompt","chosen","rejected"}`, `{"prompt"|"messages","answer"}`,
+    `{"prompt","choices","answer"}` or `{"text"}`. An sft stage reads `messages` and `text`."""
+    limit: int | None = Field(None, gt=0)
+    """Use only the first rows of the source, in file order."""
+    bad_rows: Literal["error", "quarantine"] = "error"
+    """A row that cannot be read or has the wrong shape stops the run, or is left out, counted and kept with the reason.
+    """
+    verifier: "Verifier | None" = None
+    """How answers to the source's questions are checked, where an rl stage learns from it."""
+
+
 class Verifier(OneKey):
     """How a generated answer is checked: exactly one key."""
 
@@ -108,20 +126,6 @@ class Verifier(OneKey):
     """A pattern that must match the whole trimmed output. The item's `answer` is not read."""
     json_schema: dict[str, Any] | None = None
     """A JSON Schema the output must satisfy; when the item has an `answer` object, it must equal it too."""
-
-
-class DataSource(Config):
-    """Training rows: JSONL or Parquet, one file or a glob."""
-
-    path: PlaceText
-    """File or glob, relative to the recipe. `.jsonl`, `.jsonl.gz` or `.parquet`."""
-    format: RowFormat = "messages"
-    """Shape of a row: `{"messages"}`, `{"prompt","chosen","rejected"}`, `{"prompt"|"messages","answer"}`,
-    `{"prompt","choices","answer"}` or `{"text"}`. An sft stage reads `messages` and `text`."""
-    limit: int | None = Field(None, gt=0)
-    """Use only the first rows of the source, in file order."""
-    verifier: Verifier | None = None
-    """How answers to the source's questions are checked, where an rl stage learns from it."""
 
 
 Role = Literal["guard", "target", "watch"]
@@ -589,6 +593,9 @@ class Recipe(Config):
     """Sources of training rows, by the name that stages use."""
     probes: dict[Name, Probe] = Field(min_length=1)
     """What every checkpoint is asked."""
+    leaks: Literal["error", "remove"] = "error"
+    """A training row that holds a probe item stops the run, or is left out of training, replay and history, and
+    counted. What holds an item: docs/data.md."""
     defaults: Defaults = Defaults()
     """What stages have in common."""
     gate: Gate = Gate()
