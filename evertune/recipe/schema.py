@@ -317,9 +317,14 @@ class Training(StageSettings):
     def _one_length(self) -> Self:
         if self.epochs is not None and self.steps is not None:
             raise ValueError("give 'epochs' or 'steps', not both")
-        if self.micro_batch_rows > self.batch_rows:
+        if self.micro_batch_rows > self.most_rows:
             raise ValueError("'micro_batch_rows' is larger than 'batch_rows'")
         return self
+
+    @property
+    def most_rows(self) -> int:
+        """The most rows that one step can show the model."""
+        return self.batch_rows
 
     @property
     def new_sources(self) -> list[str]:
@@ -366,7 +371,8 @@ class Dpo(Training):
 
 class Rl(Training):
     """Reinforcement learning with verifiable rewards (GRPO, Shao et al. 2024, arXiv:2402.03300). A question counts as
-    one row, in batches and in the replay share, however many answers it gets; `max_tokens` bounds the question."""
+    one row of `batch_rows` and of the replay share, an answer one of `micro_batch_rows`; `max_tokens` bounds the
+    question."""
 
     formats = ("verifiable", "choice", "messages")
 
@@ -403,6 +409,10 @@ class Rl(Training):
     """Budget of drift: the stage ends after a step in which the KL to the reference is above, in nats per token."""
     min_entropy: NonNegative | None = None
     """The stage ends after a step in which the entropy of the answers' tokens is below, in nats."""
+
+    @property
+    def most_rows(self) -> int:
+        return self.batch_rows * self.group
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
