@@ -113,7 +113,7 @@ class DataSource(Config):
 class Verifier(OneKey):
     """How a generated answer is checked: exactly one key."""
 
-    bare_names = ("exact", "contains", "math")
+    bare_names = ("exact", "contains", "math", "python")
     noun = "a verifier"
 
     exact: NoOptions | None = None
@@ -122,6 +122,9 @@ class Verifier(OneKey):
     """The item's `answer` occurs in the output."""
     math: NoOptions | None = None
     """The final number or expression equals the item's `answer` (math-verify)."""
+    python: NoOptions | None = None
+    """The output's program passes the tests of the item's `answer`, `{"tests": [assert statements], "setup"}`, in a
+    sandbox. Linux only; without confinement nothing is run."""
     regex: str | None = None
     """A pattern that must match the whole trimmed output. The item's `answer` is not read."""
     json_schema: dict[str, Any] | None = None
