@@ -140,6 +140,15 @@ def test_a_wasteful_program_gets_a_verdict_in_time(name: str) -> None:
     assert time.monotonic() - began < 60
 
 
+def test_memory_and_time_of_the_processor_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = run_program("x = bytearray(700 << 20)", ["1"])
+    assert ran.error is not None
+    assert "MemoryError" in ran.error
+    monkeypatch.setattr(sandbox, "CPU_SECONDS", 1)
+    ran = run_program("while True: pass", ["1"], wall_seconds=60.0)
+    assert ran.error == "it ended with SIGKILL and said nothing"
+
+
 @pytest.mark.parametrize("name", FORGED)
 def test_a_forged_program_is_wrong(name: str) -> None:
     assert _score(FORGED[name], "assert f(3) == 9") == 0.0
