@@ -12,12 +12,13 @@ from typing import Any
 from evertune.check.estimate import BYTES, Amounts, amounts, estimate, nearest_folder, resume_bytes
 from evertune.check.findings import Disk, Severity, StageEstimate
 from evertune.check.look import Look, sources_of
-from evertune.data.encode import Encoding, Item, encode_pairs, encode_rows
+from evertune.data.encode import Encoding, Item, encode_pairs, encode_prompts, encode_rows, question_of
 from evertune.data.replay import drop_duplicates
-from evertune.data.rows import digest_rows
+from evertune.data.rows import Row, digest_rows
 from evertune.hashing import digest_file, digest_json
 from evertune.recipe.presets import ResolvedExternal, ResolvedTraining, resolve_stage
 from evertune.recipe.schema import REPLAYABLE, Recipe, Round, StageSettings, Training, new_sources
+from evertune.verifiers import validate
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,26 @@ def look_at_training(view: StageView) -> Planned | None:
     return Planned(found, resume_bytes(settings, shapes), rescue_bytes(view, found.disk_bytes))
 
 
+def look_at_rewards(view: StageView) -> Planned | None:
+    """A stage with verifiable rewards: as any that trains here, and whether its answers can be checked."""
+    look, settings = view.look, view.resolved
+    for name in view.settings.new_sources:
+        verifier = look.recipe.data[name].verifier
+        rule = verifier.model_dump(exclude_none=True) if verifier else {}
+        for row in look.rows.get(name, ()):
+            if look.attempt(f"data.{name}", _can_be_checked, rule, row) is None:
+                break
+    if not settings.kl:
+        told = "'kl' is 0: nothing holds the policy to what it was before this stage."
+        view.say("warning", told, "Leave 'kl' out for 0.01 to the sft stage, or anchor the answers.")
+    return look_at_training(view)
+
+
+def _can_be_checked(rule: dict[str, Any], row: Row) -> bool:
+    validate(rule, question_of(row)[1], place=row.place)
+    return True
+
+
 def look_at_external(view: StageView) -> Planned | None:
     """Another trainer's command: whether it can start, and the rows it gets. Its time and memory are its own."""
     look, settings = view.look, view.resolved
@@ -125,8 +146,13 @@ def look_at_external(view: StageView) -> Planned | None:
 LOOKS: dict[str, Callable[[StageView], Planned | None]] = {
     "sft": look_at_training,
     "dpo": look_at_training,
+    "rl": look_at_rewards,
     "external": look_at_external,
 }
+
+
+# How a kind reads its new rows, where it is not as conversations and texts.
+ENCODERS: dict[str, Callable[..., Encoding[Any]]] = {"dpo": encode_pairs, "rl": encode_prompts}
 
 
 def rescue_bytes(view: StageView, disk_bytes: int) -> int:
@@ -150,10 +176,8 @@ def _look_at_command(view: StageView, settings: ResolvedExternal) -> None:
 def _encode(view: StageView, name: str, settings: ResolvedTraining) -> Sequence[Item] | None:
     """Rows of a source as a stage reads them; None, with an error, where one cannot be read."""
     look, place = view.look, view.place
-    encode: Callable[..., Encoding[Any]] = (
-        encode_pairs if look.recipe.data[name].format == "preference" else encode_rows
-    )
-    key = (name, settings.max_tokens, settings.too_long)
+    encode = ENCODERS.get(view.kind, encode_rows) if name in view.settings.new_sources else encode_rows
+    key = (name, encode.__name__, settings.max_tokens, settings.too_long)
     if key not in look.encodings and look.codec is not None:
         found = look.attempt(
             f"{place} ({name})", encode, look.rows[name], look.codec,
