@@ -138,7 +138,7 @@ def test_the_chosen_answers_gain_and_the_record_says_so(tune: dict[str, Any], tm
     assert metrics[-1]["chosen_reward"] > metrics[-1]["rejected_reward"]
     assert metrics[-1]["margin"] == pytest.approx(metrics[-1]["chosen_reward"] - metrics[-1]["rejected_reward"])
     assert facts["stage"] == "dpo"
-    assert facts["methods"][0] == "dpo"
+    assert facts["methods"][0] == "kl_dpo"
     assert {"loss", "accuracy", "margin", "chosen_shift", "rejected_shift", "replay_loss", "kl"} <= facts[
         "final"
     ].keys()
