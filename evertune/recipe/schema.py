@@ -9,7 +9,16 @@ import string
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
 Share = Annotated[float, Field(ge=0.0, lt=1.0, allow_inf_nan=False)]
@@ -63,6 +72,11 @@ class OneKey(Config):
             known = ", ".join(type(self).model_fields)
             raise ValueError(f"{self.noun} has exactly one key of: {known}; found {', '.join(given) or 'none'}")
         return self
+
+    @model_serializer(mode="wrap")
+    def _given_key(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Only the key that is given: what a resolved recipe says does not change when another key comes to exist."""
+        return {name: value for name, value in handler(self).items() if getattr(self, name) is not None}
 
     @property
     def kind(self) -> str:
