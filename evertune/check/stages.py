@@ -6,18 +6,31 @@
 import shlex
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from evertune.check.estimate import BYTES, Amounts, amounts, estimate, nearest_folder, resume_bytes
+from evertune.check.estimate import BYTES, Amounts, amounts, estimate, forward_seconds, nearest_folder, resume_bytes
 from evertune.check.findings import Disk, Severity, StageEstimate
-from evertune.check.look import Look, sources_of
+from evertune.check.look import Look, digest_cache, sources_of
 from evertune.data.encode import EncodedRow, encode_rows
 from evertune.data.replay import drop_duplicates
 from evertune.data.rows import digest_rows
 from evertune.hashing import digest_file, digest_json
-from evertune.recipe.presets import ResolvedExternal, ResolvedTraining, resolve_stage
-from evertune.recipe.schema import REPLAYABLE, Recipe, Round, StageSettings, Training, new_sources
+from evertune.model.checkpoint import describe, vocabulary_of
+from evertune.recipe.presets import ResolvedDistill, ResolvedExternal, ResolvedTraining, resolve_stage
+from evertune.recipe.schema import (
+    NAMED_REFERENCES,
+    OF_ROUND,
+    OF_STAGE,
+    REPLAYABLE,
+    RUN,
+    Recipe,
+    Round,
+    StageSettings,
+    Training,
+    new_sources,
+)
+from evertune.train.distill_spec import check_teacher, check_words
 
 
 @dataclass(frozen=True)
@@ -100,6 +113,29 @@ def look_at_training(view: StageView) -> Planned | None:
     return Planned(found, resume_bytes(settings, shapes), rescue_bytes(view, found.disk_bytes))
 
 
+def look_at_distill(view: StageView) -> Planned | None:
+    """A student's training, and what its teachers answer before it: their words must be its words."""
+    _look_at_teachers(view, view.resolved)
+    planned = look_at_training(view)
+    if planned is None or view.look.shapes is None:
+        return planned
+    look, settings = view.look, view.resolved
+    seconds, size, answers = 0.0, 0, 0
+    for source, members in settings.members.items():
+        rows = _encode(view, source, settings) or ()
+        counted = members * sum(int(row.counted.sum()) for row in rows)
+        tokens = members * sum(len(row.ids) for row in rows)
+        seconds += forward_seconds(tokens, counted, view.look.shapes, look.recipe.numerics)
+        # A kept word is an id and half a precision's number; of an ensemble's members each keeps the words of all.
+        kept = settings.words if settings.words != "all" else look.codec.vocab_size if look.codec else 0
+        size += counted * kept * 4 * (1 if members == 1 or settings.words == "all" else members + 1)
+        answers += members * len(rows)
+    found = planned.estimate
+    summary = f"{found.summary}, after at most {answers:,} answers of teachers"
+    told = replace(found, seconds=found.seconds + round(seconds), disk_bytes=found.disk_bytes + size, summary=summary)
+    return replace(planned, estimate=told)
+
+
 def look_at_external(view: StageView) -> Planned | None:
     """Another trainer's command: whether it can start, and the rows it gets. Its time and memory are its own."""
     look, settings = view.look, view.resolved
@@ -124,6 +160,7 @@ def look_at_external(view: StageView) -> Planned | None:
 
 LOOKS: dict[str, Callable[[StageView], Planned | None]] = {
     "sft": look_at_training,
+    "distill": look_at_distill,
     "external": look_at_external,
 }
 
@@ -133,6 +170,24 @@ def rescue_bytes(view: StageView, disk_bytes: int) -> int:
     rungs = view.round.rescue if view.round.rescue is not None else view.look.recipe.rescue
     may_rescue = view.index == len(view.round.stages) - 1 and any(rung.interpolate for rung in rungs)
     return disk_bytes * may_rescue
+
+
+def _look_at_teachers(view: StageView, settings: ResolvedDistill) -> None:
+    look = view.look
+    if look.base is None:
+        return
+    vocabulary = look.attempt("base", vocabulary_of, look.base)
+    if vocabulary is None:
+        return
+    kept = None if settings.words == "all" else settings.words
+    look.attempt(f"{view.place}.words", check_words, kept, max(settings.members.values()), vocabulary)
+    for j, teacher in enumerate(settings.teachers):
+        written, place = teacher.checkpoint, f"{view.place}.teachers[{j}]"
+        if written in (*NAMED_REFERENCES, RUN) or written.startswith((OF_ROUND, OF_STAGE)):
+            continue
+        found = look.attempt(place, describe, look.loaded.resolve(written), cache=digest_cache())
+        if found is not None:
+            look.attempt(place, check_teacher, written, found, look.base)
 
 
 def _look_at_command(view: StageView, settings: ResolvedExternal) -> None:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from evertune.recipe.schema import (
     Anchor,
     Config,
+    Distill,
     Ema,
     External,
     Lora,
@@ -15,6 +16,7 @@ from evertune.recipe.schema import (
     Replay,
     Sft,
     StageSettings,
+    Teacher,
     Training,
     Tune,
 )
@@ -120,6 +122,26 @@ class ResolvedSft(ResolvedTraining):
 
 
 @dataclass(frozen=True)
+class ResolvedDistill(ResolvedTraining):
+    """A distill stage; every teacher's `sources` are given."""
+
+    teachers: list[Teacher]
+    route: Literal["sources", "best"]
+    skills: dict[str, str]
+    loss: Literal["forward_kl", "reverse_kl", "jsd"]
+    beta: float
+    temperature: float
+    weight: float
+    words: int | Literal["all"]
+
+    @property
+    def members(self) -> dict[str, int]:
+        """At most how many teachers answer for a row of each source."""
+        taught = [name for one in self.teachers for name in one.sources or []]
+        return {name: 1 if self.route == "best" else taught.count(name) for name in dict.fromkeys(taught)}
+
+
+@dataclass(frozen=True)
 class ResolvedExternal(Resolved):
     """An external stage."""
 
@@ -140,6 +162,19 @@ def resolve_sft(recipe: Recipe, stage: Sft) -> ResolvedSft:
     return ResolvedSft(**_training(recipe, stage, lora_lr=preset.lora_lr, full_lr=preset.full_lr))
 
 
+def resolve_distill(recipe: Recipe, stage: Distill) -> ResolvedDistill:
+    """Fill in what a distill stage leaves open."""
+    preset = PRESETS[recipe.preset]
+    sources = list(stage.data)
+    own = ("route", "loss", "beta", "temperature", "weight", "words")
+    return ResolvedDistill(
+        **_training(recipe, stage, lora_lr=preset.lora_lr, full_lr=preset.full_lr),
+        **{name: getattr(stage, name) for name in own},
+        teachers=[one.model_copy(update={"sources": one.sources or sources}) for one in stage.teachers],
+        skills={name: stage.skill(name) for name in sources} if stage.route == "best" else {},
+    )
+
+
 def resolve_external(recipe: Recipe, stage: External) -> ResolvedExternal:
     """An external stage leaves nothing open."""
     return ResolvedExternal(stage.command, stage.data, stage.files, stage.hours)
@@ -147,6 +182,7 @@ def resolve_external(recipe: Recipe, stage: External) -> ResolvedExternal:
 
 RESOLVERS: dict[type[StageSettings], Callable[[Recipe, Any], Resolved]] = {
     Sft: resolve_sft,
+    Distill: resolve_distill,
     External: resolve_external,
 }
 
@@ -192,4 +228,6 @@ def _layered(values: dict[str, Any], *layers: Config | None) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
     return value.model_dump(mode="json", by_alias=True) if isinstance(value, Config) else value

@@ -83,8 +83,13 @@ class Setting:
         self.accelerator.wait_for_everyone()
 
 
-def run_training(spec: TrainingSpec, workspace: Workspace, lesson: Lesson) -> dict[str, Any]:
+def run_training(
+    spec: TrainingSpec, workspace: Workspace, lesson: Lesson, *, volatile: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Train one stage, or go on with it from its newest resume point, and publish the checkpoint under `spec.key`.
+
+    Args:
+        volatile: facts of this performance that the result does not depend on, for the record.
 
     Returns:
         `{"checkpoint": the ledger's fields known here, "volatile": {"time", "seconds", "tokens_per_second"}}`; the
@@ -121,7 +126,7 @@ def run_training(spec: TrainingSpec, workspace: Workspace, lesson: Lesson) -> di
     cosines = _start_and_end(at_start, interference(trainer, material))
     if accelerator.is_main_process:
         facts = {**_facts(spec, lesson, material, sink.history), "interference": cosines}
-        _publish(spec, workspace, opened, sink.history, facts)
+        _publish(spec, workspace, opened, sink.history, facts, volatile or {})
         points.clear()
     accelerator.wait_for_everyone()
     accelerator.end_training()
@@ -207,7 +212,12 @@ def _anchor(anchor: AnchorSpec, setting: Setting) -> Anchor:
 
 
 def _publish(
-    spec: TrainingSpec, workspace: Workspace, opened: OpenModel, history: Sequence[Metrics], facts: dict[str, Any]
+    spec: TrainingSpec,
+    workspace: Workspace,
+    opened: OpenModel,
+    history: Sequence[Metrics],
+    facts: dict[str, Any],
+    performance: Mapping[str, Any],
 ) -> None:
     """Write the trained model and its metrics as one object; drift is measured on the weights as written."""
 
@@ -224,6 +234,7 @@ def _publish(
         seconds = sum(one["seconds"] for one in history)
         tokens = sum(one["tokens"] for one in history)
         volatile = {"time": time.time(), "seconds": seconds, "tokens_per_second": tokens / max(seconds, 1e-9)}
+        volatile |= performance
         return {"checkpoint": {**facts, "bytes": size, "drift": drift}, "volatile": volatile}
 
     workspace.publish(kind="checkpoint", key=spec.key, record={}, write=write)
