@@ -114,6 +114,15 @@ class Display:
             self._console.print(f"  - {escape(reason)}")
         self._console.print(f"  [dim]next:[/] {escape(next_command)}")
 
+    def judgement(self, body: Mapping[str, Any]) -> None:
+        """A verdict without a round: decision, evidence, reasons."""
+        colour = COLOURS[body["decision"]]
+        names = f"{escape(body['label'])} [dim]against {escape(body['champion_label'])}[/]"
+        self._console.print(f"\n[{colour}]{body['decision']}[/]  {names}")
+        self._console.print(evidence_table(body))
+        for reason in body["reasons"]:
+            self._console.print(f"- {escape(reason)}")
+
     def promoted(self, round_name: str, label: str) -> None:
         self._console.print(f"  [green]champion[/] is now {escape(label)}")
 

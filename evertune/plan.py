@@ -20,6 +20,7 @@ from evertune.gate import GateSettings, ProbeFacts
 from evertune.hashing import digest_json
 from evertune.model.bundled import resolve_base
 from evertune.model.checkpoint import Checkpoint, describe
+from evertune.probe.flips import flips_of
 from evertune.probe.job import probe_key
 from evertune.probe.scores import ItemScores
 from evertune.probe.suite import AnyProbe, load_probe
@@ -31,7 +32,6 @@ from evertune.workspace import Workspace
 # Raised by hand when the meaning of the gate changes: verdicts are then made anew.
 GATE_VERSION = 1
 HISTORY_ROWS = 10_000
-FLIPS_SHOWN = 5
 RECORDED_PACKAGES = ("evertune", "torch", "transformers", "accelerate", "peft", "tokenizers", "safetensors", "numpy")
 
 
@@ -106,7 +106,11 @@ class Plan:
 
     def flips(self, after: Mapping[str, ItemScores], before: Mapping[str, ItemScores]) -> dict[str, list[Any]]:
         """Per probe, the items whose score fell most, then those that rose: what a person wants to see first."""
-        return {one.name: _flips(one, after[one.name], before[one.name]) for one in self.probes if one.name in after}
+        return {
+            one.name: flips_of(after[one.name], before[one.name], one.prompts())
+            for one in self.probes
+            if one.name in after
+        }
 
     def keep_history(self, one: Round, workspace: Workspace) -> str:
         """Store the new rows of a promoted round for replay, at most 10,000 of a source; returns the object's key.
@@ -195,23 +199,3 @@ def _checkpoint_body(
         "drift": None,
         "interference": None,
     }
-
-
-def _flips(probe: AnyProbe, after: ItemScores, before: ItemScores) -> list[dict[str, Any]]:
-    change = (after.score - before.score) * (1 if after.direction == "higher" else -1)
-    order = sorted(range(len(after.ids)), key=lambda i: (change[i], after.ids[i]))
-    worst = [i for i in order if change[i] < 0][:FLIPS_SHOWN]
-    best = [i for i in reversed(order) if change[i] > 0][:FLIPS_SHOWN]
-    prompts = probe.prompts() if probe.kind != "lm_eval" else {}
-    return [
-        {
-            "id": after.ids[i],
-            "prompt": prompts.get(after.ids[i], ""),
-            "expected": after.expected[i],
-            "before": before.prediction[i],
-            "after": after.prediction[i],
-            "before_score": float(before.score[i]),
-            "after_score": float(after.score[i]),
-        }
-        for i in (*worst, *best)
-    ]

@@ -20,7 +20,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "verifiers": set(),
     "ledger": {"workspace"},
     "model": {"workspace"},
-    "data": {"model"},
+    "data": {"model", "workspace"},
     "measure": set(),
     "train": {"data", "model", "workspace", "measure"},
     "probe": {"data", "model", "workspace", "verifiers", "measure"},
@@ -36,7 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "check": {"measure", "recipe", "data", "model", "train", "probe", "gate", "ledger", "workspace", "verifiers"},
     "display": {"gate", "probe", "workspace"},
     "listing": {"lineage", "ledger", "model", "workspace", "recipe"},
-    "scoring": {"plan", "process", "display", "model", "probe", "workspace"},
+    "scoring": {"process", "display", "model", "probe", "workspace"},
     "run": {
         "plan",
         "stages",
@@ -52,10 +52,24 @@ MAY_IMPORT: dict[str, set[str]] = {
         "report",
         "workspace",
     },
-    "judging": {"plan", "scoring", "process", "display", "gate", "model", "recipe", "workspace"},
+    "judgement": {"gate", "probe"},
+    "renderings": set(),
+    "suites": {"recipe", "data", "model", "probe", "gate"},
+    "judging": {
+        "suites",
+        "judgement",
+        "scoring",
+        "process",
+        "display",
+        "gate",
+        "model",
+        "probe",
+        "recipe",
+        "workspace",
+    },
 }
 # Whole-package doors: they may import anything below them.
-TOP = {"cli", "__main__", "__init__"}
+TOP = {"cli", "commands", "__main__", "__init__"}
 
 LIGHT = (
     "recipe",

@@ -4,6 +4,7 @@ A turn's *counted* tokens are those the model must produce itself: what the assi
 not the header before and not the newline behind.
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from evertune.errors import CheckpointError
-from evertune.hashing import digest_file, digest_json
+from evertune.hashing import digest_bytes, digest_json
 from evertune.model.checkpoint import read_json
 from evertune.model.spans import assistant_spans
 from evertune.model.template import Message, Template
@@ -50,7 +51,8 @@ class Codec:
     stop_ids: tokens that end an answer.
     pad_id: the token that fills up a batch; it never counts.
     vocab_size: one more than the largest token id.
-    digest: SHA-256 over tokenizer, template and stop tokens.
+    parts: what decides how text is read: digest of the tokenizer, template, special tokens, ids of stop tokens.
+    digest: SHA-256 over the parts.
     """
 
     def __init__(
@@ -70,14 +72,13 @@ class Codec:
         self.stop_ids = stop_ids
         self.pad_id = pad_id
         self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-        self.digest = digest_json(
-            {
-                "tokenizer": tokenizer_digest,
-                "template": template,
-                "special_tokens": dict(special_tokens),
-                "stop_ids": sorted(stop_ids),
-            }
-        )
+        self.parts: dict[str, Any] = {
+            "tokenizer": tokenizer_digest,
+            "template": template,
+            "special_tokens": dict(special_tokens),
+            "stop_ids": sorted(stop_ids),
+        }
+        self.digest = digest_json(self.parts)
         self._special_tokens = special_tokens
 
     @cached_property
@@ -197,7 +198,7 @@ def load_codec(folder: Path) -> Codec:
     codec = Codec(
         folder,
         tokenizer=tokenizer,
-        tokenizer_digest=digest_file(folder / "tokenizer.json"),
+        tokenizer_digest=_tokenizer_digest(folder / "tokenizer.json"),
         template=_template_text(folder, config),
         special_tokens=special_tokens,
         stop_ids=stop_ids,
@@ -222,6 +223,21 @@ def _exact_tokenizer(file: Path) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def _tokenizer_digest(file: Path) -> str:
+    """Digest of what a tokenizer does: the file saved again by another library version has the same one.
+
+    Order and white space do not count, nor whether a merge is written as a pair or as one text; truncation and padding
+    do not, which are never used.
+    """
+    body = json.loads(file.read_text(encoding="utf-8"))
+    for name in ("truncation", "padding", "version"):
+        body.pop(name, None)
+    model = body.get("model") or {}
+    if isinstance(model.get("merges"), list):
+        model["merges"] = [one if isinstance(one, str) else " ".join(one) for one in model["merges"]]
+    return digest_bytes(json.dumps(body, sort_keys=True, ensure_ascii=True).encode())
 
 
 def _read_json(path: Path) -> dict[str, Any]:
