@@ -119,20 +119,23 @@ def look_at_distill(view: StageView) -> Planned | None:
     planned = look_at_training(view)
     if planned is None or view.look.shapes is None:
         return planned
-    look, settings = view.look, view.resolved
-    seconds, size, answers = 0.0, 0, 0
-    for source, members in settings.members.items():
-        rows = _encode(view, source, settings) or ()
-        counted = members * sum(int(row.counted.sum()) for row in rows)
-        tokens = members * sum(len(row.ids) for row in rows)
-        seconds += forward_seconds(tokens, counted, view.look.shapes, look.recipe.numerics)
-        # A kept word is an id and half a precision's number; of an ensemble's members each keeps the words of all.
-        kept = settings.words if settings.words != "all" else look.codec.vocab_size if look.codec else 0
-        size += counted * kept * 4 * (1 if members == 1 or settings.words == "all" else members + 1)
-        answers += members * len(rows)
-    found = planned.estimate
-    summary = f"{found.summary}, after at most {answers:,} answers of teachers"
-    told = replace(found, seconds=found.seconds + round(seconds), disk_bytes=found.disk_bytes + size, summary=summary)
+    look, settings, found = view.look, view.resolved, planned.estimate
+    asked = {name: (members, _encode(view, name, settings) or ()) for name, members in settings.members.items()}
+    # Only rows that the student sees are asked about, each once.
+    share = min(1.0, found.new_rows / sum(len(rows) for _, rows in asked.values()))
+    answers = sum(members * len(rows) for members, rows in asked.values())
+    tokens = sum(members * len(row.ids) for members, rows in asked.values() for row in rows)
+    counted = sum(members * int(row.counted.sum()) for members, rows in asked.values() for row in rows)
+    seconds = forward_seconds(share * tokens, share * counted, view.look.shapes, look.recipe.numerics)
+    # A kept word is an id and a number in half precision; each member of an ensemble keeps the words of all.
+    exact = look.codec.vocab_size if look.codec else 0
+    width = exact if settings.words == "all" else settings.words * max(settings.members.values())
+    told = replace(
+        found,
+        seconds=found.seconds + round(seconds),
+        disk_bytes=found.disk_bytes + round(share * counted * width * 4),
+        summary=f"{found.summary}, after about {round(share * answers):,} answers of teachers",
+    )
     return replace(planned, estimate=told)
 
 
