@@ -12,7 +12,7 @@ from typing import Any
 from evertune.check.estimate import BYTES, Amounts, amounts, estimate, forward_seconds, nearest_folder, resume_bytes
 from evertune.check.findings import Disk, Severity, StageEstimate
 from evertune.check.look import Look, digest_cache, sources_of
-from evertune.data.encode import EncodedRow, encode_rows
+from evertune.data.encode import Encoding, Item, counted_of, encode_pairs, encode_rows, tokens_of
 from evertune.data.replay import drop_duplicates
 from evertune.data.rows import digest_rows
 from evertune.hashing import digest_file, digest_json
@@ -124,8 +124,8 @@ def look_at_distill(view: StageView) -> Planned | None:
     # Only rows that the student sees are asked about, each once.
     share = min(1.0, found.new_rows / sum(len(rows) for _, rows in asked.values()))
     answers = sum(members * len(rows) for members, rows in asked.values())
-    tokens = sum(members * len(row.ids) for members, rows in asked.values() for row in rows)
-    counted = sum(members * int(row.counted.sum()) for members, rows in asked.values() for row in rows)
+    tokens = sum(members * tokens_of(row) for members, rows in asked.values() for row in rows)
+    counted = sum(members * counted_of(row) for members, rows in asked.values() for row in rows)
     seconds = forward_seconds(share * tokens, share * counted, view.look.shapes, look.recipe.numerics)
     # A kept word is an id and a number in half precision; each member of an ensemble keeps the words of all.
     exact = look.codec.vocab_size if look.codec else 0
@@ -163,6 +163,7 @@ def look_at_external(view: StageView) -> Planned | None:
 
 LOOKS: dict[str, Callable[[StageView], Planned | None]] = {
     "sft": look_at_training,
+    "dpo": look_at_training,
     "distill": look_at_distill,
     "external": look_at_external,
 }
@@ -204,13 +205,16 @@ def _look_at_command(view: StageView, settings: ResolvedExternal) -> None:
             view.say("error", f"{name}: found no file, expected one.", "Paths are relative to the recipe.", at=".files")
 
 
-def _encode(view: StageView, name: str, settings: ResolvedTraining) -> Sequence[EncodedRow] | None:
+def _encode(view: StageView, name: str, settings: ResolvedTraining) -> Sequence[Item] | None:
     """Rows of a source as a stage reads them; None, with an error, where one cannot be read."""
     look, place = view.look, view.place
+    encode: Callable[..., Encoding[Any]] = (
+        encode_pairs if look.recipe.data[name].format == "preference" else encode_rows
+    )
     key = (name, settings.max_tokens, settings.too_long)
     if key not in look.encodings and look.codec is not None:
         found = look.attempt(
-            f"{place} ({name})", encode_rows, look.rows[name], look.codec,
+            f"{place} ({name})", encode, look.rows[name], look.codec,
             max_tokens=settings.max_tokens, too_long=settings.too_long,
         )  # fmt: skip
         look.encodings[key] = found
@@ -226,8 +230,8 @@ def _encode(view: StageView, name: str, settings: ResolvedTraining) -> Sequence[
 
 
 def _replay_pool(
-    view: StageView, settings: ResolvedTraining, encoded: Mapping[str, Sequence[EncodedRow]]
-) -> dict[str, Sequence[EncodedRow]]:
+    view: StageView, settings: ResolvedTraining, encoded: Mapping[str, Sequence[Item]]
+) -> dict[str, Sequence[Item]]:
     """What a stage replays, less what is also new; of `history`, the new rows of all rounds before, as if promoted."""
     look, learnt = view.look, view.settings.new_sources
     if not settings.replay.share:

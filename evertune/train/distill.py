@@ -74,7 +74,7 @@ class Distillation:
         batch = collate(rows, pad_id=policy.pad_id, device=policy.device)
         hidden_NH = policy.hidden(batch.ids_BT)[batch.predicts_BT]
         terms = self._terms(rows, batch, 1.0 / counts.divisors["loss"])
-        penalised = penalty_terms(penalties, rows, batch, counts)
+        penalised = penalty_terms(penalties, rows, counts, device=policy.device)
         # Cross-entropy weighs differently where a teacher teaches, so it comes as terms too.
         found = head_loss(hidden_NH, batch.targets_N, head=policy.head, ce_weight=0.0, terms=[*terms, *penalised])
         found.loss.backward()  # type: ignore[no-untyped-call]
