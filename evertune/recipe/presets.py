@@ -158,6 +158,7 @@ class ResolvedDistill(ResolvedTraining):
     temperature: float
     weight: float
     words: int | Literal["all"]
+    compress: bool
 
     @property
     def members(self) -> dict[str, int]:
@@ -205,7 +206,7 @@ def resolve_distill(recipe: Recipe, stage: Distill) -> ResolvedDistill:
     """Fill in what a distill stage leaves open."""
     preset = PRESETS[recipe.preset]
     sources = list(stage.data)
-    own = ("route", "loss", "beta", "temperature", "weight", "words")
+    own = ("route", "loss", "beta", "temperature", "weight", "words", "compress")
     return ResolvedDistill(
         **_training(recipe, stage, lora_lr=preset.lora_lr, full_lr=preset.full_lr, epochs=preset.epochs),
         **{name: getattr(stage, name) for name in own},

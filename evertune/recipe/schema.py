@@ -420,6 +420,11 @@ class Distill(Training):
     the divergence. The checkpoint's `covered_mass` says how much of the probability they hold. `all` is exact, for
     vocabularies of at most 16384 words."""
 
+    compress: bool = False
+    """Make one adapter of `tune.lora.rank` out of the whole stack of adapters that the stage starts from: it begins as
+    near to the stack as its rank allows, over the model under the stack, and is taught from there. Name `start` as a
+    teacher to keep what the stack can do."""
+
     @model_validator(mode="after")
     def _routes(self) -> Self:
         unknown = [name for one in self.teachers for name in one.sources or [] if name not in self.data]
@@ -430,6 +435,8 @@ class Distill(Training):
             raise ValueError("'skills' goes with 'route: best' only")
         if self.route != "best" and any(one.checkpoint == RUN for one in self.teachers):
             raise ValueError("the teacher 'run' goes with 'route: best' only, which chooses among its checkpoints")
+        if self.compress and self.tune is not None and self.tune.lora is None:
+            raise ValueError("'compress' makes an adapter: it goes with 'tune: lora' only")
         untaught = [name for name in self.data if not any(name in (one.sources or self.data) for one in self.teachers)]
         if untaught:
             raise ValueError(

@@ -28,8 +28,12 @@ def order(place: Place) -> DistillSpec:
     members = [found for one in settings.teachers for found in _teachers(place, one)]
     routes = {source: _route(place, settings, members, source) for source in place.settings.new_sources}
     used = sorted({number for route in routes.values() for number in route})
+    common = training_fields(place, settings)
+    compressed = _compressed(place, settings)
     fields = {
-        **training_fields(place, settings),
+        **common,
+        "start": common["start"] if compressed is None else compressed.base,
+        "compressed": compressed,
         "teachers": [members[number][1] for number in used],
         "routes": {source: [used.index(number) for number in route] for source, route in routes.items()},
         "loss": settings.loss,
@@ -56,6 +60,23 @@ def _key(spec: DistillSpec) -> str:
     }
     untaught = DistillSpec(**{**vars(spec), "teachers": [], "routes": {}})
     return digest_json({"training": training_key(VERSION, untaught), "taught": facts})
+
+
+def _compressed(place: Place, settings: ResolvedDistill) -> Checkpoint | None:
+    """The stack that the new adapter is to begin at, where one is to be compressed."""
+    if not settings.compress:
+        return None
+    if settings.tune.lora is None:
+        raise RecipeError(
+            f"{place.label}: 'compress' makes an adapter, and 'tune' trains every weight here.",
+            remedy="Set 'tune: {lora: {rank: 16}}' in the stage.",
+        )
+    if place.start.form != "adapter":
+        raise RecipeError(
+            f"{place.label}: there is no adapter to compress: the stage starts from whole weights, {place.start.path}.",
+            remedy="Leave 'compress' out.",
+        )
+    return place.start
 
 
 def _teachers(place: Place, teacher: Teacher) -> list[tuple[Teacher, TeacherSpec]]:

@@ -6,16 +6,20 @@ spec.py order   teachers.py ask   targets.py store   losses.py measure     (each
 
 # N counted positions, M positions of the rows of one source, V vocabulary
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from evertune.data.encode import EncodedRow, Item, counted_of
+from evertune.errors import RecipeError
+from evertune.model.adapter import read_factors
 from evertune.model.codec import Codec, load_codec
+from evertune.model.lowrank import compress, fill
+from evertune.model.open import check_digest
 from evertune.train.batch import MicroBatch, collate
 from evertune.train.distill_losses import at_temperature, divergence_of
 from evertune.train.distill_spec import DistillSpec
@@ -47,7 +51,8 @@ def run_distill(spec: DistillSpec, workspace: Workspace) -> dict[str, Any]:
     lesson = _Distilled(spec, workspace)
     if workspace.manifest(spec.key) is None:
         lesson.teach()
-    return run_training(spec, workspace, lesson, volatile={"teacher_forwards": lesson.forwards})
+    begin = lesson.begin if spec.compressed is not None else None
+    return run_training(spec, workspace, lesson, begin=begin, volatile={"teacher_forwards": lesson.forwards})
 
 
 @dataclass(frozen=True)
@@ -134,6 +139,7 @@ class _Distilled:
         self._spec, self._workspace = spec, workspace
         self._material: Material | None = None
         self.forwards = 0
+        self._held: float | None = None
 
     @cached_property
     def _targets(self) -> Targets:
@@ -152,6 +158,26 @@ class _Distilled:
         # What other processes have opened does not hold what the main one has stored since.
         self.__dict__.pop("_targets", None)
 
+    def begin(self, trained: Mapping[str, nn.Parameter]) -> None:
+        """Begin the new adapter at the stack that is to be compressed.
+
+        Raises:
+            RecipeError: the stack changes layers that the new adapter leaves alone.
+        """
+        spec = self._spec
+        assert spec.compressed is not None, "asked for without a stack"
+        check_digest(spec.compressed)
+        lora = spec.tune["lora"]
+        found = compress([read_factors(one.path) for one in spec.compressed.stack[1:]], lora["rank"])
+        missing = [name for name in found.factors if f"{name}.lora_A" not in trained]
+        if missing:
+            raise RecipeError(
+                f"{spec.label}: the stack to compress changes {missing[0]}, and tune.lora.targets leaves it out.",
+                remedy="Set targets to 'all-linear', or name that layer too.",
+            )
+        self._held = found.held
+        fill(trained, found.factors, scale=(lora.get("alpha") or 2.0 * lora["rank"]) / lora["rank"])
+
     def load(self, codec: Codec, *, world_size: int) -> Material:
         if self._material is None:
             self._material = load_material(self._spec, codec, world_size=world_size)
@@ -163,8 +189,12 @@ class _Distilled:
     def methods(self) -> dict[str, bool]:
         return {"logit_kd": True}
 
+    def _own_facts(self) -> dict[str, float]:
+        """How much of the teachers' probability, and of a compressed stack's updates, was kept."""
+        return {"covered_mass": self._covered_mass, **({} if self._held is None else {"held": self._held})}
+
     def final(self, last: Sequence[Metrics]) -> dict[str, float]:
-        return {**{name: mean_of(last, name) for name in ("ce", "distill")}, "covered_mass": self._covered_mass}
+        return {**{name: mean_of(last, name) for name in ("ce", "distill")}, **self._own_facts()}
 
     def warnings(self, last: Sequence[Metrics]) -> list[dict[str, str]]:
         if self._covered_mass >= LITTLE_MASS:

@@ -35,6 +35,8 @@ class DistillSpec(TrainingSpec):
     Attributes:
         routes: per source of new rows, the numbers in `teachers` of those who teach it; several are an ensemble.
         words: kept words of a teacher's distribution at each position; None keeps the whole distribution.
+        compressed: the stack of adapters over `start` that the new adapter begins as near to as its rank allows; None
+            for one that begins at the start.
     """
 
     teachers: list[TeacherSpec]
@@ -44,6 +46,7 @@ class DistillSpec(TrainingSpec):
     temperature: float
     weight: float
     words: int | None
+    compressed: Checkpoint | None
 
     kind: ClassVar[str] = "distill"
     own_settings: ClassVar[tuple[str, ...]] = ("loss", "beta", "temperature", "weight", "words")
@@ -63,18 +66,26 @@ class DistillSpec(TrainingSpec):
         check_words(self.words, max(map(len, self.routes.values())), vocabulary_of(self.start))
 
     def to_json(self) -> dict[str, Any]:
-        return {**super().to_json(), "teachers": [one.to_json() for one in self.teachers]}
+        compressed = self.compressed.to_json() if self.compressed else None
+        return {
+            **super().to_json(),
+            "teachers": [one.to_json() for one in self.teachers],
+            "compressed": compressed,
+        }
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Self:
-        return super().from_json({**value, "teachers": [TeacherSpec.from_json(one) for one in value["teachers"]]})
+        compressed = Checkpoint.from_json(value["compressed"]) if value["compressed"] else None
+        teachers = [TeacherSpec.from_json(one) for one in value["teachers"]]
+        return super().from_json({**value, "teachers": teachers, "compressed": compressed})
 
     def settings(self) -> dict[str, Any]:
         taught = {source: [self.teachers[number].name for number in route] for source, route in self.routes.items()}
         teachers = [
             {"name": one.name, "checkpoint": one.checkpoint.digest, "weight": one.weight} for one in self.teachers
         ]
-        return {**super().settings(), "teachers": teachers, "routes": taught}
+        compressed = self.compressed.digest if self.compressed else None
+        return {**super().settings(), "teachers": teachers, "routes": taught, "compressed": compressed}
 
 
 def check_teacher(name: str, teacher: Checkpoint, student: Checkpoint) -> None:

@@ -4,7 +4,7 @@ door; what differs between kinds is a `Lesson`.
 
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -84,11 +84,18 @@ class Setting:
 
 
 def run_training(
-    spec: TrainingSpec, workspace: Workspace, lesson: Lesson, *, volatile: Mapping[str, Any] | None = None
+    spec: TrainingSpec,
+    workspace: Workspace,
+    lesson: Lesson,
+    *,
+    begin: Callable[[Mapping[str, nn.Parameter]], None] | None = None,
+    volatile: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Train one stage, or go on with it from its newest resume point, and publish the checkpoint under `spec.key`.
 
     Args:
+        begin: changes the trained parameters before anything is made of them, where they begin elsewhere than at the
+            start.
         volatile: facts of this performance that the result does not depend on, for the record.
 
     Returns:
@@ -109,6 +116,8 @@ def run_training(
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)
     opened, trained = open_trained(spec, accelerator)
+    if begin is not None:
+        begin(trained)
     material = lesson.load(opened.codec, world_size=accelerator.num_processes)
     trainer = make_trainer(Setting(spec, opened, material, accelerator, workspace), trained, lesson)
     at_start = interference(trainer, material)

@@ -132,6 +132,7 @@ def test_names_weights_of_a_lone_teacher_and_places_do_not_count(tmp_path, tiny_
         "teachers: 'round:first', loss: jsd, beta: 0.4",
         "teachers: 'round:first', words: 32",
         "teachers: 'round:first', words: all",
+        "teachers: 'round:first', compress: true",
     ],
 )
 def test_everything_that_the_result_depends_on_is_in_the_key(tmp_path, tiny_model, made, change):
@@ -144,6 +145,15 @@ def test_the_resolved_recipe_resolves_to_itself(tmp_path, tiny_model):
     stage = recipe.resolved["rounds"][1]["stages"][1]["distill"]
     assert [one["sources"] for one in stage["teachers"]] == [["cards", "general"], ["cards"]]
     assert (stage["weight"], stage["temperature"], stage["words"], stage["skills"]) == (0.5, 1.0, 64, {})
+
+
+def test_compressing_starts_at_the_base_and_begins_at_the_stack(tmp_path, tiny_model, made):
+    recipe = _write(tmp_path, tiny_model, "teachers: start, compress: true")
+    order = _order(recipe, made)
+    assert order.start.digest == made["base"].digest
+    assert order.compressed is not None
+    assert order.compressed.digest == made["second/1-sft"].digest
+    assert _taught(order, made)["cards"] == ["second/1-sft"]
 
 
 # Bad input.
@@ -170,6 +180,7 @@ def test_the_resolved_recipe_resolves_to_itself(tmp_path, tiny_model):
         ("teachers: run, route: best", "no probe 'general' measures 'general'; probes has: cards, facts"),
         ("teachers: base, loss: jsd, beta: 1.0", "beta"),
         ("teachers: base, temperature: 0", "temperature"),
+        ("teachers: base, compress: true, tune: full", "'compress' makes an adapter"),
         ("teachers: base, words: 0", "distill.words: found 0, expected 'all' or a number above 0"),
     ],
 )
@@ -195,6 +206,11 @@ def test_a_teacher_without_a_score_cannot_be_chosen_by_it(tmp_path, tiny_model, 
 def test_a_teacher_that_is_not_there_is_named(tmp_path, tiny_model, made):
     with pytest.raises(CheckpointError, match="teacher 'nowhere'"):
         _order(_write(tmp_path, tiny_model, "teachers: nowhere"), made)
+
+
+def test_whole_weights_cannot_be_compressed(tmp_path, tiny_model, made):
+    with pytest.raises(RecipeError, match="there is no adapter to compress"):
+        _order(_write(tmp_path, tiny_model, "teachers: start, compress: true"), {**made, "second/1-sft": made["base"]})
 
 
 # What a check can say before anything is trained.

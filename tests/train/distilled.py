@@ -9,7 +9,14 @@ from evertune.model.checkpoint import Checkpoint
 from evertune.train.distill_spec import DistillSpec, TeacherSpec
 from tests.train.stage import make_spec
 
-OWN: dict[str, Any] = {"loss": "forward_kl", "beta": 0.5, "temperature": 1.0, "weight": 0.5, "words": 16}
+OWN: dict[str, Any] = {
+    "loss": "forward_kl",
+    "beta": 0.5,
+    "temperature": 1.0,
+    "weight": 0.5,
+    "words": 16,
+    "compressed": None,
+}
 
 
 def make_distill_spec(

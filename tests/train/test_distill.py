@@ -445,3 +445,69 @@ def test_a_teacher_that_has_changed_since_the_order_is_refused(tmp_path, tiny_mo
 def test_more_words_than_there_are_are_refused(tmp_path, tiny_model, teachers, workspace):
     spec = make_distill_spec(tmp_path, tiny_model, teachers, {"new": [0, 1]}, words=131)
     _refused(spec, workspace, RecipeError, "131 words of 2 teachers are to be kept of a vocabulary of 261")
+
+
+# Compressing a stack of adapters.
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory, teachers: list[Checkpoint]) -> Checkpoint:
+    """A second adapter over the first teacher; both have rank 3."""
+    return write_adapter_folder(teachers[0], tmp_path_factory.mktemp("stack") / "second", seed=8)
+
+
+def _compressed(folder: Path, model: Path, stack: Checkpoint, rank: int, **changes: Any) -> DistillSpec:
+    settings = {"tune": {"lora": {"rank": rank}}, "weight": 1.0, "words": None, "share": 0.0, **changes}
+    return make_distill_spec(folder, model, [stack], compressed=stack, **settings)
+
+
+def _gap(checkpoint: Checkpoint, teacher: Checkpoint, rows: Sequence[EncodedRow]) -> float:
+    logp, teacher_logp = _naive(checkpoint, rows), _naive(teacher, rows)
+    return F.kl_div(logp, teacher_logp, log_target=True, reduction="batchmean").item()
+
+
+def test_a_stack_becomes_one_adapter_over_its_base_that_says_the_same(tmp_path, tiny_model, stack, workspace):
+    spec = _compressed(tmp_path, tiny_model, stack, 8, lr=1e-9, steps=1)
+    facts = run_distill(spec, workspace)["checkpoint"]
+    made = describe(workspace.path(spec.key))
+    assert [one.digest for one in made.stack[:-1]] == [spec.start.digest]
+    assert facts["final"]["held"] == pytest.approx(1.0)
+    rows = _rows(spec)
+    assert _gap(made, stack, rows) < 1e-3 * _gap(spec.start, stack, rows)
+
+
+def test_teaching_mends_what_a_smaller_rank_has_lost(tmp_path, tiny_model, stack, workspace):
+    cut = _compressed(tmp_path, tiny_model, stack, 2, lr=1e-9, steps=1)
+    taught = _compressed(tmp_path, tiny_model, stack, 2, lr=3e-3, steps=40)
+    held = [run_distill(one, workspace)["checkpoint"]["final"]["held"] for one in (cut, taught)]
+    assert held[0] == held[1]
+    assert 0.3 < held[0] < 0.9
+    rows = _rows(cut)
+    gaps = [_gap(describe(workspace.path(one.key)), stack, rows) for one in (cut, taught)]
+    assert gaps[1] < 0.7 * gaps[0]
+
+
+def test_a_compression_goes_on_after_an_interruption_with_the_same_bits(tmp_path, tiny_model, stack, monkeypatch):
+    spec = _compressed(tmp_path, tiny_model, stack, 2, save_steps=3)
+    whole, workspace = open_workspace(tmp_path / "whole"), open_workspace(tmp_path / "broken")
+    run_distill(spec, whole)
+    update, calls = Masters.update, []
+
+    def break_down(self: Masters, rate: float) -> None:
+        calls.append(1)
+        if len(calls) == 5:
+            raise Interruption
+        update(self, rate)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Masters, "update", break_down)
+        with pytest.raises(Interruption):
+            run_distill(spec, workspace)
+    run_distill(spec, workspace)
+    assert _tree(workspace, spec) == _tree(whole, spec)
+
+
+def test_layers_that_the_new_adapter_leaves_out_are_named(tmp_path, tiny_model, stack, workspace):
+    tune = {"lora": {"rank": 2, "targets": ["q_proj"]}}
+    spec = _compressed(tmp_path, tiny_model, stack, 2, tune=tune)
+    _refused(spec, workspace, RecipeError, "the stack to compress changes model.layers.0.mlp.down_proj")
