@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ratchet": {"gate", "probe"},
     "report": {"ledger", "measure", "workspace"},
     "lineage": {"ledger", "model", "workspace"},
-    "stages": {"plan", "recipe", "data", "model", "train", "workspace"},
+    "stages": {"plan", "recipe", "data", "model", "train", "verifiers", "workspace"},
     "worker": {"stages", "merge", "probe", "model", "workspace"},
     "process": {"worker"},
     "plan": {"recipe", "data", "model", "probe", "train", "gate", "workspace"},

@@ -12,9 +12,18 @@ from typing import Any
 from evertune.check.estimate import BYTES, Amounts, amounts, estimate, forward_seconds, nearest_folder, resume_bytes
 from evertune.check.findings import Disk, Severity, StageEstimate
 from evertune.check.look import Look, digest_cache, sources_of
-from evertune.data.encode import Encoding, Item, counted_of, encode_pairs, encode_rows, tokens_of
+from evertune.data.encode import (
+    Encoding,
+    Item,
+    counted_of,
+    encode_pairs,
+    encode_prompts,
+    encode_rows,
+    question_of,
+    tokens_of,
+)
 from evertune.data.replay import drop_duplicates
-from evertune.data.rows import digest_rows
+from evertune.data.rows import Row, digest_rows
 from evertune.hashing import digest_file, digest_json
 from evertune.model.checkpoint import describe, vocabulary_of
 from evertune.recipe.presets import ResolvedDistill, ResolvedExternal, ResolvedTraining, resolve_stage
@@ -31,6 +40,7 @@ from evertune.recipe.schema import (
     new_sources,
 )
 from evertune.train.distill_spec import check_teacher, check_words
+from evertune.verifiers import validate
 
 
 @dataclass(frozen=True)
@@ -113,6 +123,26 @@ def look_at_training(view: StageView) -> Planned | None:
     return Planned(found, resume_bytes(settings, shapes), rescue_bytes(view, found.disk_bytes))
 
 
+def look_at_rewards(view: StageView) -> Planned | None:
+    """A stage with verifiable rewards: as any that trains here, and whether its answers can be checked."""
+    look, settings = view.look, view.resolved
+    for name in view.settings.new_sources:
+        verifier = look.recipe.data[name].verifier
+        rule = verifier.model_dump(exclude_none=True) if verifier else {}
+        for row in look.rows.get(name, ()):
+            if look.attempt(f"data.{name}", _can_be_checked, rule, row) is None:
+                break
+    if not settings.kl:
+        told = "'kl' is 0: nothing holds the policy to what it was before this stage."
+        view.say("warning", told, "Leave 'kl' out for 0.01 to the sft stage, or anchor the answers.")
+    return look_at_training(view)
+
+
+def _can_be_checked(rule: dict[str, Any], row: Row) -> bool:
+    validate(rule, question_of(row)[1], place=row.place)
+    return True
+
+
 def look_at_distill(view: StageView) -> Planned | None:
     """A student's training, and what its teachers answer before it: their words must be its words."""
     _look_at_teachers(view, view.resolved)
@@ -164,9 +194,14 @@ def look_at_external(view: StageView) -> Planned | None:
 LOOKS: dict[str, Callable[[StageView], Planned | None]] = {
     "sft": look_at_training,
     "dpo": look_at_training,
+    "rl": look_at_rewards,
     "distill": look_at_distill,
     "external": look_at_external,
 }
+
+
+# How a kind reads its new rows, where it is not as conversations and texts.
+ENCODERS: dict[str, Callable[..., Encoding[Any]]] = {"dpo": encode_pairs, "rl": encode_prompts}
 
 
 def rescue_bytes(view: StageView, disk_bytes: int) -> int:
@@ -208,10 +243,8 @@ def _look_at_command(view: StageView, settings: ResolvedExternal) -> None:
 def _encode(view: StageView, name: str, settings: ResolvedTraining) -> Sequence[Item] | None:
     """Rows of a source as a stage reads them; None, with an error, where one cannot be read."""
     look, place = view.look, view.place
-    encode: Callable[..., Encoding[Any]] = (
-        encode_pairs if look.recipe.data[name].format == "preference" else encode_rows
-    )
-    key = (name, settings.max_tokens, settings.too_long)
+    encode = ENCODERS.get(view.kind, encode_rows) if name in view.settings.new_sources else encode_rows
+    key = (name, encode.__name__, settings.max_tokens, settings.too_long)
     if key not in look.encodings and look.codec is not None:
         found = look.attempt(
             f"{place} ({name})", encode, look.rows[name], look.codec,

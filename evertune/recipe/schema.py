@@ -94,22 +94,6 @@ RowFormat = Literal["messages", "preference", "verifiable", "choice", "text"]
 REPLAYABLE: tuple[RowFormat, ...] = ("messages", "text")
 
 
-class DataSource(Config):
-    """Training rows: JSONL or Parquet, one file or a glob."""
-
-    path: PlaceText
-    """File or glob, relative to the recipe: `.jsonl`, `.jsonl.gz`, `.jsonl.zst`, `.parquet` or `.arrow`; or
-    `datasets:NAME` or `datasets:NAME:SPLIT` for what the `datasets` library keeps."""
-    format: RowFormat = "messages"
-    """Shape of a row: `{"messages"}`, `{"prompt","chosen","rejected"}`, `{"prompt"|"messages","answer"}`,
-    `{"prompt","choices","answer"}` or `{"text"}`. An sft stage reads `messages` and `text`."""
-    limit: int | None = Field(None, gt=0)
-    """Use only the first rows of the source, in file order."""
-    bad_rows: Literal["error", "quarantine"] = "error"
-    """A row that cannot be read or has the wrong shape stops the run, or is left out, counted and kept with the reason.
-    """
-
-
 class Verifier(OneKey):
     """How a generated answer is checked: exactly one key."""
 
@@ -126,6 +110,24 @@ class Verifier(OneKey):
     """A pattern that must match the whole trimmed output. The item's `answer` is not read."""
     json_schema: dict[str, Any] | None = None
     """A JSON Schema the output must satisfy; when the item has an `answer` object, it must equal it too."""
+
+
+class DataSource(Config):
+    """Training rows: JSONL or Parquet, one file or a glob."""
+
+    path: PlaceText
+    """File or glob, relative to the recipe: `.jsonl`, `.jsonl.gz`, `.jsonl.zst`, `.parquet` or `.arrow`; or
+    `datasets:NAME` or `datasets:NAME:SPLIT` for what the `datasets` library keeps."""
+    format: RowFormat = "messages"
+    """Shape of a row: `{"messages"}`, `{"prompt","chosen","rejected"}`, `{"prompt"|"messages","answer"}`,
+    `{"prompt","choices","answer"}` or `{"text"}`. An sft stage reads `messages` and `text`."""
+    limit: int | None = Field(None, gt=0)
+    """Use only the first rows of the source, in file order."""
+    bad_rows: Literal["error", "quarantine"] = "error"
+    """A row that cannot be read or has the wrong shape stops the run, or is left out, counted and kept with the reason.
+    """
+    verifier: Verifier | None = None
+    """How answers to the source's questions are checked, where an rl stage learns from it."""
 
 
 Role = Literal["guard", "target", "watch"]
@@ -364,6 +366,55 @@ class Dpo(Training):
         return self
 
 
+class Rl(Training):
+    """Reinforcement learning with verifiable rewards (GRPO, Shao et al. 2024, arXiv:2402.03300). A question counts as
+    one row, in batches and in the replay share, however many answers it gets; `max_tokens` bounds the question."""
+
+    formats = ("verifiable", "choice", "messages")
+
+    group: int = Field(8, ge=2, le=1024)
+    """Answers sampled to each question; each is compared with the others of its group."""
+    max_new_tokens: int = Field(256, gt=0, le=16384)
+    """The longest answer, in tokens."""
+    temperature: Positive = 1.0
+    """Of sampling, which is from the whole distribution, and of the log-probabilities that are trained."""
+    rollout_steps: int = Field(1, gt=0)
+    """Steps of questions that are answered at once: above 1 the later ones train on answers of an older policy."""
+    iterations: int = Field(1, gt=0)
+    """Passes over each rollout. `steps` counts optimizer steps, all passes included."""
+    scale: bool = True
+    """Divide a group's advantages by its standard deviation, as GRPO; false is Dr. GRPO's (arXiv:2503.20783), with
+    `average: constant`."""
+    average: Literal["answers", "tokens", "constant"] = "tokens"
+    """Of the loss: over tokens (DAPO, arXiv:2503.14476); over answers, each the mean of its tokens (GRPO), which makes
+    long wrong answers cheap; or over answers, each its sum by `max_new_tokens` (Dr. GRPO)."""
+    ratio: Literal["token", "sequence"] = "token"
+    """What is clipped: each token's probability ratio, or the mean one of an answer (GSPO, arXiv:2507.18071)."""
+    clip_low: float = Field(0.2, gt=0.0, lt=1.0)
+    """The ratio's lower bound is 1 - clip_low (PPO, arXiv:1707.06347)."""
+    clip_high: Positive = 0.28
+    """Its upper bound is 1 + clip_high; above clip_low unlikely words have room to grow (DAPO's clip-higher)."""
+    kl: NonNegative = 0.01
+    """Weight of the KL to the reference, per token, estimated on the sampled tokens (k3, its gradient unbiased). Exact,
+    over the whole vocabulary, it is the anchor: `{kl: 0.01, to: sft, on: both, direction: reverse}`."""
+    kl_to: PlaceText = "sft"
+    """The reference: `sft` (what this round's newest sft stage has made), `start`, `base`, `champion`, or a path."""
+    replay_weight: NonNegative = 1.0
+    """Weight of the replayed rows' cross-entropy, per token, beside the mean loss of the answers."""
+    max_kl: Positive | None = None
+    """Budget of drift: the stage ends after a step in which the KL to the reference is above, in nats per token."""
+    min_entropy: NonNegative | None = None
+    """The stage ends after a step in which the entropy of the answers' tokens is below, in nats."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.max_kl is not None and not self.kl:
+            raise ValueError("'max_kl' needs 'kl' above 0: without a reference there is no KL to bound")
+        if self.anchor is not None and self.anchor.on != "replay" and self.anchor.cache != "off":
+            raise ValueError("an anchor on answers needs 'cache: off': no answer comes twice")
+        return self
+
+
 class Teacher(Config):
     """A frozen checkpoint that the student learns from."""
 
@@ -501,6 +552,8 @@ class Stage(OneKey):
     """Supervised fine-tuning."""
     dpo: Dpo | None = None
     """Direct preference optimisation."""
+    rl: Rl | None = None
+    """Reinforcement learning with verifiable rewards."""
     distill: Distill | None = None
     """Distillation from one or more teachers."""
     external: External | None = None
@@ -690,6 +743,8 @@ def _source_problems(recipe: Recipe) -> Iterator[str]:
             yield f"{place}: no data source '{name}'; data has: {', '.join(recipe.data)}"
         elif source.format not in formats:
             yield f"{place}: '{name}' has format '{source.format}'; {reader} reads {' and '.join(formats)}"
+        elif reader == "rl" and source.verifier is None:
+            yield f"{place}: '{name}' has no verifier; rl needs data.{name}.verifier, such as 'exact' or 'math'"
 
 
 def _teacher_problems(recipe: Recipe) -> Iterator[str]:

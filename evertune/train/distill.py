@@ -32,7 +32,7 @@ from evertune.train.material import Material, load_material
 from evertune.train.objective import Objective, Policy, StepCounts, penalty_sums, penalty_terms
 from evertune.train.penalty import Penalty, PositionValues
 from evertune.train.sink import Metrics
-from evertune.train.stage import Setting, mean_of, run_training
+from evertune.train.stage import Lesson, Setting, mean_of, run_training
 from evertune.workspace import Workspace
 
 # Below this the kept words say too little of what the teacher would say.
@@ -51,8 +51,7 @@ def run_distill(spec: DistillSpec, workspace: Workspace) -> dict[str, Any]:
     lesson = _Distilled(spec, workspace)
     if workspace.manifest(spec.key) is None:
         lesson.teach()
-    begin = lesson.begin if spec.compressed is not None else None
-    return run_training(spec, workspace, lesson, begin=begin, volatile={"teacher_forwards": lesson.forwards})
+    return run_training(spec, workspace, lesson)
 
 
 @dataclass(frozen=True)
@@ -132,13 +131,13 @@ def _surprises(targets_M: Tensor) -> PositionValues:
     return lambda logp_MV, chosen: -logp_MV.gather(1, targets_M[chosen].unsqueeze(1)).squeeze(1)
 
 
-class _Distilled:
-    """The lesson of a distillation stage. `forwards` counts the teachers' forward passes."""
+class _Distilled(Lesson):
+    """The lesson of a distillation stage."""
 
     def __init__(self, spec: DistillSpec, workspace: Workspace) -> None:
         self._spec, self._workspace = spec, workspace
         self._material: Material | None = None
-        self.forwards = 0
+        self._forwards = 0
         self._held: float | None = None
 
     @cached_property
@@ -153,7 +152,7 @@ class _Distilled:
         accelerator = make_accelerator(device=spec.device, track=[], logging_dir=self._workspace.work / spec.key)
         material = self.load(load_codec(spec.start.base.path), world_size=accelerator.num_processes)
         if accelerator.is_main_process:
-            self.forwards = teach(spec, _taught_rows(spec, material), self._targets, device=str(accelerator.device))
+            self._forwards = teach(spec, _taught_rows(spec, material), self._targets, device=str(accelerator.device))
         accelerator.wait_for_everyone()
         # What other processes have opened does not hold what the main one has stored since.
         self.__dict__.pop("_targets", None)
@@ -165,7 +164,8 @@ class _Distilled:
             RecipeError: the stack changes layers that the new adapter leaves alone.
         """
         spec = self._spec
-        assert spec.compressed is not None, "asked for without a stack"
+        if spec.compressed is None:
+            return
         check_digest(spec.compressed)
         lora = spec.tune["lora"]
         found = compress([read_factors(one.path) for one in spec.compressed.stack[1:]], lora["rank"])
@@ -189,6 +189,9 @@ class _Distilled:
     def methods(self) -> dict[str, bool]:
         return {"logit_kd": True}
 
+    def volatile(self) -> dict[str, Any]:
+        return {"teacher_forwards": self._forwards}
+
     def _own_facts(self) -> dict[str, float]:
         """How much of the teachers' probability, and of a compressed stack's updates, was kept."""
         return {"covered_mass": self._covered_mass, **({} if self._held is None else {"held": self._held})}
@@ -196,7 +199,7 @@ class _Distilled:
     def final(self, last: Sequence[Metrics]) -> dict[str, float]:
         return {**{name: mean_of(last, name) for name in ("ce", "distill")}, **self._own_facts()}
 
-    def warnings(self, last: Sequence[Metrics]) -> list[dict[str, str]]:
+    def warnings(self, first: Sequence[Metrics], last: Sequence[Metrics]) -> list[dict[str, str]]:
         if self._covered_mass >= LITTLE_MASS:
             return []
         told = (
