@@ -36,7 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "worker": {"stages", "merge", "probe", "model", "workspace"},
     "process": {"worker"},
     "plan": {"recipe", "data", "model", "probe", "train", "gate", "workspace"},
-    "check": {"measure", "recipe", "data", "model", "probe", "gate", "ledger", "workspace", "verifiers"},
+    "check": {"measure", "recipe", "data", "model", "train", "probe", "gate", "ledger", "workspace", "verifiers"},
     "display": {"gate", "probe", "workspace"},
     "listing": {"lineage", "ledger", "model", "workspace", "recipe"},
     "scoring": {"process", "display", "model", "probe", "workspace"},

@@ -118,6 +118,12 @@ def estimate(
     )
 
 
+def forward_seconds(tokens: float, counted: float, shapes: Shapes, numerics: Numerics) -> float:
+    """Time of forward passes over so many tokens, with the head on the counted ones."""
+    cores = numerics.threads or os.cpu_count() or 1
+    return 2 * (shapes.body * tokens + shapes.head * counted) / (CORE_FLOPS[numerics.dtype] * cores)
+
+
 def resume_bytes(settings: ResolvedTraining, shapes: Shapes) -> int:
     """Disk that a stage takes beside its checkpoint while it runs."""
     return _kept(settings, shapes) * RESUME_BYTES

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from evertune.recipe.schema import (
     Anchor,
     Config,
+    Distill,
     Dpo,
     Ema,
     External,
@@ -17,6 +18,7 @@ from evertune.recipe.schema import (
     Rl,
     Sft,
     StageSettings,
+    Teacher,
     Training,
     Tune,
 )
@@ -175,6 +177,27 @@ class ResolvedRl(ResolvedTraining):
 
 
 @dataclass(frozen=True)
+class ResolvedDistill(ResolvedTraining):
+    """A distill stage; every teacher's `sources` are given."""
+
+    teachers: list[Teacher]
+    route: Literal["sources", "best"]
+    skills: dict[str, str]
+    loss: Literal["forward_kl", "reverse_kl", "jsd"]
+    beta: float
+    temperature: float
+    weight: float
+    words: int | Literal["all"]
+    compress: bool
+
+    @property
+    def members(self) -> dict[str, int]:
+        """At most how many teachers answer for a row of each source."""
+        taught = [name for one in self.teachers for name in one.sources or []]
+        return {name: 1 if self.route == "best" else taught.count(name) for name in dict.fromkeys(taught)}
+
+
+@dataclass(frozen=True)
 class ResolvedExternal(Resolved):
     """An external stage."""
 
@@ -218,6 +241,19 @@ def resolve_rl(recipe: Recipe, stage: Rl) -> ResolvedRl:
     return ResolvedRl(**_training(recipe, stage, **rates, epochs=1.0), **own)
 
 
+def resolve_distill(recipe: Recipe, stage: Distill) -> ResolvedDistill:
+    """Fill in what a distill stage leaves open."""
+    preset = PRESETS[recipe.preset]
+    sources = list(stage.data)
+    own = ("route", "loss", "beta", "temperature", "weight", "words", "compress")
+    return ResolvedDistill(
+        **_training(recipe, stage, lora_lr=preset.lora_lr, full_lr=preset.full_lr, epochs=preset.epochs),
+        **{name: getattr(stage, name) for name in own},
+        teachers=[one.model_copy(update={"sources": one.sources or sources}) for one in stage.teachers],
+        skills={name: stage.skill(name) for name in sources} if stage.route == "best" else {},
+    )
+
+
 def resolve_external(recipe: Recipe, stage: External) -> ResolvedExternal:
     """An external stage leaves nothing open."""
     return ResolvedExternal(stage.command, stage.data, stage.files, stage.hours)
@@ -227,6 +263,7 @@ RESOLVERS: dict[type[StageSettings], Callable[[Recipe, Any], Resolved]] = {
     Sft: resolve_sft,
     Dpo: resolve_dpo,
     Rl: resolve_rl,
+    Distill: resolve_distill,
     External: resolve_external,
 }
 
@@ -273,4 +310,6 @@ def _layered(values: dict[str, Any], *layers: Config | None) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
     return value.model_dump(mode="json", by_alias=True) if isinstance(value, Config) else value

@@ -29,6 +29,8 @@ Points = Annotated[float, Field(gt=0.0, lt=1.0, allow_inf_nan=False)]
 
 # Checkpoints that a setting may name by a word; anything else is a path.
 NAMED_REFERENCES = ("start", "sft", "base", "champion")
+# What a teacher may be beside those: `round:NAME`, `stage:KIND` or `stage:LABEL`, and every checkpoint of the run.
+OF_ROUND, OF_STAGE, RUN = "round:", "stage:", "run"
 
 PlaceText = Annotated[str, Field(min_length=1)]
 
@@ -440,6 +442,92 @@ class Rl(Training):
         return self
 
 
+class Teacher(Config):
+    """A frozen checkpoint that the student learns from."""
+
+    checkpoint: PlaceText
+    """What teaches: the path of a model or adapter folder; `round:NAME`, what an earlier round promoted; `stage:KIND`,
+    what the newest stage of that kind made in this round, or `stage:LABEL`, such as `stage:2026-10/1-sft`, any stage
+    before this one; `start`, `base` or `champion`; or, for `route: best`, `run`: every checkpoint that this run has
+    made so far, the base included. A teacher has the student's tokenizer and vocabulary."""
+    sources: Names | None = None
+    """The sources of this stage whose rows it teaches; all when not given. Teachers of one source are an ensemble: the
+    mean of their probabilities."""
+    weight: Positive = 1.0
+    """Its weight in an ensemble, relative to the others'."""
+
+
+def _as_teachers(value: Any) -> Any:
+    written = [value] if isinstance(value, str | dict) else value
+    if not isinstance(written, list):
+        return value
+    return [{"checkpoint": one} if isinstance(one, str) else one for one in written]
+
+
+class Distill(Training):
+    """Distillation: the student learns the token distributions of one or more teachers (Hinton et al. 2015,
+    arXiv:1503.02531), mixed with cross-entropy on the rows' own answers."""
+
+    formats = REPLAYABLE
+
+    teachers: Annotated[
+        list[Teacher],
+        BeforeValidator(_as_teachers, json_schema_input_type=PlaceText | list[PlaceText | Teacher]),
+        Field(min_length=1),
+    ]
+    """Who teaches: checkpoints, or `{checkpoint, sources, weight}` where not every teacher teaches every row. Each is
+    asked once for each row, before training, one after the other; its answers are kept in the workspace's cache."""
+    route: Literal["sources", "best"] = "sources"
+    """`sources`: each teacher teaches the rows of its `sources`. `best`: of those teachers, the one with the best score
+    on the row's skill does, as the run has measured it; of equals the last."""
+    skills: dict[Name, Name] = {}
+    """For `route: best`: the probe that measures the skill of a source's rows; where not given, the probe that has the
+    source's name."""
+    loss: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
+    """Divergence at each counted token. `forward_kl` is KL(teacher || student): cover all that the teacher says.
+    `reverse_kl` is KL(student || teacher): say only what the teacher would. `jsd` lies between (arXiv:2306.13649)."""
+    beta: float = Field(0.5, gt=0.0, lt=1.0)
+    """For `jsd`: the teacher's weight in the mixture that both are compared with."""
+    temperature: float = Field(1.0, ge=0.1, le=20.0)
+    """Divides the logits of both before they are compared; the divergence counts its square. Above 1 shows more of what
+    the teacher finds unlikely."""
+    weight: float = Field(0.5, gt=0.0, le=1.0)
+    """Weight of the divergence; cross-entropy with the rows' own answers has the rest. 1 leaves the answers unread."""
+    words: Literal["all"] | Annotated[int, Field(gt=0, le=4096)] = 64
+    """How many of a teacher's most likely words are kept at each token, all others being one bucket: a lower bound of
+    the divergence. The checkpoint's `covered_mass` says how much of the probability they hold. `all` is exact, for
+    vocabularies of at most 16384 words."""
+
+    compress: bool = False
+    """Make one adapter of `tune.lora.rank` out of the whole stack of adapters that the stage starts from: it begins as
+    near to the stack as its rank allows, over the model under the stack, and is taught from there. Name `start` as a
+    teacher to keep what the stack can do."""
+
+    @model_validator(mode="after")
+    def _routes(self) -> Self:
+        unknown = [name for one in self.teachers for name in one.sources or [] if name not in self.data]
+        unknown += [name for name in self.skills if name not in self.data]
+        if unknown:
+            raise ValueError(f"found '{unknown[0]}', expected a source of this stage's 'data': {', '.join(self.data)}")
+        if self.skills and self.route != "best":
+            raise ValueError("'skills' goes with 'route: best' only")
+        if self.route != "best" and any(one.checkpoint == RUN for one in self.teachers):
+            raise ValueError("the teacher 'run' goes with 'route: best' only, which chooses among its checkpoints")
+        if self.compress and self.tune is not None and self.tune.lora is None:
+            raise ValueError("'compress' makes an adapter: it goes with 'tune: lora' only")
+        untaught = [name for name in self.data if not any(name in (one.sources or self.data) for one in self.teachers)]
+        if untaught:
+            raise ValueError(
+                f"no teacher teaches the rows of '{untaught[0]}': name it in a teacher's 'sources', or leave it out of "
+                "'data'"
+            )
+        return self
+
+    def skill(self, source: str) -> str:
+        """The probe that measures the skill of a source's rows."""
+        return self.skills.get(source, source)
+
+
 PLACEHOLDERS = ("model", "data", "output", "seed")
 
 
@@ -493,6 +581,8 @@ class Stage(OneKey):
     """Direct preference optimisation."""
     rl: Rl | None = None
     """Reinforcement learning with verifiable rewards."""
+    distill: Distill | None = None
+    """Distillation from one or more teachers."""
     external: External | None = None
     """Another trainer's command."""
 
@@ -647,7 +737,7 @@ class Recipe(Config):
 
 def _check_references(recipe: Recipe) -> None:
     """Raise for names that name nothing, names that stand twice, and sources of the wrong format: one line each."""
-    problems = [*_round_problems(recipe), *_source_problems(recipe)]
+    problems = [*_round_problems(recipe), *_source_problems(recipe), *_teacher_problems(recipe)]
     if "history" in recipe.data:
         problems.append("data.history: 'history' is a reserved name: the rows of promoted rounds")
     if problems:
@@ -682,6 +772,42 @@ def _source_problems(recipe: Recipe) -> Iterator[str]:
             yield f"{place}: '{name}' has format '{source.format}'; {reader} reads {' and '.join(formats)}"
         elif reader == "rl" and source.verifier is None:
             yield f"{place}: '{name}' has no verifier; rl needs data.{name}.verifier, such as 'exact' or 'math'"
+
+
+def _teacher_problems(recipe: Recipe) -> Iterator[str]:
+    for i, one in enumerate(recipe.rounds):
+        for k, stage in enumerate(one.stages):
+            if stage.distill is None:
+                continue
+            place, settings = f"rounds[{i}].stages[{k}].distill", stage.distill
+            for j, teacher in enumerate(settings.teachers):
+                known = known_teachers(recipe, i, k)
+                if teacher.checkpoint.startswith((OF_ROUND, OF_STAGE)) and teacher.checkpoint not in known:
+                    told = ", ".join(known) or "nothing comes before this stage"
+                    yield f"{place}.teachers[{j}].checkpoint: found '{teacher.checkpoint}', expected one of: {told}"
+            for source in settings.data if settings.route == "best" else ():
+                if settings.skill(source) not in recipe.probes:
+                    yield (
+                        f"{place}.skills: no probe '{settings.skill(source)}' measures '{source}'; probes has: "
+                        f"{', '.join(recipe.probes)}"
+                    )
+
+
+def known_teachers(recipe: Recipe, round_index: int, stage_index: int) -> list[str]:
+    """What `round:` and `stage:` may name at a stage: what comes before it in this recipe."""
+    earlier, own = recipe.rounds[:round_index], recipe.rounds[round_index].stages[:stage_index]
+    labels = [label for one in earlier for label in stage_labels(one)]
+    labels += stage_labels(recipe.rounds[round_index])[:stage_index]
+    kinds = dict.fromkeys(stage.kind for stage in own)
+    return [
+        *(f"{OF_ROUND}{one.name}" for one in earlier),
+        *(f"{OF_STAGE}{name}" for name in (*kinds, *labels)),
+    ]
+
+
+def stage_labels(one: Round) -> list[str]:
+    """What people call the checkpoints of a round's stages."""
+    return [f"{one.name}/{k + 1}-{stage.kind}" for k, stage in enumerate(one.stages)]
 
 
 def _replayed(replay: Replay | None) -> list[str]:

@@ -1,7 +1,8 @@
 """The kinds of stages: how each is ordered and performed.
 
     sft.py        supervised fine-tuning        dpo.py        preferences
-    rl.py         verifiable rewards            external.py   another trainer's command
+    rl.py         verifiable rewards            distill.py    teachers into a student
+    external.py   another trainer's command
     place.py      where a stage stands          training.py   what trained kinds have in common
 
 To add a kind: a settings class and a key of `Stage` in recipe/schema.py, its resolver in recipe/presets.py, a file
@@ -12,11 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from evertune.stages import dpo, external, rl, sft
-from evertune.stages.place import Order, Place
+from evertune.stages import distill, dpo, external, rl, sft
+from evertune.stages.place import Order, Past, Place
 from evertune.workspace import Workspace
 
-__all__ = ["KINDS", "Order", "Place", "StageKind"]
+__all__ = ["KINDS", "Order", "Past", "Place", "StageKind"]
 
 
 @dataclass(frozen=True)
@@ -40,5 +41,6 @@ KINDS: dict[str, StageKind] = {
     "sft": StageKind(sft.order, sft.perform, is_launched=True),
     "dpo": StageKind(dpo.order, dpo.perform, is_launched=True),
     "rl": StageKind(rl.order, rl.perform, is_launched=True),
+    "distill": StageKind(distill.order, distill.perform, is_launched=True),
     "external": StageKind(external.order, external.perform),
 }

@@ -119,6 +119,11 @@ def _try_on_a_few_tokens(model: Any, decoder: Any, head: Head) -> None:
     logits = model(input_ids=ids_BT, use_cache=False).logits.float()
     hidden = decoder(input_ids=ids_BT, use_cache=False).last_hidden_state
     model.train(was_training)
+    if not torch.isfinite(logits).all():
+        raise CheckpointError(
+            f"{type(model).__name__}: its logits are NaN or Inf, though its weights are finite: they overflow.",
+            remedy="Go back to an earlier checkpoint, or try 'numerics: {dtype: float32}'.",
+        )
     difference = (F.linear(hidden, head.weight_VH, head.bias_V).float() - logits).abs().max()
     # Half a per cent is what the last bit of a bfloat16 is worth; a scale or a cap differs by far more.
     if not difference <= 0.02 * logits.abs().max():

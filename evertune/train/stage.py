@@ -53,6 +53,9 @@ class Lesson(ABC):
     def objective(self, setting: "Setting") -> Objective:
         """What it minimises."""
 
+    def begin(self, trained: Mapping[str, nn.Parameter]) -> None:  # noqa: B027 - most begin at the start
+        """Change the trained parameters before the first step, where they begin elsewhere than at the start."""
+
     def feed(self, setting: "Setting", policy: Policy) -> Feed:
         """What each step shows."""
         return setting.material
@@ -72,6 +75,10 @@ class Lesson(ABC):
     def warnings(self, first: Sequence[Metrics], last: Sequence[Metrics]) -> list[dict[str, str]]:
         """What a person should know of the end of the stage: `{"name", "text"}`."""
         return []
+
+    def volatile(self) -> dict[str, Any]:
+        """Facts of this performance that the result does not depend on."""
+        return {}
 
 
 @dataclass(frozen=True)
@@ -122,6 +129,7 @@ def run_training(spec: TrainingSpec, workspace: Workspace, lesson: Lesson) -> di
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)
     opened, trained = open_trained(spec, accelerator)
+    lesson.begin(trained)
     material = lesson.load(opened.codec, world_size=accelerator.num_processes)
     trainer = make_trainer(Setting(spec, opened, material, accelerator, workspace), trained, lesson)
     at_start = interference(trainer, material) if lesson.can_compare else None
@@ -139,7 +147,7 @@ def run_training(spec: TrainingSpec, workspace: Workspace, lesson: Lesson) -> di
     cosines = _start_and_end(at_start, interference(trainer, material)) if lesson.can_compare else None
     if accelerator.is_main_process:
         facts = {**_facts(spec, lesson, material, sink.history), "interference": cosines}
-        _publish(spec, workspace, opened, sink.history, facts)
+        _publish(spec, workspace, opened, sink.history, facts, lesson.volatile())
         points.clear()
     accelerator.wait_for_everyone()
     accelerator.end_training()
@@ -226,7 +234,12 @@ def _anchor(anchor: AnchorSpec, setting: Setting) -> Anchor:
 
 
 def _publish(
-    spec: TrainingSpec, workspace: Workspace, opened: OpenModel, history: Sequence[Metrics], facts: dict[str, Any]
+    spec: TrainingSpec,
+    workspace: Workspace,
+    opened: OpenModel,
+    history: Sequence[Metrics],
+    facts: dict[str, Any],
+    performance: Mapping[str, Any],
 ) -> None:
     """Write the trained model and its metrics as one object; drift is measured on the weights as written."""
 
@@ -243,6 +256,7 @@ def _publish(
         seconds = sum(one["seconds"] for one in history)
         tokens = sum(one["tokens"] for one in history)
         volatile = {"time": time.time(), "seconds": seconds, "tokens_per_second": tokens / max(seconds, 1e-9)}
+        volatile |= performance
         return {"checkpoint": {**facts, "bytes": size, "drift": drift}, "volatile": volatile}
 
     workspace.publish(kind="checkpoint", key=spec.key, record={}, write=write)
