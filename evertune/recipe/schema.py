@@ -129,7 +129,7 @@ class DataSource(Config):
 class Verifier(OneKey):
     """How a generated answer is checked: exactly one key."""
 
-    bare_names = ("exact", "contains", "math", "python")
+    bare_names = ("exact", "contains", "math", "ifeval", "python")
     noun = "a verifier"
 
     exact: NoOptions | None = None
@@ -138,6 +138,9 @@ class Verifier(OneKey):
     """The item's `answer` occurs in the output."""
     math: NoOptions | None = None
     """The final number or expression equals the item's `answer` (math-verify)."""
+    ifeval: NoOptions | None = None
+    """The output meets every constraint of the item's `answer`, `{"instruction_id_list", "kwargs"}` (IFEval,
+    arXiv:2311.07911)."""
     python: NoOptions | None = None
     """The output's program passes the tests of the item's `answer`, `{"tests": [assert statements], "setup"}`, in a
     sandbox. Linux only; without confinement nothing is run."""
