@@ -10,6 +10,7 @@ from evertune.recipe.schema import (
     Ema,
     External,
     Lora,
+    Mix,
     NoOptions,
     Recipe,
     Replay,
@@ -88,6 +89,7 @@ class ResolvedTraining(Resolved):
     """
 
     tune: Tune
+    mix: Mix | None
     replay: Replay
     anchor: Anchor
     lr: float

@@ -25,6 +25,7 @@ def training_fields(place: Place, settings: ResolvedTraining) -> dict[str, Any]:
         "base": plan.base,
         "new": [plan.rows_ref(name) for name in stage.new_sources],
         "weights": dict(stage.data) if isinstance(stage.data, dict) else None,
+        "mix": settings.mix.model_dump(exclude_none=True) if settings.mix else None,
         "replay": replay,
         "share": settings.replay.share if replay else 0.0,
         "dedup": settings.replay.dedup,
@@ -58,6 +59,8 @@ def training_key(version: int, spec: TrainingSpec) -> str:
     for name in ("key", "label", "threads", "track", "save_steps"):
         del facts[name]
     facts |= {name: one.digest for name, one in vars(spec).items() if isinstance(one, Checkpoint)}
+    if spec.mix is None:
+        del facts["mix"]
     facts["new"] = [[ref.source, ref.digest] for ref in spec.new]
     facts["replay"] = [[ref.source, ref.digest] for ref in spec.replay]
     if spec.anchor is not None:
