@@ -31,7 +31,7 @@ from evertune.train.spec import RowsRef
 from evertune.workspace import Workspace
 
 # Raised by hand when the meaning of the gate changes: verdicts are then made anew.
-GATE_VERSION = 1
+GATE_VERSION = 2
 HISTORY_ROWS = 10_000
 RECORDED_PACKAGES = ("evertune", "torch", "transformers", "accelerate", "peft", "tokenizers", "safetensors", "numpy")
 

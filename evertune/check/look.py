@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from evertune.check.estimate import Shapes, nearest_folder, shapes_of
 from evertune.check.findings import Finding, Severity
@@ -41,7 +41,7 @@ class Look:
     probes: list[AnyProbe] = field(default_factory=list)
     base: Checkpoint | None = None
     codec: Codec | None = None
-    encodings: dict[tuple[str, int, str], Encoding | None] = field(default_factory=dict)
+    encodings: dict[tuple[str, int, str], Encoding[Any] | None] = field(default_factory=dict)
 
     @property
     def recipe(self) -> Recipe:
