@@ -50,12 +50,14 @@ class Position:
         ratchet: the best promoted scores per probe: the reference that stops slow decay.
         history: keys of the objects that hold the training rows of promoted rounds.
         settled: key of the last verdict, `base` before the first.
+        without: digests of texts that a person asked to remove, in the rounds from here on.
     """
 
     champion: Model
     ratchet: Ratchet
     history: tuple[str, ...] = ()
     settled: str = "base"
+    without: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -165,6 +167,7 @@ def perform_stage(session: Session, one: Round, index: int, made: Sequence[Model
         made=[model.checkpoint for model in made],
         champion=position.champion.checkpoint,
         histories=[workspace.path(key) for key in position.history],
+        without=position.without,
     )
     kind, label = KINDS[place.kind], place.label
     order = kind.order(place)
@@ -280,7 +283,7 @@ def promote(session: Session, one: Round, candidate: Model, position: Position, 
         "reason": f"round {one.name} passed the gate" if by == "gate" else f"a rescue of round {one.name} passed",
     }
     _record(session, "promotion", digest_json({**body, "after": position.settled}), body)
-    history = session.plan.keep_history(one, session.workspace)
+    history = session.plan.keep_history(one, session.workspace, without=position.without)
     ratchet = position.ratchet.climb(candidate.scores, alpha=session.plan.gate_settings.alpha)
     session.display.promoted(one.name, candidate.label)
     return replace(position, champion=candidate, ratchet=ratchet, history=(*position.history, history))
@@ -379,8 +382,12 @@ def _start(session: Session, one: Round, position: Position) -> Model:
 
 
 def _after_settling(session: Session, position: Position) -> Position:
-    """Apply what a person decided at this place: `evertune promote` and `rollback` name the verdict they follow."""
-    decided = [event for event in session.ledger.events() if event.body.get("after") == position.settled]
+    """Apply what a person decided here: `promote`, `rollback` and `data remove` name the verdict they follow."""
+    here = [event for event in session.ledger.events() if event.body.get("after") == position.settled]
+    texts = {text for event in here if event.kind == "removal" for text in event.body["texts"]}
+    if texts:
+        position = replace(position, without=tuple(sorted({*position.without, *texts})))
+    decided = [event for event in here if event.kind != "removal"]
     if not decided:
         return position
     event = decided[-1]

@@ -305,6 +305,65 @@ def select(
     _tell(told.to_json(), out, as_json)
 
 
+@app.command()
+def trace(
+    workspace: Annotated[Path, typer.Argument(metavar="WORKSPACE", help="The folder of a run.")],
+    text: Annotated[str, typer.Argument(help="A turn or text of the row, or the whole row as JSON.")],
+    as_json: AsJson = False,
+) -> None:
+    """Say which stages were given a row, and which checkpoints stand on those."""
+    from evertune.lineage import open_workspace
+    from evertune.provenance import trace as find
+
+    found = find(open_workspace(workspace), text)
+    if as_json:
+        typer.echo(json.dumps(found.to_json(), indent=2, ensure_ascii=False))
+        return
+    for line in _trace_lines(found.to_json()):
+        typer.echo(line)
+
+
+@app.command()
+def remove(
+    workspace: Annotated[Path, typer.Argument(metavar="WORKSPACE", help="The folder of a run.")],
+    text: Annotated[list[str] | None, typer.Option("--text", help="A turn or text of the rows to remove.")] = None,
+    rows: Annotated[Path | None, typer.Option("--rows", help="A file of rows to remove.")] = None,
+    reason: Annotated[str, typer.Option(help="Why: it is kept in the ledger.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Leave rows out of every round from the next one on, and name what was trained on them."""
+    from evertune.data.rows import detect_format
+    from evertune.lineage import open_workspace
+    from evertune.provenance import remove as record
+    from evertune.provenance import texts_of_file
+
+    texts = [*(text or []), *(texts_of_file(rows, detect_format(rows)) if rows else ())]
+    event, traces = record(open_workspace(workspace), texts, reason=reason)
+    if as_json:
+        typer.echo(json.dumps({**event.body, "traces": [one.to_json() for one in traces]}, indent=2))
+        return
+    typer.echo(f"{len(texts)} texts are left out of every round from the next one on.")
+    trained = event.body["checkpoints"]
+    typer.echo(f"trained on them, or standing on what was: {', '.join(trained) or 'no checkpoint'}")
+    if trained:
+        typer.echo("A checkpoint cannot unlearn them: retrain from one that is not named, or from the base.")
+    for file in sorted({file for one in traces for file in one.files}):
+        typer.echo(f"still holds them: {file}")
+
+
+def _trace_lines(body: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for one in body["sightings"]:
+        numbers = ", ".join(map(str, one["lines"][:5])) + (", ..." if len(one["lines"]) > 5 else "")
+        lines.append(f"{one['label']}: {one['role']}, '{one['source']}' line {numbers}, shown {one['shown']:g} times")
+    lines += [f"left out of '{one}'" for one in body["kept_out"]]
+    if not lines:
+        return ["No stage of this workspace was given it, as a whole turn, text or row."]
+    if body["standing"]:
+        lines.append(f"trained on it, or standing on what was: {', '.join(body['standing'])}")
+    return [*lines, *(f"held in {one}" for one in body["files"])]
+
+
 def _weighted(text: str) -> tuple[Path, float | None]:
     """A file and its weight, where `=` and a number stand behind it."""
     path, sign, _ = text.rpartition("=")

@@ -19,6 +19,7 @@ class Place:
         made: what the round starts from, then what each stage before this one has made.
         champion: the last promoted checkpoint, or the base.
         histories: folders with the training rows of promoted rounds.
+        without: digests of texts that must not be used again (`evertune data remove`).
     """
 
     plan: Plan
@@ -27,6 +28,7 @@ class Place:
     made: Sequence[Checkpoint]
     champion: Checkpoint
     histories: Sequence[Path] = field(default=())
+    without: Sequence[str] = field(default=())
 
     @property
     def kind(self) -> str:
