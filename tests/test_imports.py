@@ -31,6 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rescue": {"gate", "probe"},
     "ratchet": {"gate", "probe"},
     "report": {"ledger", "measure", "workspace"},
+    "provenance": {"data", "ledger", "lineage", "workspace"},
     "lineage": {"ledger", "model", "workspace"},
     "stages": {"plan", "recipe", "data", "model", "train", "verifiers", "workspace"},
     "worker": {"stages", "merge", "probe", "model", "workspace"},

@@ -12,6 +12,7 @@ from evertune.recipe.schema import (
     Ema,
     External,
     Lora,
+    Mix,
     NoOptions,
     Recipe,
     Replay,
@@ -104,6 +105,7 @@ class ResolvedTraining(Resolved):
     """
 
     tune: Tune
+    mix: Mix | None
     replay: Replay
     anchor: Anchor
     lr: float

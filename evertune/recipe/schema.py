@@ -275,11 +275,31 @@ class StageSettings(Config):
         return []
 
 
+class Mix(Config):
+    """How several sources of new rows are mixed; without it each row comes once an epoch, or by the weights of `data`
+    as shares of rows."""
+
+    by: Literal["rows", "tokens"] = "rows"
+    """What the weights of `data` are shares of."""
+    temperature: Positive | None = None
+    """Shares in proportion to rows ** (1 / temperature): above 1 smaller sources get more (arXiv:1901.07291)."""
+    passes: dict[Name, Positive] | None = None
+    """How often each source is shown in an epoch; a source that is not named once."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if self.temperature is not None and self.passes is not None:
+            raise ValueError("give 'temperature' or 'passes', not both")
+        return self
+
+
 class Training(StageSettings):
     """What the stages that train here have in common."""
 
     data: Names | Annotated[dict[Name, Positive], Field(min_length=1)]
     """Names of new-data sources, each seen once an epoch, or `name: weight` for shares of the new rows."""
+    mix: Mix | None = None
+    """How the sources of `data` are mixed."""
     epochs: Positive | None = None
     """Passes over the new rows. Give `epochs` or `steps`; the preset's epochs when neither is given."""
     steps: int | None = Field(None, gt=0)
@@ -321,6 +341,20 @@ class Training(StageSettings):
             raise ValueError("give 'epochs' or 'steps', not both")
         if self.micro_batch_rows > self.most_rows:
             raise ValueError("'micro_batch_rows' is larger than 'batch_rows'")
+        return self
+
+    @model_validator(mode="after")
+    def _mix_fits(self) -> Self:
+        if self.mix is None:
+            return self
+        has_weights = isinstance(self.data, dict)
+        if self.mix.by == "tokens" and not has_weights:
+            raise ValueError("'mix.by: tokens' needs weights: write 'data' as 'name: weight'")
+        if has_weights and (self.mix.temperature is not None or self.mix.passes is not None):
+            raise ValueError("'mix' has 'temperature' or 'passes', and 'data' has weights: give one of them")
+        unknown = sorted(set(self.mix.passes or ()) - set(self.data))
+        if unknown:
+            raise ValueError(f"'mix.passes' names '{unknown[0]}', which is not in 'data'")
         return self
 
     @property
