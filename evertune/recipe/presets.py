@@ -280,8 +280,6 @@ def resolve_recipe(recipe: Recipe) -> dict[str, Any]:
         for stage, inner in zip(one.stages, written["stages"], strict=True):
             resolved: Any = resolve_stage(recipe, stage.settings)
             inner[stage.kind] |= {name: _plain(value) for name, value in asdict(resolved).items()}
-            for kind in inner.keys() - {stage.kind}:
-                del inner[kind]
     return body
 
 

@@ -9,7 +9,16 @@ import string
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
 Share = Annotated[float, Field(ge=0.0, lt=1.0, allow_inf_nan=False)]
@@ -66,6 +75,11 @@ class OneKey(Config):
             raise ValueError(f"{self.noun} has exactly one key of: {known}; found {', '.join(given) or 'none'}")
         return self
 
+    @model_serializer(mode="wrap")
+    def _given_key(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Only the key that is given: what a resolved recipe says does not change when another key comes to exist."""
+        return {name: value for name, value in handler(self).items() if getattr(self, name) is not None}
+
     @property
     def kind(self) -> str:
         return next(name for name in type(self).model_fields if getattr(self, name) is not None)
@@ -115,7 +129,7 @@ class DataSource(Config):
 class Verifier(OneKey):
     """How a generated answer is checked: exactly one key."""
 
-    bare_names = ("exact", "contains", "math")
+    bare_names = ("exact", "contains", "math", "ifeval", "python")
     noun = "a verifier"
 
     exact: NoOptions | None = None
@@ -124,6 +138,12 @@ class Verifier(OneKey):
     """The item's `answer` occurs in the output."""
     math: NoOptions | None = None
     """The final number or expression equals the item's `answer` (math-verify)."""
+    ifeval: NoOptions | None = None
+    """The output meets every constraint of the item's `answer`, `{"instruction_id_list", "kwargs"}` (IFEval,
+    arXiv:2311.07911)."""
+    python: NoOptions | None = None
+    """The output's program passes the tests of the item's `answer`, `{"tests": [assert statements], "setup"}`, in a
+    sandbox. Linux only; without confinement nothing is run."""
     regex: str | None = None
     """A pattern that must match the whole trimmed output. The item's `answer` is not read."""
     json_schema: dict[str, Any] | None = None
