@@ -180,7 +180,8 @@ def _contents(value: dict[str, Any]) -> Iterator[str]:
         if isinstance(given, str):
             yield given
         elif isinstance(given, list):
-            yield from (one["content"] for one in given)
+            # A system turn is shared by many rows and stands for none of them.
+            yield from (one["content"] for one in given if one.get("role") != "system")
 
 
 def _digest(text: str) -> str:
