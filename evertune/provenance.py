@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evertune.data.cleaned import KIND, find_seen, text_digests
+from evertune.data.cleaned import KIND, find_seen, line_digests, text_digests
 from evertune.data.rows import iter_rows
 from evertune.errors import RecipeError
 from evertune.hashing import digest_json
@@ -143,4 +143,4 @@ def _standing(checkpoints: Sequence[Event], trained: set[str]) -> list[str]:
 def _holds(path: Path, digests: Sequence[str]) -> bool:
     wanted = set(digests)
     with path.open(encoding="utf-8") as file:
-        return any(wanted & set(text_digests(line)) for line in file)
+        return any(not wanted.isdisjoint(line_digests(line)) for line in file)

@@ -306,6 +306,47 @@ def select(
 
 
 @app.command()
+def record(
+    files: Files,
+    model: Annotated[str, typer.Option(help="Whose answers are recorded: a bundled name or a folder.")],
+    out: Annotated[Path, typer.Option("--out", help="A new file, .jsonl (.gz, .zst) or .parquet.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer; one that does not end is dropped.")] = 256,
+    verifier: Annotated[
+        Literal["exact", "contains", "math"] | None,
+        typer.Option(help="Keep answers that pass against the row's answer."),
+    ] = None,
+    keep_likely: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of answers kept, the likeliest.")] = 1.0,
+    format: Format = None,
+) -> None:
+    """Write a model's own answers to stored prompts, for replay without stored answers (research: validate it)."""
+    from evertune.data import sift
+    from evertune.data.write import row_writer
+    from evertune.errors import DataError
+    from evertune.probe.recordings import record_answers
+
+    if out.exists():
+        raise DataError(f"{out}: found something there, expected a new file.", remedy="Choose another --out.")
+    bad = sift.BadRows()
+    rows = [row for source in sift.sources_of(files, format) for row in sift.rows_of(source, bad)]
+    found = record_answers(
+        model,
+        rows,
+        max_new_tokens=max_new_tokens,
+        verifier={verifier: {}} if verifier else None,
+        keep_likely=keep_likely,
+    )
+    with row_writer(out) as writer:
+        for one in found.rows:
+            writer.add(one)
+    typer.echo(f"{len(found.rows)} of {len(rows)} prompts answered, written to {out}")
+    for reason, count in found.dropped.items():
+        typer.echo(f"  {count:>8}  {reason}")
+    if bad.found:
+        typer.echo(f"{len(bad.found)} rows could not be read, the first: {bad.found[0]['problem']}")
+    typer.echo("Self-synthesised rehearsal is a research method: compare it with stored rows on your own probes.")
+
+
+@app.command()
 def trace(
     workspace: Annotated[Path, typer.Argument(metavar="WORKSPACE", help="The folder of a run.")],
     text: Annotated[str, typer.Argument(help="A turn or text of the row, or the whole row as JSON.")],

@@ -140,15 +140,24 @@ def row_digests(row: Row) -> list[str]:
 
 def text_digests(text: str) -> list[str]:
     """The digest of a row given as JSON, or else of a text that may be one turn of a row."""
+    row = _row_in(text)
+    return [_digest(normalise_text(text))] if row is None else row_digests(row)[:1]
+
+
+def line_digests(line: str) -> list[str]:
+    """All digests of the row in a line of JSON; none where it is no row."""
+    row = _row_in(line)
+    return [] if row is None else row_digests(row)
+
+
+def _row_in(text: str) -> Row | None:
     try:
         value = json.loads(text)
     except ValueError:
-        value = None
+        return None
     fitting = fitting_formats(value) if isinstance(value, dict) else []
-    if fitting:
-        format = next(one for one in ("preference", "choice", "messages", "verifiable", "text") if one in fitting)
-        return [_digest(compared_text(Row("", "", 0, Path(), value, format)))]
-    return [_digest(normalise_text(text))]
+    formats = ("preference", "choice", "messages", "verifiable", "text")
+    return next((Row("", "", 0, Path(), value, one) for one in formats if one in fitting), None)
 
 
 def find_seen(folder: Path, digests: Sequence[str]) -> tuple[list[int], list[int]]:
@@ -180,7 +189,8 @@ def _contents(value: dict[str, Any]) -> Iterator[str]:
         if isinstance(given, str):
             yield given
         elif isinstance(given, list):
-            yield from (one["content"] for one in given)
+            # A system turn is shared by many rows and stands for none of them.
+            yield from (one["content"] for one in given if one.get("role") != "system")
 
 
 def _digest(text: str) -> str:
