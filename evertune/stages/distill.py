@@ -9,7 +9,7 @@ from evertune.recipe.presets import ResolvedDistill
 from evertune.recipe.schema import OF_ROUND, OF_STAGE, RUN, Teacher
 from evertune.stages.place import Place
 from evertune.stages.training import training_fields, training_key
-from evertune.train.distill_spec import DistillSpec, TeacherSpec
+from evertune.train.distill_spec import DistillSpec, OnPolicySpec, TeacherSpec
 from evertune.workspace import Workspace
 
 # Raised by hand when the meaning of the stage changes: old results are then made anew.
@@ -41,6 +41,7 @@ def order(place: Place) -> DistillSpec:
         "temperature": settings.temperature,
         "weight": settings.weight,
         "words": None if settings.words == "all" else settings.words,
+        "on_policy": OnPolicySpec(**settings.on_policy.model_dump()) if settings.on_policy else None,
     }
     unkeyed = DistillSpec(key="0" * 64, label=place.label, **fields)
     return DistillSpec(key=_key(unkeyed), label=place.label, **fields)

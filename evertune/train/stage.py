@@ -5,7 +5,7 @@ door; what differs between kinds is a `Lesson`.
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,19 @@ class Setting:
         if self.accelerator.is_main_process:
             source.complete(kind, rows)
         self.accelerator.wait_for_everyone()
+
+
+def gatherer(setting: Setting) -> Callable[[list[Any]], list[Any]]:
+    """Joins what each process has made; the same in every process."""
+    if setting.accelerator.num_processes == 1:
+        return lambda one: one
+    from accelerate.utils import gather_object
+
+    def gather(one: list[Any]) -> list[Any]:
+        found: list[Any] = gather_object(one)
+        return found
+
+    return gather
 
 
 def run_training(spec: TrainingSpec, workspace: Workspace, lesson: Lesson) -> dict[str, Any]:

@@ -133,6 +133,8 @@ def test_names_weights_of_a_lone_teacher_and_places_do_not_count(tmp_path, tiny_
         "teachers: 'round:first', words: 32",
         "teachers: 'round:first', words: all",
         "teachers: 'round:first', compress: true",
+        "teachers: 'round:first', on_policy: {}",
+        "teachers: 'round:first', on_policy: {share: 0.7}",
     ],
 )
 def test_everything_that_the_result_depends_on_is_in_the_key(tmp_path, tiny_model, made, change):
@@ -181,6 +183,7 @@ def test_compressing_starts_at_the_base_and_begins_at_the_stack(tmp_path, tiny_m
         ("teachers: base, loss: jsd, beta: 1.0", "beta"),
         ("teachers: base, temperature: 0", "temperature"),
         ("teachers: base, compress: true, tune: full", "'compress' makes an adapter"),
+        ("teachers: base, on_policy: {share: 0}", "on_policy.share"),
         ("teachers: base, words: 0", "distill.words: found 0, expected 'all' or a number above 0"),
     ],
 )

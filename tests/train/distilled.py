@@ -16,6 +16,7 @@ OWN: dict[str, Any] = {
     "weight": 0.5,
     "words": 16,
     "compressed": None,
+    "on_policy": None,
 }
 
 
