@@ -19,6 +19,7 @@ from evertune.gate import Verdict, judge
 from evertune.hashing import digest_json
 from evertune.ledger import Event, Ledger, record_event, write_current
 from evertune.ledger import champion as champion_of
+from evertune.methods import named, standing_of, used_in
 from evertune.model.checkpoint import Checkpoint, describe
 from evertune.plan import GATE_VERSION, Plan, make_plan
 from evertune.probe.scores import ItemScores
@@ -195,6 +196,7 @@ def perform_stage(session: Session, one: Round, index: int, made: Sequence[Model
     session.display.warnings(label, body.get("warnings", ()))
     event = digest_json({"label": label, "object": order.key})
     _record(session, "checkpoint", event, body, manifest.record["volatile"])
+    session.display.academic(label, named(body["methods"], "academic"))
     return Model(checkpoint, label)
 
 
@@ -267,6 +269,7 @@ def decide(
         "champion_label": position.champion.label,
         "settings": plan.gate_body,
         "tried": tried,
+        **_provenance(session, candidate, verdict),
         "flips": plan.flips(candidate.scores, position.champion.scores),
         **(rescue_facts or {}),
     }
@@ -274,6 +277,15 @@ def decide(
     then = next_command(_seen_from_here(plan.workspace), plan.recipe.name, candidate.label, verdict.decision)
     session.display.verdict(candidate.label, verdict, body, next_command=then)
     return verdict, key
+
+
+def _provenance(session: Session, candidate: Model, verdict: Verdict) -> dict[str, Any]:
+    """What the candidate was made with, back to the base, and the reasons with a word about academic methods."""
+    checkpoints = [event.body for event in session.ledger.events("checkpoint")]
+    used = used_in(checkpoints, candidate.checkpoint.digest)
+    academic = named(used, "academic")
+    told = [f"Made with academic methods, not production-validated: {', '.join(academic)}."] if academic else []
+    return {"methods": list(used), "standing": standing_of(used), "reasons": [*verdict.reasons, *told]}
 
 
 def rescue(
@@ -364,7 +376,9 @@ def _write_interpolation(session: Session, one: Round, alpha: float, candidate: 
         session.workers.run({"kind": "interpolate", "label": one.name, "key": key, "alpha": alpha, **line.job})
     checkpoint = describe(workspace.path(key), cache=workspace.cache / "digests.json")
     label = f"{one.name}/rescue-{alpha:g}"
-    body = session.plan.interpolation_body(checkpoint, key, label, one.name, alpha, start.checkpoint)
+    body = session.plan.interpolation_body(
+        checkpoint, key, label, one.name, alpha, start.checkpoint, candidate.checkpoint
+    )
     _record(session, "checkpoint", digest_json({"label": label, "object": key}), body)
     return Model(checkpoint, label)
 

@@ -94,6 +94,24 @@ RowFormat = Literal["messages", "preference", "verifiable", "choice", "text"]
 REPLAYABLE: tuple[RowFormat, ...] = ("messages", "text")
 
 
+class DataSource(Config):
+    """Training rows: JSONL or Parquet, one file or a glob."""
+
+    path: PlaceText
+    """File or glob, relative to the recipe: `.jsonl`, `.jsonl.gz`, `.jsonl.zst`, `.parquet` or `.arrow`; or
+    `datasets:NAME` or `datasets:NAME:SPLIT` for what the `datasets` library keeps."""
+    format: RowFormat = "messages"
+    """Shape of a row: `{"messages"}`, `{"prompt","chosen","rejected"}`, `{"prompt"|"messages","answer"}`,
+    `{"prompt","choices","answer"}` or `{"text"}`. An sft stage reads `messages` and `text`."""
+    limit: int | None = Field(None, gt=0)
+    """Use only the first rows of the source, in file order."""
+    bad_rows: Literal["error", "quarantine"] = "error"
+    """A row that cannot be read or has the wrong shape stops the run, or is left out, counted and kept with the reason.
+    """
+    verifier: "Verifier | None" = None
+    """How answers to the source's questions are checked, where an rl stage learns from it."""
+
+
 class Verifier(OneKey):
     """How a generated answer is checked: exactly one key."""
 
@@ -110,24 +128,6 @@ class Verifier(OneKey):
     """A pattern that must match the whole trimmed output. The item's `answer` is not read."""
     json_schema: dict[str, Any] | None = None
     """A JSON Schema the output must satisfy; when the item has an `answer` object, it must equal it too."""
-
-
-class DataSource(Config):
-    """Training rows: JSONL or Parquet, one file or a glob."""
-
-    path: PlaceText
-    """File or glob, relative to the recipe: `.jsonl`, `.jsonl.gz`, `.jsonl.zst`, `.parquet` or `.arrow`; or
-    `datasets:NAME` or `datasets:NAME:SPLIT` for what the `datasets` library keeps."""
-    format: RowFormat = "messages"
-    """Shape of a row: `{"messages"}`, `{"prompt","chosen","rejected"}`, `{"prompt"|"messages","answer"}`,
-    `{"prompt","choices","answer"}` or `{"text"}`. An sft stage reads `messages` and `text`."""
-    limit: int | None = Field(None, gt=0)
-    """Use only the first rows of the source, in file order."""
-    bad_rows: Literal["error", "quarantine"] = "error"
-    """A row that cannot be read or has the wrong shape stops the run, or is left out, counted and kept with the reason.
-    """
-    verifier: Verifier | None = None
-    """How answers to the source's questions are checked, where an rl stage learns from it."""
 
 
 Role = Literal["guard", "target", "watch"]
@@ -319,9 +319,14 @@ class Training(StageSettings):
     def _one_length(self) -> Self:
         if self.epochs is not None and self.steps is not None:
             raise ValueError("give 'epochs' or 'steps', not both")
-        if self.micro_batch_rows > self.batch_rows:
+        if self.micro_batch_rows > self.most_rows:
             raise ValueError("'micro_batch_rows' is larger than 'batch_rows'")
         return self
+
+    @property
+    def most_rows(self) -> int:
+        """The most rows that one step can show the model."""
+        return self.batch_rows
 
     @property
     def new_sources(self) -> list[str]:
@@ -368,7 +373,8 @@ class Dpo(Training):
 
 class Rl(Training):
     """Reinforcement learning with verifiable rewards (GRPO, Shao et al. 2024, arXiv:2402.03300). A question counts as
-    one row, in batches and in the replay share, however many answers it gets; `max_tokens` bounds the question."""
+    one row of `batch_rows` and of the replay share, an answer one of `micro_batch_rows`; `max_tokens` bounds the
+    question."""
 
     formats = ("verifiable", "choice", "messages")
 
@@ -405,6 +411,10 @@ class Rl(Training):
     """Budget of drift: the stage ends after a step in which the KL to the reference is above, in nats per token."""
     min_entropy: NonNegative | None = None
     """The stage ends after a step in which the entropy of the answers' tokens is below, in nats."""
+
+    @property
+    def most_rows(self) -> int:
+        return self.batch_rows * self.group
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

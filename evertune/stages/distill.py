@@ -34,6 +34,7 @@ def order(place: Place) -> DistillSpec:
         **common,
         "start": common["start"] if compressed is None else compressed.base,
         "compressed": compressed,
+        "route": settings.route,
         "teachers": [members[number][1] for number in used],
         "routes": {source: [used.index(number) for number in route] for source, route in routes.items()},
         "loss": settings.loss,
@@ -59,7 +60,7 @@ def _key(spec: DistillSpec) -> str:
         source: [[one.checkpoint.digest, one.weight if len(spec.of(source)) > 1 else 1.0] for one in spec.of(source)]
         for source in spec.routes
     }
-    untaught = DistillSpec(**{**vars(spec), "teachers": [], "routes": {}})
+    untaught = DistillSpec(**{**vars(spec), "teachers": [], "routes": {}, "route": "sources"})
     return digest_json({"training": training_key(VERSION, untaught), "taught": facts})
 
 

@@ -230,7 +230,18 @@ class _Distilled(Lesson):
         )
 
     def methods(self) -> dict[str, bool]:
-        return {"logit_kd": True, "gkd": self._spec.on_policy is not None}
+        is_on_policy = self._spec.on_policy is not None
+        return {
+            "logit_kd": True,
+            "gkd": is_on_policy,
+            "multi_teacher_opd": is_on_policy and len(self._spec.teachers) > 1,
+            "cross_stage_distill": self._spec.route == "best",
+        }
+
+    def parents(self) -> list[str]:
+        made_from = [one.checkpoint for one in self._spec.teachers]
+        made_from += [self._spec.compressed] if self._spec.compressed else []
+        return list(dict.fromkeys(one.digest for one in made_from))
 
     def volatile(self) -> dict[str, Any]:
         later = self._teachers.forwards if self._teachers else 0

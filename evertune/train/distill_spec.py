@@ -43,6 +43,7 @@ class DistillSpec(TrainingSpec):
     """A distillation stage. Meanings and ranges of the settings: the recipe's `distill`.
 
     Attributes:
+        route: how `routes` came about.
         routes: per source of new rows, the numbers in `teachers` of those who teach it; several are an ensemble.
         words: kept words of a teacher's distribution at each position; None keeps the whole distribution.
         compressed: the stack of adapters over `start` that the new adapter begins as near to as its rank allows; None
@@ -50,6 +51,7 @@ class DistillSpec(TrainingSpec):
         on_policy: how the student answers some rows by itself; None where it never does.
     """
 
+    route: Literal["sources", "best"]
     teachers: list[TeacherSpec]
     routes: dict[str, list[int]]
     loss: Literal["forward_kl", "reverse_kl", "jsd"]
@@ -61,7 +63,7 @@ class DistillSpec(TrainingSpec):
     on_policy: OnPolicySpec | None
 
     kind: ClassVar[str] = "distill"
-    own_settings: ClassVar[tuple[str, ...]] = ("loss", "beta", "temperature", "weight", "words")
+    own_settings: ClassVar[tuple[str, ...]] = ("route", "loss", "beta", "temperature", "weight", "words")
 
     def of(self, source: str) -> list[TeacherSpec]:
         """The teachers of a source's rows."""

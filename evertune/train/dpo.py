@@ -160,7 +160,7 @@ class _Preferring(Lesson):
         return Preference(self._spec, source.stored(REFERENCE))
 
     def methods(self) -> dict[str, bool]:
-        return {"dpo": True}
+        return {"kl_dpo": True, "dpo_nll": self._spec.nll > 0}
 
     def final(self, last: Sequence[Metrics]) -> dict[str, float]:
         return {name: mean_of(last, name) for name in FINAL if any(name in one for one in last)}

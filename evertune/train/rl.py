@@ -225,7 +225,11 @@ class _Rewarded(Lesson):
         )
 
     def methods(self) -> dict[str, bool]:
-        return {"grpo": self._spec.scale, "dr_grpo": not self._spec.scale, "kl_to_reference": self._spec.kl > 0.0}
+        return {
+            "rlvr": True,
+            "kl_ref_rl": self._spec.kl > 0.0,
+            "ppo_ptx": bool(self._spec.replay) and self._spec.replay_weight > 0.0,
+        }
 
     def final(self, last: Sequence[Metrics]) -> dict[str, float]:
         names = [*FINAL, *(f"reward/{ref.source}" for ref in self._spec.new)]

@@ -24,3 +24,6 @@ class _Supervised(Lesson):
 
     def objective(self, setting: Setting) -> Objective:
         return CrossEntropy()
+
+    def methods(self) -> dict[str, bool]:
+        return {"sft": True}

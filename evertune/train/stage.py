@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from evertune.data.encode import EncodedRow
+from evertune.methods import standing_of
 from evertune.model.adapter import Factors, add_adapter, read_factors, save_new
 from evertune.model.checkpoint import Checkpoint
 from evertune.model.codec import Codec
@@ -73,6 +74,10 @@ class Lesson(ABC):
 
     def warnings(self, first: Sequence[Metrics], last: Sequence[Metrics]) -> list[dict[str, str]]:
         """What a person should know of the end of the stage: `{"name", "text"}`."""
+        return []
+
+    def parents(self) -> list[str]:
+        """Digests of what went into the checkpoint beside its start."""
         return []
 
     def volatile(self) -> dict[str, Any]:
@@ -281,11 +286,12 @@ def _facts(spec: TrainingSpec, lesson: Lesson, material: Material, history: Sequ
     if any("kl" in one for one in last):
         final["kl"] = mean_of(last, "kl")
     stride = -(-len(history) // LOSS_POINTS)
+    used = _methods(spec, lesson, has_replay=bool(material.replay))
     facts = {
         "label": spec.label,
         "stage": spec.kind,
-        "standing": "production",
-        "methods": _methods(spec, lesson, has_replay=bool(material.replay)),
+        "standing": standing_of(used),
+        "methods": used,
         "form": "adapter" if spec.is_lora else "model",
         "stands_on": spec.start.digest if spec.is_lora else None,
         "start": spec.start.digest,
@@ -298,6 +304,8 @@ def _facts(spec: TrainingSpec, lesson: Lesson, material: Material, history: Sequ
         "tokens": sum(one["tokens"] for one in history),
         "counted_tokens": sum(one["counted_tokens"] for one in history),
     }
+    if parents := lesson.parents():
+        facts["parents"] = parents
     warnings = lesson.warnings(first, last)
     reason = lesson.brake(history[-1])
     if reason:

@@ -101,7 +101,12 @@ def test_the_best_of_the_run_teaches_each_skill(tmp_path, tiny_model, made):
         "second/1-sft": {"cards": 0.5, "facts": 0.5},
     }
     # cards is measured by the probe of its name. Of equals the last: it has seen the most since.
-    assert _taught(_order(recipe, made, values=values), made) == {"cards": ["first/1-sft"], "general": ["first/1-sft"]}
+    order = _order(recipe, made, values=values)
+    assert _taught(order, made) == {"cards": ["first/1-sft"], "general": ["first/1-sft"]}
+    # How a teacher was found does not count, only who it is.
+    named = _write(tmp_path / "named", tiny_model, "teachers: 'round:first'")
+    assert _order(named, made).key == order.key
+    assert order.settings()["route"] == "best"
 
 
 def test_names_weights_of_a_lone_teacher_and_places_do_not_count(tmp_path, tiny_model, made):

@@ -137,6 +137,7 @@ def test_nothing_that_holds_the_policy_is_a_warning(tmp_path: Path, tiny_model: 
         ("rl: {data: [sums], kl: 0, max_kl: 0.1}", "'max_kl' needs 'kl' above 0"),
         ("rl: {data: [sums], anchor: {on: both, cache: hidden}}", "needs 'cache: off'"),
         ("rl: {data: [sums], temperature: 0}", "rl.temperature: found 0"),
+        ("rl: {data: [sums], batch_rows: 2, group: 4, micro_batch_rows: 9}", "larger than 'batch_rows'"),
         ("rl: {data: [sums], average: mean}", "rl.average: found 'mean'"),
     ],
 )

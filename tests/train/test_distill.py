@@ -305,6 +305,7 @@ def test_the_facts_are_complete(tmp_path, tiny_model, teachers, workspace):
     assert facts["final"].keys() == {"loss", "ce", "distill", "covered_mass", "kl"}
     assert 16 / 261 < facts["final"]["covered_mass"] < 1.0
     assert facts["replay"]["share_done"] == 0.25
+    assert facts["parents"] == [one.digest for one in teachers]
     canonical_json(record)
 
 

@@ -190,7 +190,7 @@ def test_the_reward_rises_and_the_record_says_so(tune: dict[str, Any], tmp_path:
     assert metrics[-1]["policy_kl"] > 0.0
     assert metrics[-1]["entropy"] < metrics[0]["entropy"] < math.log(261)
     assert metrics[-1]["reward/asked"] == metrics[-1]["reward"]
-    assert (facts["stage"], facts["methods"][0]) == ("rl", "grpo")
+    assert (facts["stage"], facts["methods"][0]) == ("rl", "rlvr")
     assert {"reward", "policy_kl", "entropy", "length", "replay_loss"} <= facts["final"].keys()
     assert facts["replay"]["share_done"] == pytest.approx(0.23, abs=0.03)
     assert facts["tokens"] == sum(one["tokens"] for one in metrics)
