@@ -14,6 +14,7 @@ from evertune.recipe.schema import (
     Lora,
     Mix,
     NoOptions,
+    OnPolicy,
     Recipe,
     Replay,
     Rl,
@@ -191,6 +192,7 @@ class ResolvedDistill(ResolvedTraining):
     weight: float
     words: int | Literal["all"]
     compress: bool
+    on_policy: OnPolicy | None
 
     @property
     def members(self) -> dict[str, int]:
@@ -247,7 +249,7 @@ def resolve_distill(recipe: Recipe, stage: Distill) -> ResolvedDistill:
     """Fill in what a distill stage leaves open."""
     preset = PRESETS[recipe.preset]
     sources = list(stage.data)
-    own = ("route", "loss", "beta", "temperature", "weight", "words", "compress")
+    own = ("route", "loss", "beta", "temperature", "weight", "words", "compress", "on_policy")
     return ResolvedDistill(
         **_training(recipe, stage, lora_lr=preset.lora_lr, full_lr=preset.full_lr, epochs=preset.epochs),
         **{name: getattr(stage, name) for name in own},

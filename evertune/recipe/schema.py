@@ -501,6 +501,21 @@ def _as_teachers(value: Any) -> Any:
     return [{"checkpoint": one} if isinstance(one, str) else one for one in written]
 
 
+class OnPolicy(Config):
+    """Rows that the student answers by itself; its teachers say at each of its tokens what they would have said there
+    (GKD, arXiv:2306.13649)."""
+
+    share: float = Field(0.5, gt=0.0, le=1.0)
+    """Share of the new rows that the student answers, drawn for each step."""
+    max_new_tokens: int = Field(64, gt=0, le=4096)
+    """The longest answer, in tokens."""
+    temperature: float = Field(1.0, ge=0.1, le=2.0)
+    """At which the student answers."""
+    steps: int = Field(4, gt=0)
+    """Steps whose rows are answered at once: an answer is at most so much older than the weights that learn from it.
+    Resume points lie between them."""
+
+
 class Distill(Training):
     """Distillation: the student learns the token distributions of one or more teachers (Hinton et al. 2015,
     arXiv:1503.02531), mixed with cross-entropy on the rows' own answers."""
@@ -539,6 +554,10 @@ class Distill(Training):
     """Make one adapter of `tune.lora.rank` out of the whole stack of adapters that the stage starts from: it begins as
     near to the stack as its rank allows, over the model under the stack, and is taught from there. Name `start` as a
     teacher to keep what the stack can do."""
+
+    on_policy: OnPolicy | None = None
+    """Let the student answer some rows; only their divergence counts. Needs rows of format `messages`, and memory for
+    one teacher beside the student while it trains."""
 
     @model_validator(mode="after")
     def _routes(self) -> Self:
@@ -822,6 +841,10 @@ def _teacher_problems(recipe: Recipe) -> Iterator[str]:
                 if teacher.checkpoint.startswith((OF_ROUND, OF_STAGE)) and teacher.checkpoint not in known:
                     told = ", ".join(known) or "nothing comes before this stage"
                     yield f"{place}.teachers[{j}].checkpoint: found '{teacher.checkpoint}', expected one of: {told}"
+            for source in settings.data if settings.on_policy else ():
+                if source in recipe.data and recipe.data[source].format != "messages":
+                    found = recipe.data[source].format
+                    yield f"{place}.on_policy: '{source}' has format '{found}', expected messages: a question to answer"
             for source in settings.data if settings.route == "best" else ():
                 if settings.skill(source) not in recipe.probes:
                     yield (
