@@ -12,7 +12,9 @@ from evertune.recipe.schema import (
     Ema,
     External,
     Lora,
+    Mix,
     NoOptions,
+    OnPolicy,
     Recipe,
     Replay,
     Rl,
@@ -104,6 +106,7 @@ class ResolvedTraining(Resolved):
     """
 
     tune: Tune
+    mix: Mix | None
     replay: Replay
     anchor: Anchor
     lr: float
@@ -189,6 +192,7 @@ class ResolvedDistill(ResolvedTraining):
     weight: float
     words: int | Literal["all"]
     compress: bool
+    on_policy: OnPolicy | None
 
     @property
     def members(self) -> dict[str, int]:
@@ -245,7 +249,7 @@ def resolve_distill(recipe: Recipe, stage: Distill) -> ResolvedDistill:
     """Fill in what a distill stage leaves open."""
     preset = PRESETS[recipe.preset]
     sources = list(stage.data)
-    own = ("route", "loss", "beta", "temperature", "weight", "words", "compress")
+    own = ("route", "loss", "beta", "temperature", "weight", "words", "compress", "on_policy")
     return ResolvedDistill(
         **_training(recipe, stage, lora_lr=preset.lora_lr, full_lr=preset.full_lr, epochs=preset.epochs),
         **{name: getattr(stage, name) for name in own},

@@ -295,11 +295,31 @@ class StageSettings(Config):
         return []
 
 
+class Mix(Config):
+    """How several sources of new rows are mixed; without it each row comes once an epoch, or by the weights of `data`
+    as shares of rows."""
+
+    by: Literal["rows", "tokens"] = "rows"
+    """What the weights of `data` are shares of."""
+    temperature: Positive | None = None
+    """Shares in proportion to rows ** (1 / temperature): above 1 smaller sources get more (arXiv:1901.07291)."""
+    passes: dict[Name, Positive] | None = None
+    """How often each source is shown in an epoch; a source that is not named once."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if self.temperature is not None and self.passes is not None:
+            raise ValueError("give 'temperature' or 'passes', not both")
+        return self
+
+
 class Training(StageSettings):
     """What the stages that train here have in common."""
 
     data: Names | Annotated[dict[Name, Positive], Field(min_length=1)]
     """Names of new-data sources, each seen once an epoch, or `name: weight` for shares of the new rows."""
+    mix: Mix | None = None
+    """How the sources of `data` are mixed."""
     epochs: Positive | None = None
     """Passes over the new rows. Give `epochs` or `steps`; the preset's epochs when neither is given."""
     steps: int | None = Field(None, gt=0)
@@ -341,6 +361,20 @@ class Training(StageSettings):
             raise ValueError("give 'epochs' or 'steps', not both")
         if self.micro_batch_rows > self.most_rows:
             raise ValueError("'micro_batch_rows' is larger than 'batch_rows'")
+        return self
+
+    @model_validator(mode="after")
+    def _mix_fits(self) -> Self:
+        if self.mix is None:
+            return self
+        has_weights = isinstance(self.data, dict)
+        if self.mix.by == "tokens" and not has_weights:
+            raise ValueError("'mix.by: tokens' needs weights: write 'data' as 'name: weight'")
+        if has_weights and (self.mix.temperature is not None or self.mix.passes is not None):
+            raise ValueError("'mix' has 'temperature' or 'passes', and 'data' has weights: give one of them")
+        unknown = sorted(set(self.mix.passes or ()) - set(self.data))
+        if unknown:
+            raise ValueError(f"'mix.passes' names '{unknown[0]}', which is not in 'data'")
         return self
 
     @property
@@ -467,6 +501,21 @@ def _as_teachers(value: Any) -> Any:
     return [{"checkpoint": one} if isinstance(one, str) else one for one in written]
 
 
+class OnPolicy(Config):
+    """Rows that the student answers by itself; its teachers say at each of its tokens what they would have said there
+    (GKD, arXiv:2306.13649)."""
+
+    share: float = Field(0.5, gt=0.0, le=1.0)
+    """Share of the new rows that the student answers, drawn for each step."""
+    max_new_tokens: int = Field(64, gt=0, le=4096)
+    """The longest answer, in tokens."""
+    temperature: float = Field(1.0, ge=0.1, le=2.0)
+    """At which the student answers."""
+    steps: int = Field(4, gt=0)
+    """Steps whose rows are answered at once: an answer is at most so much older than the weights that learn from it.
+    Resume points lie between them."""
+
+
 class Distill(Training):
     """Distillation: the student learns the token distributions of one or more teachers (Hinton et al. 2015,
     arXiv:1503.02531), mixed with cross-entropy on the rows' own answers."""
@@ -505,6 +554,10 @@ class Distill(Training):
     """Make one adapter of `tune.lora.rank` out of the whole stack of adapters that the stage starts from: it begins as
     near to the stack as its rank allows, over the model under the stack, and is taught from there. Name `start` as a
     teacher to keep what the stack can do."""
+
+    on_policy: OnPolicy | None = None
+    """Let the student answer some rows; only their divergence counts. Needs rows of format `messages`, and memory for
+    one teacher beside the student while it trains."""
 
     @model_validator(mode="after")
     def _routes(self) -> Self:
@@ -788,6 +841,10 @@ def _teacher_problems(recipe: Recipe) -> Iterator[str]:
                 if teacher.checkpoint.startswith((OF_ROUND, OF_STAGE)) and teacher.checkpoint not in known:
                     told = ", ".join(known) or "nothing comes before this stage"
                     yield f"{place}.teachers[{j}].checkpoint: found '{teacher.checkpoint}', expected one of: {told}"
+            for source in settings.data if settings.on_policy else ():
+                if source in recipe.data and recipe.data[source].format != "messages":
+                    found = recipe.data[source].format
+                    yield f"{place}.on_policy: '{source}' has format '{found}', expected messages: a question to answer"
             for source in settings.data if settings.route == "best" else ():
                 if settings.skill(source) not in recipe.probes:
                     yield (

@@ -9,7 +9,7 @@ from evertune.recipe.presets import ResolvedDistill
 from evertune.recipe.schema import OF_ROUND, OF_STAGE, RUN, Teacher
 from evertune.stages.place import Place
 from evertune.stages.training import training_fields, training_key
-from evertune.train.distill_spec import DistillSpec, TeacherSpec
+from evertune.train.distill_spec import DistillSpec, OnPolicySpec, TeacherSpec
 from evertune.workspace import Workspace
 
 # Raised by hand when the meaning of the stage changes: old results are then made anew.
@@ -34,6 +34,7 @@ def order(place: Place) -> DistillSpec:
         **common,
         "start": common["start"] if compressed is None else compressed.base,
         "compressed": compressed,
+        "route": settings.route,
         "teachers": [members[number][1] for number in used],
         "routes": {source: [used.index(number) for number in route] for source, route in routes.items()},
         "loss": settings.loss,
@@ -41,6 +42,7 @@ def order(place: Place) -> DistillSpec:
         "temperature": settings.temperature,
         "weight": settings.weight,
         "words": None if settings.words == "all" else settings.words,
+        "on_policy": OnPolicySpec(**settings.on_policy.model_dump()) if settings.on_policy else None,
     }
     unkeyed = DistillSpec(key="0" * 64, label=place.label, **fields)
     return DistillSpec(key=_key(unkeyed), label=place.label, **fields)
@@ -58,7 +60,7 @@ def _key(spec: DistillSpec) -> str:
         source: [[one.checkpoint.digest, one.weight if len(spec.of(source)) > 1 else 1.0] for one in spec.of(source)]
         for source in spec.routes
     }
-    untaught = DistillSpec(**{**vars(spec), "teachers": [], "routes": {}})
+    untaught = DistillSpec(**{**vars(spec), "teachers": [], "routes": {}, "route": "sources"})
     return digest_json({"training": training_key(VERSION, untaught), "taught": facts})
 
 

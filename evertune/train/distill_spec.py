@@ -29,16 +29,29 @@ class TeacherSpec:
 
 
 @dataclass(frozen=True)
+class OnPolicySpec:
+    """How the student answers by itself. Meanings and ranges: the recipe's `on_policy`."""
+
+    share: float
+    max_new_tokens: int
+    temperature: float
+    steps: int
+
+
+@dataclass(frozen=True)
 class DistillSpec(TrainingSpec):
     """A distillation stage. Meanings and ranges of the settings: the recipe's `distill`.
 
     Attributes:
+        route: how `routes` came about.
         routes: per source of new rows, the numbers in `teachers` of those who teach it; several are an ensemble.
         words: kept words of a teacher's distribution at each position; None keeps the whole distribution.
         compressed: the stack of adapters over `start` that the new adapter begins as near to as its rank allows; None
             for one that begins at the start.
+        on_policy: how the student answers some rows by itself; None where it never does.
     """
 
+    route: Literal["sources", "best"]
     teachers: list[TeacherSpec]
     routes: dict[str, list[int]]
     loss: Literal["forward_kl", "reverse_kl", "jsd"]
@@ -47,9 +60,10 @@ class DistillSpec(TrainingSpec):
     weight: float
     words: int | None
     compressed: Checkpoint | None
+    on_policy: OnPolicySpec | None
 
     kind: ClassVar[str] = "distill"
-    own_settings: ClassVar[tuple[str, ...]] = ("loss", "beta", "temperature", "weight", "words")
+    own_settings: ClassVar[tuple[str, ...]] = ("route", "loss", "beta", "temperature", "weight", "words")
 
     def of(self, source: str) -> list[TeacherSpec]:
         """The teachers of a source's rows."""
@@ -71,13 +85,15 @@ class DistillSpec(TrainingSpec):
             **super().to_json(),
             "teachers": [one.to_json() for one in self.teachers],
             "compressed": compressed,
+            "on_policy": vars(self.on_policy) if self.on_policy else None,
         }
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Self:
         compressed = Checkpoint.from_json(value["compressed"]) if value["compressed"] else None
         teachers = [TeacherSpec.from_json(one) for one in value["teachers"]]
-        return super().from_json({**value, "teachers": teachers, "compressed": compressed})
+        on_policy = OnPolicySpec(**value["on_policy"]) if value["on_policy"] else None
+        return super().from_json({**value, "teachers": teachers, "compressed": compressed, "on_policy": on_policy})
 
     def settings(self) -> dict[str, Any]:
         taught = {source: [self.teachers[number].name for number in route] for source, route in self.routes.items()}
@@ -85,7 +101,14 @@ class DistillSpec(TrainingSpec):
             {"name": one.name, "checkpoint": one.checkpoint.digest, "weight": one.weight} for one in self.teachers
         ]
         compressed = self.compressed.digest if self.compressed else None
-        return {**super().settings(), "teachers": teachers, "routes": taught, "compressed": compressed}
+        on_policy = vars(self.on_policy) if self.on_policy else None
+        return {
+            **super().settings(),
+            "teachers": teachers,
+            "routes": taught,
+            "compressed": compressed,
+            "on_policy": on_policy,
+        }
 
 
 def check_teacher(name: str, teacher: Checkpoint, student: Checkpoint) -> None:

@@ -17,10 +17,9 @@ from evertune.data.encode import EncodedRow
 from evertune.errors import CheckpointError
 from evertune.model.checkpoint import Checkpoint
 from evertune.model.open import OpenModel, open_model, stacked
-from evertune.train.cache import ReferenceCache
 from evertune.train.distill_losses import at_temperature, pooled_words
 from evertune.train.distill_spec import DistillSpec, TeacherSpec
-from evertune.train.distill_targets import Targets
+from evertune.train.distill_targets import Store, Targets
 from evertune.train.head import split_model
 from evertune.train.losses import bucket, top_words
 from evertune.train.reference import LiveReference
@@ -33,51 +32,55 @@ Summary = Callable[[Tensor, EncodedRow, slice], dict[str, Tensor]]
 """(log-probabilities (m, V) at some of a row's counted positions, the row, which of them) -> what is stored of them."""
 
 
-def teach(spec: DistillSpec, rows: Mapping[str, Rows], targets: Targets, *, device: str) -> int:
-    """Compute and store what is missing of the teachers' outputs.
+class Teachers:
+    """A stage's teachers, of whom at most one model is in memory at any time.
 
     Args:
-        rows: the rows to be taught, by source.
+        device: where they compute.
 
-    Returns:
-        How many forward passes of teachers it took, one a row; 0 when everything was there.
+    Attributes:
+        forwards: forward passes so far, one a row.
 
     Raises:
         RecipeError: more words are to be kept than there are.
-        CheckpointError: a teacher has another vocabulary, or its outputs are NaN or Inf.
+        CheckpointError: a teacher has another vocabulary.
     """
-    spec.check()
-    bench = _Bench(spec, device)
-    keep = _whole(spec) if spec.words is None else _top(spec, spec.words)
-    taught = [(number, source) for source in rows for number in spec.routes[source]]
-    for number in sorted(dict.fromkeys(number for number, _ in taught), key=bench.order):
-        teacher = spec.teachers[number]
-        own = [row for one, source in taught if one == number for row in rows[source]]
-        bench.answer(teacher, own, targets.own(teacher), keep)
-    if spec.words is not None:
-        # Which words an ensemble needs is known once each member has named its own.
-        for number, source in sorted(taught, key=lambda one: bench.order(one[0])):
-            ensemble = spec.of(source)
-            if len(ensemble) > 1:
-                store = targets.pooled(spec.teachers[number], ensemble)
-                pooled = _pooled(spec, [targets.own(one) for one in ensemble])
-                bench.answer(spec.teachers[number], rows[source], store, pooled)
-    return bench.forwards
 
-
-class _Bench:
-    """Seats one model at a time, and counts the forward passes."""
-
-    def __init__(self, spec: DistillSpec, device: str) -> None:
+    def __init__(self, spec: DistillSpec, *, device: str) -> None:
+        spec.check()
         self.forwards = 0
         self._spec, self._device = spec, device
         self._opened: OpenModel | None = None
 
-    def order(self, number: int) -> tuple[str, int]:
+    def answer(self, rows: Mapping[str, Rows], targets: Targets) -> None:
+        """Compute and store what is missing of the teachers' outputs.
+
+        Args:
+            rows: the rows to be taught, by source.
+
+        Raises:
+            CheckpointError: a teacher is not what it should be, or its outputs are NaN or Inf.
+        """
+        spec = self._spec
+        keep = _whole(spec) if spec.words is None else _top(spec, spec.words)
+        taught = [(number, source) for source in rows for number in spec.routes[source]]
+        for number in sorted(dict.fromkeys(number for number, _ in taught), key=self._turn):
+            own = [row for one, source in taught if one == number for row in rows[source]]
+            self._ask(spec.teachers[number], own, targets.own(spec.teachers[number]), keep)
+        if spec.words is not None:
+            # Which words an ensemble needs is known once each member has named its own.
+            for number, source in sorted(taught, key=lambda one: self._turn(one[0])):
+                ensemble = spec.of(source)
+                if len(ensemble) > 1:
+                    pooled = _pooled(spec, [targets.own(one) for one in ensemble])
+                    store = targets.pooled(spec.teachers[number], ensemble)
+                    self._ask(spec.teachers[number], rows[source], store, pooled)
+
+    def _turn(self, number: int) -> tuple[str, int]:
         """Teachers of one base come one after the other, so that it is loaded once."""
         return self._spec.teachers[number].checkpoint.base.digest, number
 
-    def answer(self, teacher: TeacherSpec, rows: Rows, store: ReferenceCache, summary: Summary) -> None:
+    def _ask(self, teacher: TeacherSpec, rows: Rows, store: Store, summary: Summary) -> None:
         """Store what is missing of the teacher's outputs for these rows."""
         missing = store.missing(rows)
         if not missing:
@@ -134,7 +137,7 @@ def _top(spec: DistillSpec, words: int) -> Summary:
     return summary
 
 
-def _pooled(spec: DistillSpec, members: Sequence[ReferenceCache]) -> Summary:
+def _pooled(spec: DistillSpec, members: Sequence[Store]) -> Summary:
     def summary(logp_MV: Tensor, row: EncodedRow, chosen: slice) -> dict[str, Tensor]:
         kept = [one.read(row)["ids"][chosen].long().to(logp_MV.device) for one in members]
         ids_MJ = pooled_words(kept, logp_MV.shape[1])

@@ -30,7 +30,7 @@ from evertune.train.reference import LiveReference
 from evertune.train.rollout import Check, EncodedAnswer, RolloutFeed, RolloutSettings
 from evertune.train.sink import Metrics
 from evertune.train.spec import RlSpec
-from evertune.train.stage import Lesson, Setting, mean_of, run_training
+from evertune.train.stage import Lesson, Setting, gatherer, mean_of, run_training
 from evertune.workspace import Workspace
 
 # What the last steps are compared with when a stage ends: its first ones.
@@ -220,7 +220,7 @@ class _Rewarded(Lesson):
             check=self._check,
             old=partial(_policy_logp, policy, spec.temperature, size) if settings.optimizer_steps > 1 else None,
             reference=partial(_reference_logp, live, spec.temperature, size) if live else None,
-            gather=_gatherer(setting),
+            gather=gatherer(setting),
             rank=setting.accelerator.process_index,
         )
 
@@ -317,16 +317,3 @@ def _by_length(rows: Sequence[EncodedRow], size: int, of: Callable[[Sequence[Enc
         values = of([rows[i] for i in chosen]).split([counted_positions(rows[i]) for i in chosen])
         found.update(zip(chosen, (one.cpu() for one in values), strict=True))
     return [found[i] for i in range(len(rows))]
-
-
-def _gatherer(setting: Setting) -> Callable[[list[Any]], list[Any]]:
-    """Joins what each process has made; the same in every process."""
-    if setting.accelerator.num_processes == 1:
-        return lambda one: one
-    from accelerate.utils import gather_object
-
-    def gather(one: list[Any]) -> list[Any]:
-        found: list[Any] = gather_object(one)
-        return found
-
-    return gather

@@ -5,7 +5,7 @@ door; what differs between kinds is a `Lesson`.
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,10 @@ class Lesson(ABC):
         """What a person should know of the end of the stage: `{"name", "text"}`."""
         return []
 
+    def parents(self) -> list[str]:
+        """Digests of what went into the checkpoint beside its start."""
+        return []
+
     def volatile(self) -> dict[str, Any]:
         """Facts of this performance that the result does not depend on."""
         return {}
@@ -106,6 +110,19 @@ class Setting:
         if self.accelerator.is_main_process:
             source.complete(kind, rows)
         self.accelerator.wait_for_everyone()
+
+
+def gatherer(setting: Setting) -> Callable[[list[Any]], list[Any]]:
+    """Joins what each process has made; the same in every process."""
+    if setting.accelerator.num_processes == 1:
+        return lambda one: one
+    from accelerate.utils import gather_object
+
+    def gather(one: list[Any]) -> list[Any]:
+        found: list[Any] = gather_object(one)
+        return found
+
+    return gather
 
 
 def run_training(spec: TrainingSpec, workspace: Workspace, lesson: Lesson) -> dict[str, Any]:
@@ -287,6 +304,8 @@ def _facts(spec: TrainingSpec, lesson: Lesson, material: Material, history: Sequ
         "tokens": sum(one["tokens"] for one in history),
         "counted_tokens": sum(one["counted_tokens"] for one in history),
     }
+    if parents := lesson.parents():
+        facts["parents"] = parents
     warnings = lesson.warnings(first, last)
     reason = lesson.brake(history[-1])
     if reason:

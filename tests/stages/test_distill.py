@@ -101,7 +101,12 @@ def test_the_best_of_the_run_teaches_each_skill(tmp_path, tiny_model, made):
         "second/1-sft": {"cards": 0.5, "facts": 0.5},
     }
     # cards is measured by the probe of its name. Of equals the last: it has seen the most since.
-    assert _taught(_order(recipe, made, values=values), made) == {"cards": ["first/1-sft"], "general": ["first/1-sft"]}
+    order = _order(recipe, made, values=values)
+    assert _taught(order, made) == {"cards": ["first/1-sft"], "general": ["first/1-sft"]}
+    # How a teacher was found does not count, only who it is.
+    named = _write(tmp_path / "named", tiny_model, "teachers: 'round:first'")
+    assert _order(named, made).key == order.key
+    assert order.settings()["route"] == "best"
 
 
 def test_names_weights_of_a_lone_teacher_and_places_do_not_count(tmp_path, tiny_model, made):
@@ -133,6 +138,8 @@ def test_names_weights_of_a_lone_teacher_and_places_do_not_count(tmp_path, tiny_
         "teachers: 'round:first', words: 32",
         "teachers: 'round:first', words: all",
         "teachers: 'round:first', compress: true",
+        "teachers: 'round:first', on_policy: {}",
+        "teachers: 'round:first', on_policy: {share: 0.7}",
     ],
 )
 def test_everything_that_the_result_depends_on_is_in_the_key(tmp_path, tiny_model, made, change):
@@ -181,6 +188,7 @@ def test_compressing_starts_at_the_base_and_begins_at_the_stack(tmp_path, tiny_m
         ("teachers: base, loss: jsd, beta: 1.0", "beta"),
         ("teachers: base, temperature: 0", "temperature"),
         ("teachers: base, compress: true, tune: full", "'compress' makes an adapter"),
+        ("teachers: base, on_policy: {share: 0}", "on_policy.share"),
         ("teachers: base, words: 0", "distill.words: found 0, expected 'all' or a number above 0"),
     ],
 )

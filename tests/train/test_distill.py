@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -19,14 +20,16 @@ from evertune.errors import CheckpointError, IntegrityError, RecipeError
 from evertune.hashing import canonical_json
 from evertune.model.checkpoint import Checkpoint, describe
 from evertune.model.codec import load_codec
+from evertune.model.forward import Forward
 from evertune.model.open import OpenModel, open_model
 from evertune.train import distill_teachers
 from evertune.train.batch import collate
 from evertune.train.distill import Distillation, run_distill
 from evertune.train.distill_losses import mixture
-from evertune.train.distill_spec import DistillSpec
+from evertune.train.distill_policy import OnPolicyFeed, SampledRow, answered_row, prompt_of
+from evertune.train.distill_spec import DistillSpec, OnPolicySpec
 from evertune.train.distill_targets import Targets
-from evertune.train.distill_teachers import teach
+from evertune.train.distill_teachers import Teachers
 from evertune.train.head import Head, split_model
 from evertune.train.loop import count_items
 from evertune.train.losses import bucket
@@ -73,7 +76,7 @@ def _taught(spec: DistillSpec, workspace: Workspace) -> Targets:
     targets = Targets(spec, root=workspace.cache, tmp=workspace.tmp)
     rows = _rows(spec)
     by_source = {source: [row for row in rows if row.source == source] for source in spec.routes}
-    teach(spec, by_source, targets, device="cpu")
+    Teachers(spec, device="cpu").answer(by_source, targets)
     return targets
 
 
@@ -109,10 +112,10 @@ def _step_loss(spec: DistillSpec, targets: Targets, micro_batch_rows: int) -> tu
     rows = [*material.first_rows(6, is_replay=False), *material.first_rows(2, is_replay=True)]
     objective, policy = Distillation(targets, spec), Policy(opened.model, decoder, head, opened.codec.pad_id)
     counts = count_items(rows, objective, ())
-    sums = torch.zeros(3)
+    sums = torch.zeros(len(counts.divisors))
     for first in range(0, len(rows), micro_batch_rows):
         sums += objective.backward(policy, rows[first : first + micro_batch_rows], counts, ())
-    return sums / torch.tensor(list(counts.divisors.values())), masters.gradients()
+    return sums[:3] / torch.tensor(list(counts.divisors.values()))[:3], masters.gradients()
 
 
 @pytest.mark.parametrize(("loss", "temperature"), [("forward_kl", 1.0), ("reverse_kl", 2.0), ("jsd", 0.5)])
@@ -302,6 +305,7 @@ def test_the_facts_are_complete(tmp_path, tiny_model, teachers, workspace):
     assert facts["final"].keys() == {"loss", "ce", "distill", "covered_mass", "kl"}
     assert 16 / 261 < facts["final"]["covered_mass"] < 1.0
     assert facts["replay"]["share_done"] == 0.25
+    assert facts["parents"] == [one.digest for one in teachers]
     canonical_json(record)
 
 
@@ -511,3 +515,121 @@ def test_layers_that_the_new_adapter_leaves_out_are_named(tmp_path, tiny_model, 
     tune = {"lora": {"rank": 2, "targets": ["q_proj"]}}
     spec = _compressed(tmp_path, tiny_model, stack, 2, tune=tune)
     _refused(spec, workspace, RecipeError, "the stack to compress changes model.layers.0.mlp.down_proj")
+
+
+# The student answers.
+
+SAYING: dict[str, Any] = {"share": 0.5, "max_new_tokens": 12, "temperature": 1.0, "steps": 3}
+
+
+def _on_policy(folder: Path, model: Path, teachers: list[Checkpoint], **changes: Any) -> DistillSpec:
+    how = OnPolicySpec(**{**SAYING, **{name: changes.pop(name) for name in list(changes) if name in SAYING}})
+    length = {"steps": changes.pop("stage_steps", 8)}
+    return make_distill_spec(folder, model, teachers, on_policy=how, **length, **changes)
+
+
+def test_a_prompt_is_what_the_student_would_be_asked(tmp_path, tiny_model):
+    spec = make_distill_spec(tmp_path, tiny_model, [describe(tiny_model)])
+    codec = load_codec(tiny_model)
+    lines = [json.loads(line) for line in Path(spec.new[0].path).read_text().splitlines()]
+    for row, line in zip(_rows(spec), lines, strict=True):
+        assert prompt_of(row).tolist() == codec.encode_prompt(line["messages"][:-1])
+
+
+def test_of_a_conversation_the_last_answer_is_replaced():
+    ids, counted = np.arange(9, dtype=np.int32), np.array([0, 0, 1, 1, 0, 0, 1, 1, 0], dtype=bool)
+    row = EncodedRow("s", "1", ids, counted, is_replay=False, digest="")
+    found = answered_row(row, [70, 71])
+    assert found.ids.tolist() == [0, 1, 2, 3, 4, 5, 70, 71]
+    assert found.counted.tolist() == [False] * 6 + [True] * 2
+
+
+def test_the_students_answers_are_taught_and_nothing_else_of_them(tmp_path, tiny_model, teachers, workspace):
+    spec = _on_policy(tmp_path, tiny_model, teachers, share=1.0, weight=0.7, words=None)
+    opened = open_model(spec.start, dtype="float32")
+    opened.model.requires_grad_(True)
+    targets = Targets(spec, root=workspace.cache, tmp=workspace.tmp, passing=True)
+    feed = OnPolicyFeed(
+        spec,
+        _material(spec),
+        ask=lambda: Forward(opened),
+        stop_ids=opened.codec.stop_ids,
+        teachers=Teachers(spec, device="cpu"),
+        targets=targets,
+        gather=lambda one: one,
+        rank=0,
+    )
+    feed.prepare(0)
+    items = feed.step_rows(0)
+    said = [item.row for item in items if isinstance(item, SampledRow)]
+    assert len(said) == sum(not item.is_replay for item in items) == 3
+    objective = Distillation(targets, spec)
+    decoder, head = split_model(opened.model)
+    counts = count_items(items, objective, ())
+    sums = objective.backward(Policy(opened.model, decoder, head, opened.codec.pad_id), items, counts, ())
+    # By hand: KL(teacher || student) at the answers' tokens, cross-entropy of the replayed row.
+    own, teacher = _naive(spec.start, said), _naive(teachers[0], said)
+    replayed = [item for item in items if item.is_replay]
+    batch = collate([row for item in replayed for row in item.rows], pad_id=0, device=torch.device("cpu"))
+    ce = F.nll_loss(_naive(spec.start, batch.rows), batch.targets_N, reduction="sum")
+    kl = F.kl_div(own, teacher, log_target=True, reduction="sum")
+    assert sums.tolist()[:3] == pytest.approx([ce.item() + 0.7 * kl.item(), ce.item(), kl.item()], rel=1e-4)
+    assert counts.divisors["ce"] == len(batch.targets_N)
+    assert sums[3].item() / counts.divisors["length"] == pytest.approx(len(own) / 3)
+
+
+def test_answers_come_from_the_weights_as_they_are_and_from_the_seed(tmp_path, tiny_model, teachers, workspace):
+    asked: list[list[list[int]]] = []
+
+    class Listening(OnPolicyFeed):
+        def prepare(self, step: int) -> None:
+            super().prepare(step)
+            if step % SAYING["steps"] == 0:
+                rows = [item.rows[0].ids.tolist() for one in self._held for item in self.step_rows(one)]
+                asked.append(rows)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("evertune.train.distill.OnPolicyFeed", Listening)
+        for name, changes in (("a", {}), ("b", {}), ("c", {"lr": 0.02}), ("d", {"seed": 8})):
+            run_distill(_on_policy(tmp_path, tiny_model, teachers, **changes), open_workspace(tmp_path / name))
+    runs = [asked[first : first + 3] for first in range(0, 12, 3)]
+    assert runs[0] == runs[1]
+    assert runs[0][0] == runs[2][0], "before the first step the weights are the same"
+    assert runs[0][1] != runs[2][1]
+    assert runs[0][0] != runs[3][0]
+
+
+@pytest.mark.parametrize("kind", [{}, {"loss": "reverse_kl", "share": 1.0, "tune": {"full": {}}, "lr": 1e-3}])
+def test_on_policy_interrupted_it_ends_with_the_same_bits(tmp_path, tiny_model, teachers, monkeypatch, kind):
+    spec = _on_policy(tmp_path, tiny_model, teachers, routes={"new": [0, 2]}, save_steps=1, **kind)
+    whole, workspace = open_workspace(tmp_path / "whole"), open_workspace(tmp_path / "broken")
+    run_distill(spec, whole)
+    update, calls = Masters.update, []
+
+    def break_down(self: Masters, rate: float) -> None:
+        calls.append(1)
+        if len(calls) == 5:
+            raise Interruption
+        update(self, rate)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Masters, "update", break_down)
+        with pytest.raises(Interruption):
+            run_distill(spec, workspace)
+    assert [one.name for one in (workspace.work / spec.key).glob("step-*")] == ["step-000003"]
+    run_distill(spec, workspace)
+    assert _tree(workspace, spec) == _tree(whole, spec)
+
+
+def test_on_policy_the_student_comes_nearer_where_it_goes_by_itself(tmp_path, tiny_model, teachers, workspace):
+    spec = _on_policy(
+        tmp_path, tiny_model, teachers, stage_steps=60, share=1.0, weight=1.0, words=None, replay=[], lr=0.005
+    )
+    record = run_distill(spec, workspace)
+    lines = (workspace.path(spec.key) / "metrics.jsonl").read_text().splitlines()
+    gaps = [json.loads(line)["distill"] for line in lines]
+    assert sum(gaps[-10:]) < 0.6 * sum(gaps[:10])
+    assert record["checkpoint"]["methods"][:2] == ["logit_kd", "gkd"]
+    # Every row is answered anew, and no answer is kept: 60 steps of 4 rows.
+    assert record["volatile"]["teacher_forwards"] == 60 * 4
+    assert not list(workspace.cache.rglob("*.raw"))
