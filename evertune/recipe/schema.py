@@ -148,6 +148,18 @@ class Verifier(OneKey):
     """A pattern that must match the whole trimmed output. The item's `answer` is not read."""
     json_schema: dict[str, Any] | None = None
     """A JSON Schema the output must satisfy; when the item has an `answer` object, it must equal it too."""
+    parts: "Annotated[dict[Name, VerifierPart], Field(min_length=1)] | None" = None
+    """Several verifiers of the same answer, by name. The score is their weighted mean; each part's is logged where an rl
+    stage learns from it."""
+
+
+class VerifierPart(Config):
+    """One part of a verifier that has several."""
+
+    weight: Positive = 1.0
+    """Its weight in the mean."""
+    check: Verifier
+    """How it checks."""
 
 
 Role = Literal["guard", "target", "watch"]
