@@ -53,6 +53,7 @@ class Position:
         settled: key of the last verdict, `base` before the first.
         made: every model of the run so far, in the order they were made; the base first.
         promoted: the model that each promoted round has promoted.
+        without: digests of texts that a person asked to remove, in the rounds from here on.
     """
 
     champion: Model
@@ -61,6 +62,7 @@ class Position:
     settled: str = "base"
     made: tuple[Model, ...] = ()
     promoted: Mapping[str, Model] = field(default_factory=dict)
+    without: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,7 @@ def perform_stage(session: Session, one: Round, index: int, made: Sequence[Model
         champion=position.champion.checkpoint,
         histories=[workspace.path(key) for key in position.history],
         past=_past(position, made[1:]),
+        without=position.without,
     )
     kind, label = KINDS[place.kind], place.label
     order = kind.order(place)
@@ -314,7 +317,7 @@ def promote(session: Session, one: Round, candidate: Model, position: Position, 
         "reason": f"round {one.name} passed the gate" if by == "gate" else f"a rescue of round {one.name} passed",
     }
     _record(session, "promotion", digest_json({**body, "after": position.settled}), body)
-    history = session.plan.keep_history(one, session.workspace)
+    history = session.plan.keep_history(one, session.workspace, without=position.without)
     ratchet = position.ratchet.climb(candidate.scores, alpha=session.plan.gate_settings.alpha)
     session.display.promoted(one.name, candidate.label)
     return replace(
@@ -421,8 +424,12 @@ def _start(session: Session, one: Round, position: Position) -> Model:
 
 
 def _after_settling(session: Session, position: Position) -> Position:
-    """Apply what a person decided at this place: `evertune promote` and `rollback` name the verdict they follow."""
-    decided = [event for event in session.ledger.events() if event.body.get("after") == position.settled]
+    """Apply what a person decided here: `promote`, `rollback` and `data remove` name the verdict they follow."""
+    here = [event for event in session.ledger.events() if event.body.get("after") == position.settled]
+    texts = {text for event in here if event.kind == "removal" for text in event.body["texts"]}
+    if texts:
+        position = replace(position, without=tuple(sorted({*position.without, *texts})))
+    decided = [event for event in here if event.kind != "removal"]
     if not decided:
         return position
     event = decided[-1]

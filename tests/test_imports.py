@@ -31,6 +31,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rescue": {"gate", "probe"},
     "ratchet": {"gate", "probe"},
     "report": {"ledger", "measure", "workspace"},
+    "advice": {"display", "ledger", "lineage", "recipe", "run", "workspace"},
+    "provenance": {"data", "ledger", "lineage", "workspace"},
     "lineage": {"ledger", "model", "workspace"},
     "stages": {"plan", "recipe", "data", "model", "train", "verifiers", "workspace"},
     "worker": {"stages", "merge", "probe", "model", "workspace"},

@@ -33,6 +33,7 @@ NO_METHOD = {
     "Recipe.defaults": "holds replay, anchor and tune",
     "Recipe.numerics": "how numbers are computed",
     "Probe.verifier": "how an answer is checked",
+    "Training.mix": "how the rows of several sources are counted",
 }
 
 

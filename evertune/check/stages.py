@@ -22,6 +22,7 @@ from evertune.data.encode import (
     question_of,
     tokens_of,
 )
+from evertune.data.quotas import Mixing
 from evertune.data.replay import drop_duplicates
 from evertune.data.rows import Row, digest_rows
 from evertune.hashing import digest_file, digest_json
@@ -117,7 +118,8 @@ def look_at_training(view: StageView) -> Planned | None:
         return None
     replay = _replay_pool(view, settings, {name: rows for name, rows in encoded.items() if rows})
     weights = stage.data if isinstance(stage, Training) and isinstance(stage.data, dict) else None
-    seen = amounts(new, replay, weights, settings)
+    mixing = Mixing(weights=weights, **(settings.mix.model_dump(exclude_none=True) if settings.mix else {}))
+    seen = amounts(new, replay, mixing, settings)
     _look_at_amounts(view, settings, seen, sum(map(len, new.values())))
     found = estimate(view.label, seen, settings, shapes, look.recipe.numerics, done=_is_done(view))
     return Planned(found, resume_bytes(settings, shapes), rescue_bytes(view, found.disk_bytes))
@@ -298,6 +300,8 @@ def _look_at_amounts(view: StageView, settings: ResolvedTraining, seen: Amounts,
     if settings.anchor.kl and settings.anchor.on == "replay" and not seen.replay_rows:
         told = "the anchor is on replayed rows, and there are none here: nothing is anchored."
         view.say("note", told, "Set 'anchor.on: new', or replay something.")
+    for told in seen.odd:
+        view.say("warning", told, "Change the weights, 'mix' or the number of steps.")
     if seen.new_rows < new_rows:
         view.say("note", f"{seen.steps} steps show {seen.new_rows} of {new_rows} new rows; the others are not seen.")
 

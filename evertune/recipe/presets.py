@@ -12,6 +12,7 @@ from evertune.recipe.schema import (
     Ema,
     External,
     Lora,
+    Mix,
     NoOptions,
     OnPolicy,
     Recipe,
@@ -105,6 +106,7 @@ class ResolvedTraining(Resolved):
     """
 
     tune: Tune
+    mix: Mix | None
     replay: Replay
     anchor: Anchor
     lr: float
@@ -280,8 +282,6 @@ def resolve_recipe(recipe: Recipe) -> dict[str, Any]:
         for stage, inner in zip(one.stages, written["stages"], strict=True):
             resolved: Any = resolve_stage(recipe, stage.settings)
             inner[stage.kind] |= {name: _plain(value) for name, value in asdict(resolved).items()}
-            for kind in inner.keys() - {stage.kind}:
-                del inner[kind]
     return body
 
 

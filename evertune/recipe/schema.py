@@ -9,7 +9,16 @@ import string
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
 Share = Annotated[float, Field(ge=0.0, lt=1.0, allow_inf_nan=False)]
@@ -66,6 +75,11 @@ class OneKey(Config):
             raise ValueError(f"{self.noun} has exactly one key of: {known}; found {', '.join(given) or 'none'}")
         return self
 
+    @model_serializer(mode="wrap")
+    def _given_key(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Only the key that is given: what a resolved recipe says does not change when another key comes to exist."""
+        return {name: value for name, value in handler(self).items() if getattr(self, name) is not None}
+
     @property
     def kind(self) -> str:
         return next(name for name in type(self).model_fields if getattr(self, name) is not None)
@@ -115,7 +129,7 @@ class DataSource(Config):
 class Verifier(OneKey):
     """How a generated answer is checked: exactly one key."""
 
-    bare_names = ("exact", "contains", "math")
+    bare_names = ("exact", "contains", "math", "ifeval", "python")
     noun = "a verifier"
 
     exact: NoOptions | None = None
@@ -124,6 +138,12 @@ class Verifier(OneKey):
     """The item's `answer` occurs in the output."""
     math: NoOptions | None = None
     """The final number or expression equals the item's `answer` (math-verify)."""
+    ifeval: NoOptions | None = None
+    """The output meets every constraint of the item's `answer`, `{"instruction_id_list", "kwargs"}` (IFEval,
+    arXiv:2311.07911)."""
+    python: NoOptions | None = None
+    """The output's program passes the tests of the item's `answer`, `{"tests": [assert statements], "setup"}`, in a
+    sandbox. Linux only; without confinement nothing is run."""
     regex: str | None = None
     """A pattern that must match the whole trimmed output. The item's `answer` is not read."""
     json_schema: dict[str, Any] | None = None
@@ -275,11 +295,31 @@ class StageSettings(Config):
         return []
 
 
+class Mix(Config):
+    """How several sources of new rows are mixed; without it each row comes once an epoch, or by the weights of `data`
+    as shares of rows."""
+
+    by: Literal["rows", "tokens"] = "rows"
+    """What the weights of `data` are shares of."""
+    temperature: Positive | None = None
+    """Shares in proportion to rows ** (1 / temperature): above 1 smaller sources get more (arXiv:1901.07291)."""
+    passes: dict[Name, Positive] | None = None
+    """How often each source is shown in an epoch; a source that is not named once."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if self.temperature is not None and self.passes is not None:
+            raise ValueError("give 'temperature' or 'passes', not both")
+        return self
+
+
 class Training(StageSettings):
     """What the stages that train here have in common."""
 
     data: Names | Annotated[dict[Name, Positive], Field(min_length=1)]
     """Names of new-data sources, each seen once an epoch, or `name: weight` for shares of the new rows."""
+    mix: Mix | None = None
+    """How the sources of `data` are mixed."""
     epochs: Positive | None = None
     """Passes over the new rows. Give `epochs` or `steps`; the preset's epochs when neither is given."""
     steps: int | None = Field(None, gt=0)
@@ -321,6 +361,20 @@ class Training(StageSettings):
             raise ValueError("give 'epochs' or 'steps', not both")
         if self.micro_batch_rows > self.most_rows:
             raise ValueError("'micro_batch_rows' is larger than 'batch_rows'")
+        return self
+
+    @model_validator(mode="after")
+    def _mix_fits(self) -> Self:
+        if self.mix is None:
+            return self
+        has_weights = isinstance(self.data, dict)
+        if self.mix.by == "tokens" and not has_weights:
+            raise ValueError("'mix.by: tokens' needs weights: write 'data' as 'name: weight'")
+        if has_weights and (self.mix.temperature is not None or self.mix.passes is not None):
+            raise ValueError("'mix' has 'temperature' or 'passes', and 'data' has weights: give one of them")
+        unknown = sorted(set(self.mix.passes or ()) - set(self.data))
+        if unknown:
+            raise ValueError(f"'mix.passes' names '{unknown[0]}', which is not in 'data'")
         return self
 
     @property

@@ -35,6 +35,7 @@ class Place:
         champion: the last promoted checkpoint, or the base.
         histories: folders with the training rows of promoted rounds.
         past: what the run has made before this stage, earlier stages of this round included.
+        without: digests of texts that must not be used again (`evertune data remove`).
     """
 
     plan: Plan
@@ -44,6 +45,7 @@ class Place:
     champion: Checkpoint
     histories: Sequence[Path] = field(default=())
     past: Past = field(default_factory=Past)
+    without: Sequence[str] = field(default=())
 
     @property
     def kind(self) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from evertune.data.encode import EncodedRow, Encoding, Item, counted_of, encode_rows, tokens_of
+from evertune.data.quotas import Mixing, quotas_of
 from evertune.data.replay import drop_duplicates
 from evertune.data.rows import Row, read_rows
 from evertune.data.stream import Pick, Stream, lengths_of
@@ -139,9 +140,12 @@ def load_material(spec: TrainingSpec, codec: Codec, *, world_size: int, encode: 
         for source, rows in replay_rows.items()
         if rows
     }
+    sizes = {source: len(encoding.rows) for source, encoding in new.items()}
+    tokens = {source: sum(map(tokens_of, encoding.rows)) for source, encoding in new.items()}
     stream = Stream(
-        new={source: len(encoding.rows) for source, encoding in new.items()},
-        weights=spec.weights,
+        new=sizes,
+        weights=None,
+        quotas=quotas_of(Mixing(weights=spec.weights, **(spec.mix or {})), sizes, tokens),
         replay={source: len(rows) for source, rows in replay.items()},
         share=spec.share if replay else 0.0,
         seed=spec.seed,

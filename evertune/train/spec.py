@@ -80,6 +80,7 @@ class TrainingSpec:
     base: Checkpoint
     new: list[RowsRef]
     weights: dict[str, float] | None
+    mix: dict[str, Any] | None
     replay: list[RowsRef]
     share: float
     dedup: bool
