@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -70,13 +72,10 @@ def test_a_removed_row_is_left_out_of_the_next_round_and_earlier_rounds_stand(wo
     recipe["rounds"].append({"name": "four", "stages": [{"sft": stage}]})
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     # The other rounds' stages are found, not made: their rows are those they were given then.
-    for code in (0, 2, 4):
-        try:
-            printed = evertune("run", tmp_path / "recipe.yaml", code=code)
-            break
-        except AssertionError as error:
-            if not str(error).startswith("exit"):
-                raise
+    command = [sys.executable, "-m", "evertune", "run", str(tmp_path / "recipe.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode in (0, 2, 4), done.stderr  # whatever the verdict on two steps is
+    printed = done.stdout
     assert "1 stages trained" in printed
     log = json.loads(evertune("log", workspace, "--json"))
     made = [
