@@ -230,7 +230,8 @@ def run_peer(peers: Path, name: str, source: Path, folder: Path) -> dict[str, An
     script.write_text(PEER)
     command = [str(peers / "bin/python"), str(script), name, str(source), str(target)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    # Some peers leave logs where they are run.
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder)
     if done.returncode:
         raise SystemExit(f"{name} failed:\n{done.stderr[-2000:]}")
     return dict(json.loads(target.read_text()))
