@@ -19,6 +19,7 @@ from evertune.data.replay import reservoir
 from evertune.data.rows import digest_rows, read_rows
 from evertune.gate import GateSettings, ProbeFacts
 from evertune.hashing import digest_json
+from evertune.methods import standing_of
 from evertune.model.bundled import resolve_base
 from evertune.model.checkpoint import Checkpoint, describe
 from evertune.probe.flips import flips_of
@@ -99,11 +100,20 @@ class Plan:
         return _checkpoint_body(self.base, None, label="base", round_name=None, stage="base")
 
     def interpolation_body(
-        self, checkpoint: Checkpoint, key: str, label: str, round_name: str, alpha: float, start: Checkpoint
+        self,
+        checkpoint: Checkpoint,
+        key: str,
+        label: str,
+        round_name: str,
+        alpha: float,
+        start: Checkpoint,
+        candidate: Checkpoint,
     ) -> dict[str, Any]:
-        """The ledger's facts of a rescue's winner."""
-        body = _checkpoint_body(checkpoint, key, label=label, round_name=round_name, stage="interpolate")
-        return {**body, "start": start.digest, "settings": {"alpha": alpha}, "methods": ["wise_ft"]}
+        """The ledger's facts of a rescue's winner, which lies between the start and the candidate."""
+        body = _checkpoint_body(
+            checkpoint, key, label=label, round_name=round_name, stage="interpolate", methods=["wise_ft"]
+        )
+        return {**body, "start": start.digest, "parents": [candidate.digest], "settings": {"alpha": alpha}}
 
     def flips(self, after: Mapping[str, ItemScores], before: Mapping[str, ItemScores]) -> dict[str, list[Any]]:
         """Per probe, the items whose score fell most, then those that rose: what a person wants to see first."""
@@ -189,7 +199,13 @@ def make_plan(loaded: LoadedRecipe) -> Plan:
 
 
 def _checkpoint_body(
-    checkpoint: Checkpoint, key: str | None, *, label: str, round_name: str | None, stage: str
+    checkpoint: Checkpoint,
+    key: str | None,
+    *,
+    label: str,
+    round_name: str | None,
+    stage: str,
+    methods: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The ledger body of a checkpoint that no training made; every field of the shape is present."""
     return {
@@ -199,8 +215,8 @@ def _checkpoint_body(
         "round": round_name,
         "stage_index": None,
         "stage": stage,
-        "standing": "production",
-        "methods": [],
+        "standing": standing_of(methods),
+        "methods": list(methods),
         "form": checkpoint.form,
         "stands_on": checkpoint.stands_on.digest if checkpoint.stands_on else None,
         "start": None,

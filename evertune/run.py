@@ -19,6 +19,7 @@ from evertune.gate import Verdict, judge
 from evertune.hashing import digest_json
 from evertune.ledger import Event, Ledger, record_event, write_current
 from evertune.ledger import champion as champion_of
+from evertune.methods import named, standing_of, used_in
 from evertune.model.checkpoint import Checkpoint, describe
 from evertune.plan import GATE_VERSION, Plan, make_plan
 from evertune.probe.scores import ItemScores
@@ -28,7 +29,7 @@ from evertune.recipe.load import LoadedRecipe
 from evertune.recipe.schema import Round, Rung
 from evertune.report.text import next_command
 from evertune.scoring import score_checkpoint
-from evertune.stages import KINDS, Place
+from evertune.stages import KINDS, Past, Place
 from evertune.workspace import Workspace
 
 
@@ -50,6 +51,8 @@ class Position:
         ratchet: the best promoted scores per probe: the reference that stops slow decay.
         history: keys of the objects that hold the training rows of promoted rounds.
         settled: key of the last verdict, `base` before the first.
+        made: every model of the run so far, in the order they were made; the base first.
+        promoted: the model that each promoted round has promoted.
         without: digests of texts that a person asked to remove, in the rounds from here on.
     """
 
@@ -57,6 +60,8 @@ class Position:
     ratchet: Ratchet
     history: tuple[str, ...] = ()
     settled: str = "base"
+    made: tuple[Model, ...] = ()
+    promoted: Mapping[str, Model] = field(default_factory=dict)
     without: tuple[str, ...] = ()
 
 
@@ -125,7 +130,7 @@ def begin(session: Session) -> Position:
     place = {"path": str(plan.base.path)}
     _record(session, "checkpoint", digest_json({"base": plan.base.digest}), plan.base_body(), place)
     base = probe(session, base)
-    return _after_settling(session, Position(champion=base, ratchet=Ratchet.start(base.scores)))
+    return _after_settling(session, Position(champion=base, ratchet=Ratchet.start(base.scores), made=(base,)))
 
 
 def run_round(session: Session, one: Round, position: Position) -> Position:
@@ -144,6 +149,7 @@ def run_round(session: Session, one: Round, position: Position) -> Position:
         if rescued is not None:
             candidate, key = rescued
             by = "rescue"
+    position = replace(position, made=(*position.made, *made[1:]))
     promoted = verdict.decision == "PROMOTE" or by == "rescue"
     session.decisions[one.name] = "PROMOTE" if promoted else verdict.decision
     if promoted:
@@ -167,6 +173,7 @@ def perform_stage(session: Session, one: Round, index: int, made: Sequence[Model
         made=[model.checkpoint for model in made],
         champion=position.champion.checkpoint,
         histories=[workspace.path(key) for key in position.history],
+        past=_past(position, made[1:]),
         without=position.without,
     )
     kind, label = KINDS[place.kind], place.label
@@ -192,7 +199,24 @@ def perform_stage(session: Session, one: Round, index: int, made: Sequence[Model
     session.display.warnings(label, body.get("warnings", ()))
     event = digest_json({"label": label, "object": order.key})
     _record(session, "checkpoint", event, body, manifest.record["volatile"])
+    session.display.academic(label, named(body["methods"], "academic"))
     return Model(checkpoint, label)
+
+
+def _past(position: Position, made: Sequence[Model]) -> Past:
+    """What a stage may look back on: the rounds before, and the stages of this one."""
+    models = (*position.made, *position.promoted.values(), *made)
+    return Past(
+        checkpoints={one.label: one.checkpoint for one in models},
+        promoted={name: one.label for name, one in position.promoted.items()},
+        values={
+            one.label: {
+                name: scores.value if scores.direction == "higher" else -scores.value
+                for name, scores in one.scores.items()
+            }
+            for one in models
+        },
+    )
 
 
 def probe(session: Session, model: Model) -> Model:
@@ -248,6 +272,7 @@ def decide(
         "champion_label": position.champion.label,
         "settings": plan.gate_body,
         "tried": tried,
+        **_provenance(session, candidate, verdict),
         "flips": plan.flips(candidate.scores, position.champion.scores),
         **(rescue_facts or {}),
     }
@@ -255,6 +280,15 @@ def decide(
     then = next_command(_seen_from_here(plan.workspace), plan.recipe.name, candidate.label, verdict.decision)
     session.display.verdict(candidate.label, verdict, body, next_command=then)
     return verdict, key
+
+
+def _provenance(session: Session, candidate: Model, verdict: Verdict) -> dict[str, Any]:
+    """What the candidate was made with, back to the base, and the reasons with a word about academic methods."""
+    checkpoints = [event.body for event in session.ledger.events("checkpoint")]
+    used = used_in(checkpoints, candidate.checkpoint.digest)
+    academic = named(used, "academic")
+    told = [f"Made with academic methods, not production-validated: {', '.join(academic)}."] if academic else []
+    return {"methods": list(used), "standing": standing_of(used), "reasons": [*verdict.reasons, *told]}
 
 
 def rescue(
@@ -286,7 +320,13 @@ def promote(session: Session, one: Round, candidate: Model, position: Position, 
     history = session.plan.keep_history(one, session.workspace, without=position.without)
     ratchet = position.ratchet.climb(candidate.scores, alpha=session.plan.gate_settings.alpha)
     session.display.promoted(one.name, candidate.label)
-    return replace(position, champion=candidate, ratchet=ratchet, history=(*position.history, history))
+    return replace(
+        position,
+        champion=candidate,
+        ratchet=ratchet,
+        history=(*position.history, history),
+        promoted={**position.promoted, one.name: candidate},
+    )
 
 
 def _interpolate(
@@ -339,7 +379,9 @@ def _write_interpolation(session: Session, one: Round, alpha: float, candidate: 
         session.workers.run({"kind": "interpolate", "label": one.name, "key": key, "alpha": alpha, **line.job})
     checkpoint = describe(workspace.path(key), cache=workspace.cache / "digests.json")
     label = f"{one.name}/rescue-{alpha:g}"
-    body = session.plan.interpolation_body(checkpoint, key, label, one.name, alpha, start.checkpoint)
+    body = session.plan.interpolation_body(
+        checkpoint, key, label, one.name, alpha, start.checkpoint, candidate.checkpoint
+    )
     _record(session, "checkpoint", digest_json({"label": label, "object": key}), body)
     return Model(checkpoint, label)
 

@@ -48,6 +48,14 @@ class Material:
             batch_rows=self.batch_rows, micro_batch_rows=self.micro_batch_rows, world_size=self.world_size
         )
 
+    @property
+    def save_every(self) -> int:
+        """A resume point may lie after any step."""
+        return 1
+
+    def prepare(self, step: int) -> None:
+        """Nothing has to be made ready."""
+
     def micro_batch(self, step: int, micro_step: int, rank: int) -> list[Item]:
         """The items of one micro-batch, a pure function of its place; empty when the step has none left for it."""
         picks = self.stream.batch(
