@@ -269,9 +269,8 @@ def dedup(peers: Path, data: Path | None, count: int, repeats: int, names: list[
     looked = min(looked, count)
     truth = true_pairs(rows, looked)
     in_pair = {i for pair in truth for i in pair}
-    print(
-        f"{len(rows)} rows, {np.mean([len(one.split()) for one in rows]):.0f} words on average; {len(truth)} pairs of the first {looked}\n"
-    )
+    words = np.mean([len(one.split()) for one in rows])
+    print(f"{len(rows)} rows, {words:.0f} words on average; {len(truth)} pairs of the first {looked}\n")
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
