@@ -284,7 +284,8 @@ def _replay_pool(
         view.say("warning", told, "Replay other rows: these are seen as new ones already.", at=".replay.from")
     if settings.replay.dedup and pool:
         new = [row for name in learnt for row in look.rows[name]]
-        kept = drop_duplicates([row for each in rows.values() for row in each], new).kept
+        near = settings.replay.dedup == "near"
+        kept = drop_duplicates([row for each in rows.values() for row in each], new, near=near).kept
         ids = {(row.source, row.id) for row in kept}
         pool = {name: [row for row in each if (row.source, row.id) in ids] for name, each in pool.items()}
     return {name: each for name, each in pool.items() if each}

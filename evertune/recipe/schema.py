@@ -258,8 +258,9 @@ class Replay(Config):
     sources: Names = Field(default_factory=lambda: ["history"], alias="from")
     """Data sources to replay, and `history`: the training rows of this run's promoted rounds. `[history]` when not
     given; in the first round that is nothing, and the share is 0."""
-    dedup: bool = True
-    """Leave out replay rows whose normalised text is also a new row, or an earlier replay row."""
+    dedup: bool | Literal["near"] = True
+    """Leave out replay rows whose normalised text is also a new row, or an earlier replay row; `near`: those that are
+    nearly a new row or another replay row too (docs/data.md)."""
 
     model_config = ConfigDict(populate_by_name=True)
 
