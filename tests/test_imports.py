@@ -24,7 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "measure": set(),
     "train": {"data", "model", "workspace", "measure"},
     "probe": {"data", "model", "workspace", "verifiers", "measure"},
-    "merge": {"model"},
+    "merge": {"model", "recipe"},
     "gate": {"measure", "probe"},
     "rescue": {"gate", "probe"},
     "report": {"ledger", "measure", "workspace"},
