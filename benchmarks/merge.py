@@ -309,8 +309,8 @@ def time_all(folder: Path, size: str, methods: Sequence[str], rounds: int, threa
 def _print_table(size: str, found: dict[str, dict[str, list[dict[str, float]]]], rounds: int, threads: int) -> None:
     print(f"\n{time.strftime('%Y-%m-%d')}, {_machine()}, {threads} threads, median of {rounds} rounds [range]\n")
     print(
-        f"| {size} | floor CPU s | evertune CPU s | after imports | of it SHA-256 | after imports without SHA-256 / floor "
-        "| wall s | anonymous MB | mergekit CPU s | wall s | anonymous MB | mergekit / evertune CPU | wall |"
+        f"| {size} | floor CPU s | evertune CPU s | after imports | of it SHA-256 | without imports and SHA-256 / floor"
+        " | wall s | anonymous MB | mergekit CPU s | wall s | anonymous MB | mergekit / evertune CPU | wall |"
     )
     print("|" + "---|" * 13)
     for method, programs in found.items():

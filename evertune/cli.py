@@ -14,9 +14,9 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
+from evertune.commands.data import app as data_app
+from evertune.commands.gate import EXIT_OF_DECISION, gate
 from evertune.errors import EvertuneError, RecipeError
-
-EXIT_OF_DECISION = {"PROMOTE": 0, "HOLD": 2, "INCONCLUSIVE": 4}
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -26,6 +26,8 @@ app = typer.Typer(
 )
 model_app = typer.Typer(no_args_is_help=True, help="Fetch and list bundled models.")
 app.add_typer(model_app, name="model")
+app.command()(gate)
+app.add_typer(data_app, name="data")
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe in YAML.")]
 WorkspacePath = Annotated[Path, typer.Argument(metavar="WORKSPACE", help="The folder of a run.")]
@@ -138,26 +140,6 @@ def show(
         return
     for line in show_lines(body):
         _say(line)
-
-
-@app.command()
-def gate(
-    candidate: Annotated[Path, typer.Argument(help="Folder of a model or adapter.")],
-    against: Annotated[Path, typer.Option("--against", help="Folder of the model it must not be worse than.")],
-    recipe: Annotated[Path, typer.Option("--probes", metavar="RECIPE", help="A recipe: its probes and gate.")],
-    workspace: Annotated[Path, typer.Option(help="Where scores are kept.")] = Path("gate-workspace"),
-    as_json: AsJson = False,
-) -> None:
-    """Judge any checkpoint against another with a recipe's probes."""
-    from evertune.display import Display
-    from evertune.judging import judge_folders
-    from evertune.recipe.load import load_recipe
-
-    loaded = load_recipe(recipe)
-    body = judge_folders(candidate, against, loaded, workspace, display=Display(quiet=as_json))
-    if as_json:
-        _print_json(body)
-    raise typer.Exit(EXIT_OF_DECISION[body["decision"]])
 
 
 @app.command()

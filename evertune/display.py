@@ -19,7 +19,6 @@ from rich.table import Table
 from evertune.gate import Verdict
 from evertune.probe.scores import ItemScores
 from evertune.probe.suite import AnyProbe
-from evertune.train.spec import SftSpec
 from evertune.workspace import Workspace
 
 COLOURS = {"PROMOTE": "bold green", "HOLD": "bold red", "INCONCLUSIVE": "bold yellow"}
@@ -55,11 +54,13 @@ class Display:
         self._console.print(f"\n[bold]Round {escape(name)}[/]  [dim]against {escape(champion)}[/]")
 
     @contextlib.contextmanager
-    def stage(self, label: str, spec: SftSpec, workspace: Workspace) -> Iterator[Callable[[], None]]:
+    def stage(self, label: str, key: str, workspace: Workspace) -> Iterator[Callable[[], None]]:
         """One live line while a stage trains, fed from its metrics file; one line when it is done."""
-        metrics = workspace.work / spec.key / "metrics.jsonl"
+        metrics = workspace.work / key / "metrics.jsonl"
         began = time.monotonic()
         state: dict[str, Any] = {}
+        if not self._live:
+            self._console.print(f"  training {escape(label)}")
         with self._status(f"{label}: starting") as status:
 
             def watch() -> None:
@@ -70,7 +71,7 @@ class Display:
 
             yield watch
             watch()
-        self._console.print(f"  trained  {escape(label)}  [dim]{_progress(state, time.monotonic() - began)}[/]")
+        self._console.print(f"  made     {escape(label)}  [dim]{_progress(state, time.monotonic() - began)}[/]")
 
     @contextlib.contextmanager
     def probing(self, label: str, probes: int) -> Iterator[Callable[[], None]]:
@@ -94,21 +95,33 @@ class Display:
         if self._first_row:
             heads = "  ".join(one.name.rjust(width) for one, width in zip(probes, widths, strict=True))
             roles = "  ".join(one.role.rjust(width) for one, width in zip(probes, widths, strict=True))
-            self._console.print(f"\n[bold]{'R[stage, probe]'.ljust(26)}{escape(heads)}[/]")
+            self._console.print(f"\n[bold]{escape('R[stage, probe]'.ljust(26) + heads)}[/]")
             self._console.print(f"[dim]{''.ljust(26)}{roles}[/]")
             self._first_row = False
         cells = "  ".join(_cell(scores[one.name]).rjust(width) for one, width in zip(probes, widths, strict=True))
         self._console.print(f"{escape(label.ljust(26))}{cells}")
 
-    def verdict(self, round_name: str, label: str, verdict: Verdict, body: Mapping[str, Any]) -> None:
+    def verdict(self, label: str, verdict: Verdict, body: Mapping[str, Any], *, next_command: str) -> None:
         """The decision, the evidence per probe, the reasons, and the next command."""
         colour = COLOURS[verdict.decision]
         tried = f", one of {body['tried']} tried" if body["tried"] > 1 else ""
         self._console.print(f"\n  [{colour}]{verdict.decision}[/]  {escape(label)}[dim]{tried}[/]")
         self._console.print(evidence_table(body))
+        told = _kept_forms(body)
+        if told:
+            self._console.print(f"[dim]{told}[/]")
         for reason in body["reasons"]:
             self._console.print(f"  - {escape(reason)}")
-        self._console.print(f"  [dim]next:[/] {escape(body['next'])}")
+        self._console.print(f"  [dim]next:[/] {escape(next_command)}")
+
+    def judgement(self, body: Mapping[str, Any]) -> None:
+        """A verdict without a round: decision, evidence, reasons."""
+        colour = COLOURS[body["decision"]]
+        names = f"{escape(body['label'])} [dim]against {escape(body['champion_label'])}[/]"
+        self._console.print(f"\n[{colour}]{body['decision']}[/]  {names}")
+        self._console.print(evidence_table(body))
+        for reason in body["reasons"]:
+            self._console.print(f"- {escape(reason)}")
 
     def promoted(self, round_name: str, label: str) -> None:
         self._console.print(f"  [green]champion[/] is now {escape(label)}")
@@ -130,11 +143,13 @@ class Display:
 
 
 def evidence_table(body: Mapping[str, Any]) -> Table:
-    """The verdict's table: one row per probe and reference."""
+    """The verdict's table: one row per probe and reference; form and stop rates only where they are not kept."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for name in ("probe", "against", "n", "before", "after", "difference", "90% interval", "margin", "p (Holm)", ""):
         table.add_column(name, justify="left" if name in ("probe", "against", "") else "right")
     for one in ([body["pooled"]] if body["pooled"] else []) + body["probes"]:
+        if one["role"] == "form" and one["outcome"] == "pass":
+            continue
         colour = OUTCOME_COLOURS[one["outcome"]]
         low, high = one["ci90"]
         table.add_row(
@@ -150,6 +165,11 @@ def evidence_table(body: Mapping[str, Any]) -> Table:
             f"[{colour}]{one['outcome'].replace('_', ' ')}[/]",
         )
     return table
+
+
+def _kept_forms(body: Mapping[str, Any]) -> str:
+    forms = [one["outcome"] == "pass" for one in body["probes"] if one["role"] == "form"]
+    return f"format and stop rate: {sum(forms)} of {len(forms)} comparisons kept" if forms else ""
 
 
 def _cell(scores: ItemScores) -> str:

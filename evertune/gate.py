@@ -79,6 +79,9 @@ class Evidence:
         probe, kind, safety: of the probe; kind is `pooled` where several are taken together.
         role: `guard`, `target`, `watch`, or `form` for format and stop rate.
         reference: the champion, or the best promoted scores.
+        n, clusters: items, and groups of items that are not independent.
+        samples, noise_share: answers sampled for each item, and the share of the variance of their mean change that
+            more of them would remove.
         before, after: mean scores of reference and candidate.
         difference: better is positive; in score units, or relative to the reference's loss.
         unit: what 0.01 of it is: a `points`, a `percent` of the loss, or 0.01 of a `score` outside [0, 1].
@@ -100,6 +103,8 @@ class Evidence:
     reference: Reference
     n: int
     clusters: int
+    samples: int
+    noise_share: float
     before: float
     after: float
     difference: float
@@ -195,7 +200,11 @@ def judge(
 
 @dataclass(frozen=True)
 class _Pair:
-    """Two models on the same items; d is the change of each item, better is positive."""
+    """Two models on the same items; d is the change of each item, better is positive.
+
+    Where items were sampled several times, d is the mean change over an item's samples, and `noise_share` the part of
+    the variance of d that is left from sampling: sigma^2 / K of omega^2 + sigma^2 / K.
+    """
 
     probe: str
     kind: str
@@ -204,6 +213,8 @@ class _Pair:
     after: float
     d: NDArray[np.float64]
     clusters: tuple[str, ...]
+    samples: int = 1
+    noise_share: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -279,7 +290,20 @@ def _pair(after: ItemScores, before: ItemScores) -> _Pair:
         d, unit = -d / before.score, "percent"
     elif any(one.score.min() < 0 or one.score.max() > 1 for one in (after, before)):
         unit = "score"
-    return _Pair(after.probe, after.kind, unit, before.value, after.value, d, after.cluster)
+    d_I, noise = _by_item(d, after.samples)
+    clusters = after.cluster[:: after.samples]
+    return _Pair(after.probe, after.kind, unit, before.value, after.value, d_I, clusters, after.samples, noise)
+
+
+def _by_item(d: NDArray[np.float64], samples: int) -> tuple[NDArray[np.float64], float]:
+    """Mean change of each item over its samples, and the share of their variance that is noise of sampling."""
+    if samples == 1:
+        return d, 0.0
+    d_IK = d.reshape(-1, samples)
+    d_I = d_IK.mean(axis=1)
+    total = float(d_I.var(ddof=1)) if len(d_I) > 1 else 0.0
+    within = float(d_IK.var(axis=1, ddof=1).mean()) / samples
+    return d_I, min(1.0, within / total) if total > 0 else 0.0
 
 
 def _form_pair(after: ItemScores, before: ItemScores, label: str, column: str) -> _Pair | None:
@@ -287,9 +311,17 @@ def _form_pair(after: ItemScores, before: ItemScores, label: str, column: str) -
     now, then = getattr(after, column), getattr(before, column)
     if now is None or then is None:
         return None
-    d = now.astype(np.float64) - then.astype(np.float64)
+    d_I, noise = _by_item(now.astype(np.float64) - then.astype(np.float64), after.samples)
     return _Pair(
-        f"{after.probe} ({label})", after.kind, "points", float(then.mean()), float(now.mean()), d, after.cluster
+        probe=f"{after.probe} ({label})",
+        kind=after.kind,
+        unit="points",
+        before=float(then.mean()),
+        after=float(now.mean()),
+        d=d_I,
+        clusters=after.cluster[:: after.samples],
+        samples=after.samples,
+        noise_share=noise,
     )
 
 
@@ -303,6 +335,7 @@ def _pool(name: str, pairs: Sequence[_Pair]) -> _Pair:
         after=float(np.average([one.after for one in pairs], weights=sizes)),
         d=np.concatenate([one.d for one in pairs]),
         clusters=tuple(f"{one.probe}/{cluster}" for one in pairs for cluster in one.clusters),
+        samples=max(one.samples for one in pairs),
     )
 
 
@@ -327,6 +360,8 @@ def _answer(asked: _Question, settings: GateSettings, level: float) -> Evidence:
         reference=asked.reference,
         n=n,
         clusters=clusters,
+        samples=pair.samples,
+        noise_share=pair.noise_share,
         before=pair.before,
         after=pair.after,
         difference=found.difference,
@@ -452,9 +487,10 @@ def _describe(one: Evidence, settings: GateSettings) -> str:
         more = f"; the gain asked for is {settings.min_gain * scale:.1f}{sign}" if short else "; a gain is not shown"
     elif one.outcome == "pass" and one.p_holm is not None and one.p_holm <= settings.alpha and one.margin is not None:
         more = f"; it is shown to be less than the {one.margin * scale:.1f}{sign} that are allowed"
+    items = f"{one.n} items" if one.samples == 1 else f"{one.n} items sampled {one.samples} times"
     return (
         f"{one.probe} {one.difference * scale:+.1f}{sign}{against} (90% interval {low * scale:+.1f} to "
-        f"{high * scale:+.1f}, {one.n} items{p}){more}."
+        f"{high * scale:+.1f}, {items}{p}){more}."
     )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from evertune.lineage import Opened, current_events, find_checkpoint, open_workspace
-from evertune.model.checkpoint import describe
+from evertune.model.checkpoint import Checkpoint, describe
 from evertune.model.show import describe_for_humans
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "safetensors", "tokenizers")
@@ -68,6 +68,7 @@ def export_checkpoint(place: Path, label: str | None, out: Path, *, form: str) -
     opened = open_workspace(place)
     event, checkpoint = find_checkpoint(opened, label)
     card = {
+        "base_model": _base_model(opened, checkpoint, form),
         "label": event.body["label"],
         "data": [one["source"] for one in event.body["data"]],
         "probes": _probe_values(opened, event.body["digest"]),
@@ -76,6 +77,17 @@ def export_checkpoint(place: Path, label: str | None, out: Path, *, form: str) -
     }
     export = export_adapter if form == "adapter" else export_weights
     export(checkpoint, out, card=card)
+
+
+def _base_model(opened: Opened, checkpoint: Checkpoint, form: str) -> str | None:
+    """The base as the recipe names it; for an adapter over a checkpoint of this run, that checkpoint's label."""
+    events = current_events(opened.ledger)
+    labels = {one.body["digest"]: one.body["label"] for one in events if one.kind == "checkpoint"}
+    label = labels.get(checkpoint.base.digest)
+    if form == "adapter" and label != "base":
+        return str(label) if label else None
+    runs = [one.body["recipe"]["base"] for one in events if one.kind == "run"]
+    return str(runs[-1]) if runs else None
 
 
 def doctor_lines() -> Iterator[str]:

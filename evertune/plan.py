@@ -7,7 +7,7 @@ reads, the digests of start, base, data and reference, the seed and the numerics
 import importlib.metadata
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,20 +20,18 @@ from evertune.gate import GateSettings, ProbeFacts
 from evertune.hashing import digest_json
 from evertune.model.bundled import resolve_base
 from evertune.model.checkpoint import Checkpoint, describe
+from evertune.probe.flips import flips_of
 from evertune.probe.job import probe_key
 from evertune.probe.scores import ItemScores
 from evertune.probe.suite import AnyProbe, load_probe
 from evertune.recipe.load import LoadedRecipe
-from evertune.recipe.presets import ResolvedSft, resolve_stage
-from evertune.recipe.schema import Recipe, Round, Sft
-from evertune.train.spec import AnchorSpec, RowsRef, SftSpec
+from evertune.recipe.schema import REPLAYABLE, Recipe, Round, new_sources
+from evertune.train.spec import RowsRef
 from evertune.workspace import Workspace
 
-# Raised by hand when the meaning of a stage or of the gate changes: old results are then made anew.
-SFT_VERSION = 1
+# Raised by hand when the meaning of the gate changes: verdicts are then made anew.
 GATE_VERSION = 1
 HISTORY_ROWS = 10_000
-FLIPS_SHOWN = 5
 RECORDED_PACKAGES = ("evertune", "torch", "transformers", "accelerate", "peft", "tokenizers", "safetensors", "numpy")
 
 
@@ -108,11 +106,18 @@ class Plan:
 
     def flips(self, after: Mapping[str, ItemScores], before: Mapping[str, ItemScores]) -> dict[str, list[Any]]:
         """Per probe, the items whose score fell most, then those that rose: what a person wants to see first."""
-        return {one.name: _flips(one, after[one.name], before[one.name]) for one in self.probes if one.name in after}
+        return {
+            one.name: flips_of(after[one.name], before[one.name], one.prompts())
+            for one in self.probes
+            if one.name in after
+        }
 
     def keep_history(self, one: Round, workspace: Workspace) -> str:
-        """Store the new rows of a promoted round for replay, at most 10,000 of a source; returns the object's key."""
-        names = sorted({name for stage in one.stages if stage.sft for name in stage.sft.data})
+        """Store the new rows of a promoted round for replay, at most 10,000 of a source; returns the object's key.
+
+        Rows of a format that is never replayed, such as preferences, are left out.
+        """
+        names = sorted(name for name in new_sources(one) if self.recipe.data[name].format in REPLAYABLE)
         digests = {name: self.data_digest(name) for name in names}
         formats = {name: self.recipe.data[name].format for name in names}
         seed = self.recipe.seed
@@ -163,105 +168,6 @@ def make_plan(loaded: LoadedRecipe) -> Plan:
     return Plan(loaded=loaded, base=base, probes=probes, workspace=workspace, numerics=numerics)
 
 
-def sft_spec(
-    plan: Plan, one: Round, index: int, start: Checkpoint, champion: Checkpoint, histories: Sequence[Path]
-) -> SftSpec:
-    """The complete, self-contained order for one sft stage, with its key."""
-    stage = one.stages[index].sft
-    if stage is None:
-        raise AssertionError(f"stage {index} of round {one.name} is not sft")
-    settings = resolve_stage(plan.recipe, stage)
-    new = [plan.rows_ref(name) for name in stage.data]
-    replay = _replay_refs(plan, settings, histories)
-    anchor = _anchor_spec(plan, settings, start, champion)
-    fields: dict[str, Any] = {
-        "start": start,
-        "base": plan.base,
-        "new": new,
-        "weights": _weights(stage),
-        "replay": replay,
-        "share": settings.replay.share if replay else 0.0,
-        "dedup": settings.replay.dedup,
-        "anchor": anchor,
-        "tune": settings.tune.model_dump(exclude_none=True),
-        "lr": settings.lr,
-        "epochs": settings.epochs,
-        "steps": settings.steps,
-        "schedule": settings.schedule,
-        "warmup": settings.warmup,
-        "batch_rows": settings.batch_rows,
-        "micro_batch_rows": settings.micro_batch_rows,
-        "max_tokens": settings.max_tokens,
-        "too_long": settings.too_long,
-        "weight_decay": settings.weight_decay,
-        "clip": settings.clip,
-        "gradient_checkpointing": settings.gradient_checkpointing,
-        "ema_decay": settings.ema.decay if settings.ema else None,
-        "save_steps": settings.save_steps,
-        "seed": plan.recipe.seed,
-        "dtype": plan.numerics["dtype"],
-        "device": plan.numerics["device"],
-        "threads": plan.numerics["threads"],
-        "track": list(plan.recipe.track),
-    }
-    unkeyed = SftSpec(key="0" * 64, label=f"{one.name}/{index + 1}-sft", **fields)
-    return SftSpec(key=_stage_key(unkeyed), label=unkeyed.label, **fields)
-
-
-def _stage_key(spec: SftSpec) -> str:
-    """Digest of what the result depends on; where files lie, names and bookkeeping are left out."""
-    facts = spec.to_json()
-    for name in ("key", "label", "threads", "track", "save_steps"):
-        del facts[name]
-    facts["start"], facts["base"] = spec.start.digest, spec.base.digest
-    facts["new"] = [[ref.source, ref.digest] for ref in spec.new]
-    facts["replay"] = [[ref.source, ref.digest] for ref in spec.replay]
-    if spec.anchor is not None:
-        facts["anchor"]["reference"] = spec.anchor.reference.digest
-    return digest_json({"kind": "sft", "version": SFT_VERSION, **facts})
-
-
-def _replay_refs(plan: Plan, settings: ResolvedSft, histories: Sequence[Path]) -> list[RowsRef]:
-    if settings.replay.share == 0.0:
-        return []
-    refs = []
-    for name in settings.replay.sources:
-        if name == "history":
-            refs += [ref for folder in histories for ref in _history_refs(folder)]
-        else:
-            refs.append(plan.rows_ref(name))
-    return refs
-
-
-def _history_refs(folder: Path) -> list[RowsRef]:
-    from evertune.workspace import read_manifest
-
-    manifest = read_manifest(folder)
-    return [
-        RowsRef(
-            source=f"history/{manifest.record['round']}/{Path(entry.path).stem}",
-            path=str(folder / entry.path),
-            format=manifest.record["formats"][Path(entry.path).stem],
-            limit=None,
-            digest=entry.sha256,
-        )
-        for entry in manifest.files
-    ]
-
-
-def _anchor_spec(plan: Plan, settings: ResolvedSft, start: Checkpoint, champion: Checkpoint) -> AnchorSpec | None:
-    anchor = settings.anchor
-    if anchor.kl == 0.0:
-        return None
-    named = {"start": start, "base": plan.base, "champion": champion}
-    reference = named.get(anchor.to) or describe(plan.loaded.resolve(anchor.to))
-    return AnchorSpec(kl=anchor.kl, on=anchor.on, direction=anchor.direction, cache=anchor.cache, reference=reference)
-
-
-def _weights(stage: Sft) -> dict[str, float] | None:
-    return dict(stage.data) if isinstance(stage.data, dict) else None
-
-
 def _checkpoint_body(
     checkpoint: Checkpoint, key: str | None, *, label: str, round_name: str | None, stage: str
 ) -> dict[str, Any]:
@@ -293,23 +199,3 @@ def _checkpoint_body(
         "drift": None,
         "interference": None,
     }
-
-
-def _flips(probe: AnyProbe, after: ItemScores, before: ItemScores) -> list[dict[str, Any]]:
-    change = (after.score - before.score) * (1 if after.direction == "higher" else -1)
-    order = sorted(range(len(after.ids)), key=lambda i: (change[i], after.ids[i]))
-    worst = [i for i in order if change[i] < 0][:FLIPS_SHOWN]
-    best = [i for i in reversed(order) if change[i] > 0][:FLIPS_SHOWN]
-    prompts = probe.prompts() if probe.kind != "lm_eval" else {}
-    return [
-        {
-            "id": after.ids[i],
-            "prompt": prompts.get(after.ids[i], ""),
-            "expected": after.expected[i],
-            "before": before.prediction[i],
-            "after": after.prediction[i],
-            "before_score": float(before.score[i]),
-            "after_score": float(after.score[i]),
-        }
-        for i in (*worst, *best)
-    ]

@@ -15,6 +15,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,7 @@ class Workers:
         self._context: Any = multiprocessing.get_context(start_method)
         if start_method == "forkserver":
             self._context.set_forkserver_preload([PRELOAD])
+            _start_server()
         self._launch = launch
 
     def run(self, job: worker.Job, *, watch: Callable[[], None] = lambda: None) -> dict[str, Any]:
@@ -70,7 +72,7 @@ class Workers:
             Bug: the child raised anything else.
             KeyboardInterrupt: after the child has had time to save where it is.
         """
-        if self._launch and job["kind"] == "sft":
+        if self._launch and job.get("is_launched"):
             answer = self._run_launched(job, watch)
         else:
             answer = self._run_child(job, watch)
@@ -130,7 +132,21 @@ class Workers:
         return answer
 
 
+def _start_server() -> None:
+    """Start the fork server deaf to Ctrl-C: a terminal sends it to every process, and the server would die of it
+    with a traceback while it imports. Its children listen again, see `_child`."""
+    if threading.current_thread() is not threading.main_thread():
+        forkserver.ensure_running()
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _child(job: worker.Job, pipe: Connection, inherited: Connection | None) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if inherited is not None:
         inherited.close()
     # The parent never sends: a receive that returns means that it is gone.

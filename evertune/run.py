@@ -20,12 +20,14 @@ from evertune.hashing import digest_json
 from evertune.ledger import Event, Ledger, record_event, write_current
 from evertune.ledger import champion as champion_of
 from evertune.model.checkpoint import Checkpoint, describe
-from evertune.plan import GATE_VERSION, Plan, make_plan, sft_spec
+from evertune.plan import GATE_VERSION, Plan, make_plan
 from evertune.probe.scores import ItemScores
 from evertune.process import Workers
 from evertune.recipe.load import LoadedRecipe
 from evertune.recipe.schema import Round, Rung
+from evertune.report.text import next_command
 from evertune.scoring import score_checkpoint
+from evertune.stages import KINDS, Place
 from evertune.workspace import Workspace
 
 
@@ -127,9 +129,10 @@ def run_round(session: Session, one: Round, position: Position) -> Position:
     """One update: stages, each probed; a verdict; promotion, rescue or setting aside."""
     session.display.round_begins(one.name, position.champion.label)
     start = _start(session, one, position)
-    candidate = start
+    made = [start]
     for index in range(len(one.stages)):
-        candidate = probe(session, perform_stage(session, one, index, candidate, position))
+        made.append(probe(session, perform_stage(session, one, index, made, position)))
+    candidate = made[-1]
     verdict, key = decide(session, one, candidate, position)
     by = "gate"
     if verdict.decision != "PROMOTE":
@@ -146,30 +149,43 @@ def run_round(session: Session, one: Round, position: Position) -> Position:
     return _after_settling(session, replace(position, settled=key))
 
 
-def perform_stage(session: Session, one: Round, index: int, start: Model, position: Position) -> Model:
-    """Train one stage from `start`, or find it done; returns the checkpoint it made."""
-    label = f"{one.name}/{index + 1}-{one.stages[index].kind}"
-    histories = [session.workspace.path(key) for key in position.history]
-    spec = sft_spec(session.plan, one, index, start.checkpoint, position.champion.checkpoint, histories)
-    if session.workspace.manifest(spec.key) is None:
-        with session.display.stage(label, spec, session.workspace) as watch:
-            job = {"kind": "sft", "workspace": str(session.workspace.root), "label": label, "spec": spec.to_json()}
-            _guarded(session, one, label, job, watch)
+def perform_stage(session: Session, one: Round, index: int, made: Sequence[Model], position: Position) -> Model:
+    """Perform one stage of a round, or find it done; returns the checkpoint it made.
+
+    Args:
+        made: the round's start, then what the stages before this one have made.
+    """
+    workspace = session.workspace
+    place = Place(
+        plan=session.plan,
+        round=one,
+        index=index,
+        made=[model.checkpoint for model in made],
+        champion=position.champion.checkpoint,
+        histories=[workspace.path(key) for key in position.history],
+    )
+    kind, label = KINDS[place.kind], place.label
+    order = kind.order(place)
+    if workspace.manifest(order.key) is None:
+        job = {"kind": place.kind, "workspace": str(workspace.root), "label": label, "spec": order.to_json()}
+        with session.display.stage(label, order.key, workspace) as watch:
+            _guarded(session, one, label, {**job, "is_launched": kind.is_launched}, watch)
         session.stages_run += 1
-    manifest = session.workspace.manifest(spec.key)
+    manifest = workspace.manifest(order.key)
     if manifest is None:
         raise AssertionError(f"stage {label} reported success without an object")
-    checkpoint = describe(session.workspace.path(spec.key), cache=session.workspace.cache / "digests.json")
+    checkpoint = describe(workspace.path(order.key), cache=workspace.cache / "digests.json")
     body = {
         **manifest.record["checkpoint"],
         "digest": checkpoint.digest,
-        "object": spec.key,
+        "object": order.key,
         "label": label,
         "round": one.name,
         "stage_index": index,
-        "settings": spec.settings(),
+        "settings": order.settings(),
     }
-    _record(session, "checkpoint", digest_json({"label": label, "object": spec.key}), body, manifest.record["volatile"])
+    event = digest_json({"label": label, "object": order.key})
+    _record(session, "checkpoint", event, body, manifest.record["volatile"])
     return Model(checkpoint, label)
 
 
@@ -220,11 +236,11 @@ def decide(
         "settings": plan.gate_body,
         "tried": tried,
         "flips": plan.flips(candidate.scores, position.champion.scores),
-        "next": _next_command(session, candidate, verdict),
         **(rescue_facts or {}),
     }
     _record(session, kind, key, body)
-    session.display.verdict(one.name, candidate.label, verdict, body)
+    then = next_command(_seen_from_here(plan.workspace), plan.recipe.name, candidate.label, verdict.decision)
+    session.display.verdict(candidate.label, verdict, body, next_command=then)
     return verdict, key
 
 
@@ -391,15 +407,13 @@ def _guarded(session: Session, one: Round, label: str, job: dict[str, Any], watc
         raise
 
 
+def _seen_from_here(folder: Path) -> str:
+    """A folder as one would type it: relative where it lies below the working directory."""
+    return str(folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder)
+
+
 def _record(
     session: Session, kind: str, key: str, body: dict[str, Any], volatile: Mapping[str, Any] | None = None
 ) -> Event:
     stamp = {"time": time.time(), **(volatile or {})}
     return record_event(session.workspace, session.ledger, kind, key, body, stamp)
-
-
-def _next_command(session: Session, candidate: Model, verdict: Verdict) -> str:
-    workspace = session.plan.recipe.workspace
-    if verdict.decision == "PROMOTE":
-        return f"evertune export {workspace} --out {session.plan.recipe.name}-model"
-    return f"evertune show {workspace} {candidate.label}"

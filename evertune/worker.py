@@ -1,7 +1,8 @@
 """What a child process does: one job in, one JSON-able result out. Only this module and `run` know all working rooms.
 
-A job is `{"kind": ..., "workspace": path, ...}`. `python -m evertune.worker JOB.json` performs one under a launcher
-such as torchrun: rank 0 writes `JOB.result.json` beside it.
+A job is `{"kind": ..., "workspace": path, ...}`; its kind is one of those below, or a kind of stage.
+`python -m evertune.worker JOB.json` performs one under a launcher such as torchrun: rank 0 writes `JOB.result.json`
+beside it.
 """
 
 import json
@@ -14,6 +15,7 @@ from typing import Any
 
 from evertune.errors import EvertuneError
 from evertune.hashing import canonical_json
+from evertune.stages import KINDS
 from evertune.workspace import Workspace
 
 Job = dict[str, Any]
@@ -27,7 +29,9 @@ def perform(job: Job) -> dict[str, Any]:
     """
     workspace = Workspace.open(Path(job["workspace"]), create=False)
     with workspace.worker_lock():
-        return _JOBS[job["kind"]](job, workspace)
+        if job["kind"] in _JOBS:
+            return _JOBS[job["kind"]](job, workspace)
+        return KINDS[job["kind"]].perform(job["spec"], workspace)
 
 
 def report_error(error: BaseException) -> dict[str, Any]:
@@ -35,13 +39,6 @@ def report_error(error: BaseException) -> dict[str, Any]:
     if isinstance(error, EvertuneError):
         return {"type": type(error).__name__, "message": error.message, "remedy": error.remedy}
     return {"type": "bug", "message": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
-
-
-def _sft(job: Job, workspace: Workspace) -> dict[str, Any]:
-    from evertune.train.sft import run_sft
-    from evertune.train.spec import SftSpec
-
-    return run_sft(SftSpec.from_json(job["spec"]), workspace)
 
 
 def _probe(job: Job, workspace: Workspace) -> dict[str, Any]:
@@ -91,7 +88,6 @@ def _interpolate(job: Job, workspace: Workspace) -> dict[str, Any]:
 
 
 _JOBS: dict[str, Callable[[Job, Workspace], dict[str, Any]]] = {
-    "sft": _sft,
     "probe": _probe,
     "scan": _scan,
     "interpolate": _interpolate,

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.command import RECIPE, DebugRun, evertune
 from tests.tiny import write_tiny_model
 
 
@@ -20,3 +21,10 @@ from tests.tiny import write_tiny_model
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A read-only tiny ChatML model folder."""
     return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def debug_run(tmp_path_factory: pytest.TempPathFactory) -> DebugRun:
+    """The debug recipe, run once through the command line. Copy the workspace before changing it."""
+    workspace = tmp_path_factory.mktemp("path") / "run"
+    return DebugRun(workspace, evertune("run", RECIPE, "--set", f"workspace={workspace}"))

@@ -360,7 +360,21 @@ def test_a_verdict_is_plain_json_with_every_field() -> None:
     body = ask({**before, "facts": scores("facts", flipped(FACTS, 20))}, before).to_json()
     canonical_json(body)
     assert set(body) == {"decision", "reasons", "pooled", "probes"}
-    wanted = {"probe", "role", "safety", "kind", "reference", "n", "clusters", "before", "after", "difference", "ci90"}
+    wanted = {
+        "probe",
+        "role",
+        "safety",
+        "kind",
+        "reference",
+        "n",
+        "clusters",
+        "samples",
+        "noise_share",
+        "before",
+        "after",
+        "difference",
+        "ci90",
+    }
     wanted |= {"lower_bound", "flip_share", "smallest_visible_drop", "margin", "p_harm", "p_holm", "outcome", "unit"}
     assert all(set(one) == wanted | {"items_needed", "reason"} for one in (body["pooled"], *body["probes"]))
 

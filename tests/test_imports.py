@@ -20,7 +20,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "verifiers": set(),
     "ledger": {"workspace"},
     "model": {"workspace"},
-    "data": {"model"},
+    "data": {"model", "workspace"},
     "measure": set(),
     "train": {"data", "model", "workspace", "measure"},
     "probe": {"data", "model", "workspace", "verifiers", "measure"},
@@ -29,15 +29,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rescue": {"gate", "probe"},
     "report": {"ledger", "measure", "workspace"},
     "lineage": {"ledger", "model", "workspace"},
-    "worker": {"train", "merge", "probe", "model", "workspace"},
+    "stages": {"plan", "recipe", "data", "model", "train", "workspace"},
+    "worker": {"stages", "merge", "probe", "model", "workspace"},
     "process": {"worker"},
     "plan": {"recipe", "data", "model", "probe", "train", "gate", "workspace"},
     "check": {"measure", "recipe", "data", "model", "probe", "gate", "ledger", "workspace", "verifiers"},
-    "display": {"gate", "probe", "train", "workspace"},
+    "display": {"gate", "probe", "workspace"},
     "listing": {"lineage", "ledger", "model", "workspace", "recipe"},
-    "scoring": {"plan", "process", "display", "model", "probe", "workspace"},
+    "scoring": {"process", "display", "model", "probe", "workspace"},
     "run": {
         "plan",
+        "stages",
         "scoring",
         "process",
         "display",
@@ -47,14 +49,42 @@ MAY_IMPORT: dict[str, set[str]] = {
         "model",
         "probe",
         "recipe",
+        "report",
         "workspace",
     },
-    "judging": {"plan", "scoring", "process", "display", "gate", "model", "recipe", "workspace"},
+    "judgement": {"gate", "probe"},
+    "renderings": set(),
+    "suites": {"recipe", "data", "model", "probe", "gate"},
+    "judging": {
+        "suites",
+        "judgement",
+        "scoring",
+        "process",
+        "display",
+        "gate",
+        "model",
+        "probe",
+        "recipe",
+        "workspace",
+    },
 }
 # Whole-package doors: they may import anything below them.
-TOP = {"cli", "__main__", "__init__"}
+TOP = {"cli", "commands", "__main__", "__init__"}
 
-LIGHT = ("recipe", "gate", "ledger", "report", "cli", "check", "lineage", "plan", "run", "display", "workspace")
+LIGHT = (
+    "recipe",
+    "gate",
+    "ledger",
+    "report",
+    "cli",
+    "check",
+    "lineage",
+    "plan",
+    "run",
+    "display",
+    "workspace",
+    "stages",
+)
 HEAVY = ("torch", "transformers", "accelerate", "peft")
 
 

@@ -2,7 +2,9 @@
 
 import multiprocessing
 import os
+import pty
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 from evertune import process, worker
 from evertune.errors import DataError, TrainingError
 from evertune.workspace import Workspace
+from tests.command import RECIPE
 
 
 @pytest.fixture
@@ -94,3 +97,26 @@ def test_threads_that_wait_do_not_spin() -> None:
     process.Workers(start_method="fork")
     assert os.environ["OMP_WAIT_POLICY"]
     assert os.environ["HF_HUB_OFFLINE"] == "1"
+
+
+@pytest.mark.path
+def test_ctrl_c_at_a_terminal_ends_in_one_sentence(tmp_path: Path) -> None:
+    # A terminal sends the signal to the whole process group: to the fork server too, here while it imports.
+    arguments = ["evertune", "run", str(RECIPE), "--set", f"workspace={tmp_path / 'run'}"]
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.environ.pop("CI", None)
+        os.execv(sys.executable, [sys.executable, "-m", *arguments])
+    said = b""
+    while True:
+        try:
+            part = os.read(terminal, 4096)
+        except OSError:  # Linux says so when the other end is closed.
+            break
+        if b"scoring" in part and b"scoring" not in said:
+            os.write(terminal, b"\x03")
+        said += part
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert b"Stopped. What is finished is kept" in said
+    assert b"Traceback" not in said
+    assert code == 130

@@ -12,7 +12,7 @@ from evertune.data.encode import EncodedRow
 from evertune.data.stream import Stream
 from evertune.model.checkpoint import Checkpoint, weight_files
 from evertune.model.header import read_header
-from evertune.recipe.presets import ResolvedSft
+from evertune.recipe.presets import ResolvedTraining
 from evertune.recipe.schema import Numerics
 
 # FLOP per second and core that training reaches on two AVX-512 cores with bfloat16 products: about half of what the
@@ -68,7 +68,7 @@ class Amounts(NamedTuple):
     replay_counted: float
 
 
-def amounts(new: Rows, replay: Rows, weights: Mapping[str, float] | None, settings: ResolvedSft) -> Amounts:
+def amounts(new: Rows, replay: Rows, weights: Mapping[str, float] | None, settings: ResolvedTraining) -> Amounts:
     """Exact rows and steps of a stage; tokens as the mean of a source's rows, which is exact over whole epochs.
 
     Args:
@@ -94,7 +94,7 @@ def amounts(new: Rows, replay: Rows, weights: Mapping[str, float] | None, settin
 
 
 def estimate(
-    label: str, seen: Amounts, settings: ResolvedSft, shapes: Shapes, numerics: Numerics, *, done: bool
+    label: str, seen: Amounts, settings: ResolvedTraining, shapes: Shapes, numerics: Numerics, *, done: bool
 ) -> StageEstimate:
     """The amounts with time and disk."""
     cores = numerics.threads or os.cpu_count() or 1
@@ -109,10 +109,14 @@ def estimate(
         seconds=math.ceil(seconds),
         disk_bytes=_kept(settings, shapes) * BYTES[numerics.dtype],
         done=done,
+        summary=(
+            f"{seen.new_rows:,} new + {seen.replay_rows:,} replayed rows in {seen.steps:,} steps, "
+            f"{round(seen.new_tokens + seen.replay_tokens):,} tokens"
+        ),
     )
 
 
-def resume_bytes(settings: ResolvedSft, shapes: Shapes) -> int:
+def resume_bytes(settings: ResolvedTraining, shapes: Shapes) -> int:
     """Disk that a stage takes beside its checkpoint while it runs."""
     return _kept(settings, shapes) * RESUME_BYTES
 
@@ -124,7 +128,7 @@ def nearest_folder(path: Path) -> Path:
     return path
 
 
-def _flops(seen: Amounts, settings: ResolvedSft, shapes: Shapes) -> float:
+def _flops(seen: Amounts, settings: ResolvedTraining, shapes: Shapes) -> float:
     """2 per weight and token and pass: forward, gradient of the input, and of the weights where they are trained."""
     tokens, counted = seen.new_tokens + seen.replay_tokens, seen.new_counted + seen.replay_counted
     passes = 2 if settings.tune.lora else 3
@@ -138,7 +142,7 @@ def _flops(seen: Amounts, settings: ResolvedSft, shapes: Shapes) -> float:
     return flops
 
 
-def _kept(settings: ResolvedSft, shapes: Shapes) -> int:
+def _kept(settings: ResolvedTraining, shapes: Shapes) -> int:
     """Numbers in what a stage trains and leaves; an adapter on named layers counts as one on all."""
     lora = settings.tune.lora
     return lora.rank * shapes.sides if lora else shapes.weights

@@ -28,9 +28,11 @@ class StageEstimate:
     Attributes:
         new_rows, replay_rows: rows seen in all steps, repeats counted.
         tokens, counted_tokens: of these rows; counted ones carry loss.
-        seconds: of training, on the CPU of this machine; within a factor of two where nothing else runs.
+        seconds: of training, on the CPU of this machine; within a factor of two where nothing else runs. 0 where
+            nothing is known.
         disk_bytes: of the checkpoint it leaves.
         done: the workspace has this stage, made by this recipe from these rows.
+        summary: what it would do, in words, without label, time and state.
     """
 
     label: str
@@ -42,6 +44,7 @@ class StageEstimate:
     seconds: int
     disk_bytes: int
     done: bool
+    summary: str
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ class CheckReport:
         {"recipe": path, "ok": bool,
          "findings": [{"severity": "error" | "warning" | "note", "place", "message", "remedy"}],
          "stages": [{"label", "new_rows", "replay_rows", "steps", "tokens", "counted_tokens", "seconds",
-                     "disk_bytes", "done"}],
+                     "disk_bytes", "done", "summary"}],
          "disk": {"needed_bytes", "free_bytes"},
          "samples": [{"source", "id", "segments": [[text, counted], ...]}]}
         """

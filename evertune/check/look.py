@@ -21,7 +21,7 @@ from evertune.model.codec import Codec, load_codec
 from evertune.probe.suite import AnyProbe, load_probe
 from evertune.recipe.load import LoadedRecipe
 from evertune.recipe.presets import resolve_stage
-from evertune.recipe.schema import Recipe, Sft
+from evertune.recipe.schema import NAMED_REFERENCES, REPLAYABLE, Recipe, StageSettings
 
 LEAKS_SHOWN = 5
 
@@ -94,7 +94,7 @@ def read_data(look: Look) -> None:
         if rows is None:
             continue
         look.rows[name] = rows
-        if source.format in ("messages", "text"):
+        if source.format in REPLAYABLE:
             repeated = drop_duplicates(rows, []).removed
             if repeated:
                 told = f"{len(repeated)} of {len(rows)} rows repeat an earlier one, the first at {repeated[0].place}."
@@ -149,15 +149,14 @@ def _named_checkpoints(look: Look) -> Iterator[tuple[str, str]]:
         if one.start not in ("champion", "base"):
             yield f"rounds[{i}].start", one.start
         for k, stage in enumerate(one.stages):
-            if stage.sft is not None:
-                anchor = resolve_stage(look.recipe, stage.sft).anchor
-                if anchor.kl and anchor.to not in ("start", "base", "champion"):
-                    yield f"rounds[{i}].stages[{k}].sft.anchor.to", anchor.to
+            for name, written in resolve_stage(look.recipe, stage.settings).references.items():
+                if written not in NAMED_REFERENCES:
+                    yield f"rounds[{i}].stages[{k}].{stage.kind}.{name}", written
 
 
 def look_at_leaks(look: Look) -> None:
     """Rows that are trained on or replayed and hold an item of a probe."""
-    stages = [stage.sft for one in look.recipe.rounds for stage in one.stages if stage.sft is not None]
+    stages = [stage.settings for one in look.recipe.rounds for stage in one.stages]
     texts = [text for probe in look.probes for text in probe.texts()]
     for name in sorted({name for stage in stages for name in sources_of(look.recipe, stage)} & set(look.rows)):
         leaks = find_leaks(look.rows[name], texts)
@@ -175,7 +174,7 @@ def _events(path: Path) -> list[Event]:
     return Ledger.open(path, create=False).events()
 
 
-def sources_of(recipe: Recipe, stage: Sft) -> list[str]:
+def sources_of(recipe: Recipe, stage: StageSettings) -> list[str]:
     """Names of all sources that a stage reads, new ones first."""
-    replay = resolve_stage(recipe, stage).replay
-    return list(dict.fromkeys([*stage.data, *(one for one in replay.sources if one != "history" and replay.share)]))
+    replayed = resolve_stage(recipe, stage).replay_sources
+    return list(dict.fromkeys([*stage.new_sources, *(name for name in replayed if name != "history")]))

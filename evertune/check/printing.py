@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from evertune.check.findings import CheckReport, Sample
+from evertune.check.findings import CheckReport, Sample, StageEstimate
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,14 +20,16 @@ def print_report(report: CheckReport) -> None:
         told = escape(f"{one.place}: {one.message} {one.remedy}".rstrip())
         console.print(f"[{COLOURS[one.severity]}]{one.severity}[/]  {told}")
     for stage in report.stages:
-        state = "done" if stage.done else f"about {duration(stage.seconds)} on this machine's CPU"
-        console.print(
-            f"stage  {escape(stage.label)}: {stage.new_rows:,} new + {stage.replay_rows:,} replayed rows in "
-            f"{stage.steps:,} steps, {stage.tokens:,} tokens, {state}"
-        )
+        console.print(f"stage  {escape(stage.label)}: {escape(stage.summary)}{_state(stage)}")
     for sample in report.samples:
         _print_sample(sample, console)
     console.print(escape(f"{report.recipe}: {_conclusion(report)}"))
+
+
+def _state(stage: StageEstimate) -> str:
+    if stage.done:
+        return ", done"
+    return f", about {duration(stage.seconds)} on this machine's CPU" if stage.seconds else ""
 
 
 def duration(seconds: int) -> str:

@@ -9,22 +9,24 @@ from evertune.model.bundled import resolve_base
 from evertune.model.checkpoint import describe
 from evertune.model.codec import Codec, load_codec
 from evertune.recipe.load import LoadedRecipe
+from evertune.recipe.schema import REPLAYABLE, new_sources
 
 NO_LIMIT = 1 << 30
 
 
 def render_samples(loaded: LoadedRecipe, count: int) -> list[Sample]:
-    """The first `count` rows of every source of new data, in the order the rounds name them.
+    """The first `count` rows of every source of new conversations or texts, in the order the rounds name them.
 
     Raises:
         DataError, CheckpointError: a file, the base or its template is not what it should be.
     """
     base = describe(resolve_base(loaded.recipe.base, folder=loaded.folder))
     codec = load_codec(base.base.path)
-    stages = [stage.sft for one in loaded.recipe.rounds for stage in one.stages if stage.sft is not None]
     samples = []
-    for name in dict.fromkeys(name for stage in stages for name in stage.data):
+    for name in dict.fromkeys(name for one in loaded.recipe.rounds for name in new_sources(one)):
         source = loaded.recipe.data[name]
+        if source.format not in REPLAYABLE:
+            continue
         limit = min(count, source.limit or count)
         rows = read_rows(loaded.resolve(source.path), format=source.format, source=name, limit=limit)
         encoded = encode_rows(rows, codec, max_tokens=NO_LIMIT, too_long="drop")

@@ -1,18 +1,23 @@
-"""What each stage would do, and whether there is disk for all of them."""
+"""What each stage would do, and whether there is disk for all of them.
 
+`LOOKS` has a line for each kind of stage, as `stages.KINDS` has for how it is made.
+"""
+
+import shlex
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from evertune.check.estimate import Amounts, amounts, estimate, nearest_folder, resume_bytes
-from evertune.check.findings import Disk, StageEstimate
+from evertune.check.estimate import BYTES, Amounts, amounts, estimate, nearest_folder, resume_bytes
+from evertune.check.findings import Disk, Severity, StageEstimate
 from evertune.check.look import Look, sources_of
 from evertune.data.encode import EncodedRow, encode_rows
 from evertune.data.replay import drop_duplicates
 from evertune.data.rows import digest_rows
-from evertune.hashing import digest_json
-from evertune.recipe.presets import ResolvedSft, resolve_stage
-from evertune.recipe.schema import Recipe, Sft
+from evertune.hashing import digest_file, digest_json
+from evertune.recipe.presets import ResolvedExternal, ResolvedTraining, resolve_stage
+from evertune.recipe.schema import REPLAYABLE, Recipe, Round, StageSettings, Training, new_sources
 
 
 @dataclass(frozen=True)
@@ -24,14 +29,45 @@ class Planned:
     rescue_bytes: int
 
 
+@dataclass(frozen=True)
+class StageView:
+    """One stage of the recipe under inspection, with its settings given and filled in."""
+
+    look: Look
+    round_index: int
+    index: int
+    kind: str
+    settings: StageSettings
+
+    @property
+    def round(self) -> Round:
+        return self.look.recipe.rounds[self.round_index]
+
+    @property
+    def place(self) -> str:
+        return f"rounds[{self.round_index}].stages[{self.index}].{self.kind}"
+
+    @property
+    def label(self) -> str:
+        return f"{self.round.name}/{self.index + 1}-{self.kind}"
+
+    @property
+    def resolved(self) -> Any:
+        return resolve_stage(self.look.recipe, self.settings)
+
+    def say(self, severity: Severity, message: str, remedy: str = "", *, at: str = "") -> None:
+        """Keep a finding about the stage, or about one of its settings."""
+        self.look.say(severity, f"{self.place}{at}", message, remedy)
+
+
 def look_at_stages(look: Look) -> list[Planned]:
     """Estimates of the stages whose rows and base could be read; what is odd about them becomes findings."""
-    return [
-        found
+    views = [
+        StageView(look, i, k, stage.kind, stage.settings)
         for i, one in enumerate(look.recipe.rounds)
         for k, stage in enumerate(one.stages)
-        if stage.sft is not None and (found := _look_at_stage(look, i, k, stage.sft)) is not None
     ]
+    return [found for view in views if (found := LOOKS[view.kind](view)) is not None]
 
 
 def look_at_disk(look: Look, planned: Sequence[Planned]) -> Disk:
@@ -46,29 +82,73 @@ def look_at_disk(look: Look, planned: Sequence[Planned]) -> Disk:
     return Disk(needed, free)
 
 
-def _look_at_stage(look: Look, i: int, k: int, stage: Sft) -> Planned | None:
-    place = f"rounds[{i}].stages[{k}].sft"
-    settings = resolve_stage(look.recipe, stage)
-    shapes = look.shapes
-    if shapes is None or any(name not in look.rows for name in sources_of(look.recipe, stage)):
+def look_at_training(view: StageView) -> Planned | None:
+    """A stage that trains here: what its stream would show, and what that takes."""
+    look, settings, stage = view.look, view.resolved, view.settings
+    shapes, names = look.shapes, sources_of(look.recipe, stage)
+    if shapes is None or any(name not in look.rows for name in names):
         return None
-    encoded = {name: _encode(look, place, name, settings) for name in sources_of(look.recipe, stage)}
-    new = {name: rows for name in stage.data if (rows := encoded[name]) is not None}
+    encoded = {name: _encode(view, name, settings) for name in names}
+    new = {name: rows for name in stage.new_sources if (rows := encoded[name]) is not None}
     if any(rows is None for rows in encoded.values()):
         return None
-    replay = _replay_pool(look, i, place, stage, settings, {name: rows for name, rows in encoded.items() if rows})
-    seen = amounts(new, replay, stage.data if isinstance(stage.data, dict) else None, settings)
-    _look_at_amounts(look, place, settings, seen, sum(map(len, new.values())))
-    one = look.recipe.rounds[i]
-    label = f"{one.name}/{k + 1}-sft"
-    found = estimate(label, seen, settings, shapes, look.recipe.numerics, done=_is_done(look, label, stage))
-    rungs = one.rescue if one.rescue is not None else look.recipe.rescue
-    may_rescue = k == len(one.stages) - 1 and any(rung.interpolate for rung in rungs)
-    return Planned(found, resume_bytes(settings, shapes), found.disk_bytes * may_rescue)
+    replay = _replay_pool(view, settings, {name: rows for name, rows in encoded.items() if rows})
+    weights = stage.data if isinstance(stage, Training) and isinstance(stage.data, dict) else None
+    seen = amounts(new, replay, weights, settings)
+    _look_at_amounts(view, settings, seen, sum(map(len, new.values())))
+    found = estimate(view.label, seen, settings, shapes, look.recipe.numerics, done=_is_done(view))
+    return Planned(found, resume_bytes(settings, shapes), rescue_bytes(view, found.disk_bytes))
 
 
-def _encode(look: Look, place: str, name: str, settings: ResolvedSft) -> Sequence[EncodedRow] | None:
+def look_at_external(view: StageView) -> Planned | None:
+    """Another trainer's command: whether it can start, and the rows it gets. Its time and memory are its own."""
+    look, settings = view.look, view.resolved
+    _look_at_command(view, settings)
+    if look.shapes is None or any(name not in look.rows for name in view.settings.new_sources):
+        return None
+    rows = sum(len(look.rows[name]) for name in view.settings.new_sources)
+    found = StageEstimate(
+        label=view.label,
+        new_rows=rows,
+        replay_rows=0,
+        steps=0,
+        tokens=0,
+        counted_tokens=0,
+        seconds=0,
+        disk_bytes=look.shapes.weights * BYTES[look.recipe.numerics.dtype],
+        done=_is_done(view),
+        summary=f"{rows:,} rows for another trainer's command, at most {settings.hours:g} h",
+    )
+    return Planned(found, 0, rescue_bytes(view, found.disk_bytes))
+
+
+LOOKS: dict[str, Callable[[StageView], Planned | None]] = {
+    "sft": look_at_training,
+    "external": look_at_external,
+}
+
+
+def rescue_bytes(view: StageView, disk_bytes: int) -> int:
+    """Disk for the winner of a rescue: as much as the candidate's, where this stage makes the candidate."""
+    rungs = view.round.rescue if view.round.rescue is not None else view.look.recipe.rescue
+    may_rescue = view.index == len(view.round.stages) - 1 and any(rung.interpolate for rung in rungs)
+    return disk_bytes * may_rescue
+
+
+def _look_at_command(view: StageView, settings: ResolvedExternal) -> None:
+    folder = view.look.loaded.folder
+    program = shlex.split(settings.command)[0]
+    if shutil.which(program) is None and shutil.which(str(folder / program)) is None:
+        told = f"found no program {program!r}, neither on the PATH nor in {folder}."
+        view.say("error", told, "Install it, or correct the command.", at=".command")
+    for name in settings.files or []:
+        if not (folder / name).is_file():
+            view.say("error", f"{name}: found no file, expected one.", "Paths are relative to the recipe.", at=".files")
+
+
+def _encode(view: StageView, name: str, settings: ResolvedTraining) -> Sequence[EncodedRow] | None:
     """Rows of a source as a stage reads them; None, with an error, where one cannot be read."""
+    look, place = view.look, view.place
     key = (name, settings.max_tokens, settings.too_long)
     if key not in look.encodings and look.codec is not None:
         found = look.attempt(
@@ -88,53 +168,62 @@ def _encode(look: Look, place: str, name: str, settings: ResolvedSft) -> Sequenc
 
 
 def _replay_pool(
-    look: Look, i: int, place: str, stage: Sft, settings: ResolvedSft, encoded: Mapping[str, Sequence[EncodedRow]]
+    view: StageView, settings: ResolvedTraining, encoded: Mapping[str, Sequence[EncodedRow]]
 ) -> dict[str, Sequence[EncodedRow]]:
     """What a stage replays, less what is also new; of `history`, the new rows of all rounds before, as if promoted."""
+    look, learnt = view.look, view.settings.new_sources
     if not settings.replay.share:
         return {}
     pool = {name: encoded[name] for name in settings.replay.sources if name != "history"}
     rows = {name: look.rows[name] for name in pool}
     if "history" in settings.replay.sources:
-        for name in _history(look.recipe, i):
-            found = _encode(look, place, name, settings) if name in look.rows else None
+        for name in _history(look.recipe, view.round_index):
+            found = _encode(view, name, settings) if name in look.rows else None
             if found is not None and name not in pool:
                 pool[name], rows[name] = found, look.rows[name]
-    both = [name for name in settings.replay.sources if name in stage.data]
+    both = [name for name in settings.replay.sources if name in learnt]
     if both:
         told = f"'{both[0]}' is both new data and replay."
-        look.say("warning", f"{place}.replay.from", told, "Replay other rows: these are seen as new ones already.")
+        view.say("warning", told, "Replay other rows: these are seen as new ones already.", at=".replay.from")
     if settings.replay.dedup and pool:
-        new = [row for name in stage.data for row in look.rows[name]]
+        new = [row for name in learnt for row in look.rows[name]]
         kept = drop_duplicates([row for each in rows.values() for row in each], new).kept
         ids = {(row.source, row.id) for row in kept}
         pool = {name: [row for row in each if (row.source, row.id) in ids] for name, each in pool.items()}
     return {name: each for name, each in pool.items() if each}
 
 
-def _look_at_amounts(look: Look, place: str, settings: ResolvedSft, seen: Amounts, new_rows: int) -> None:
+def _look_at_amounts(view: StageView, settings: ResolvedTraining, seen: Amounts, new_rows: int) -> None:
     if settings.replay.share and not seen.replay_rows:
         told = f"there is nothing to replay here, so the share is 0 and not {settings.replay.share:g}."
         if settings.replay.sources == ["history"]:
-            look.say("note", place, f"no round comes before this one: {told}")
+            view.say("note", f"no round comes before this one: {told}")
         else:
-            look.say("warning", place, told, "Name a source of other rows in 'replay.from'.")
+            view.say("warning", told, "Name a source of other rows in 'replay.from'.")
     if settings.anchor.kl and settings.anchor.on == "replay" and not seen.replay_rows:
         told = "the anchor is on replayed rows, and there are none here: nothing is anchored."
-        look.say("note", place, told, "Set 'anchor.on: new', or replay something.")
+        view.say("note", told, "Set 'anchor.on: new', or replay something.")
     if seen.new_rows < new_rows:
-        told = f"{seen.steps} steps show {seen.new_rows} of {new_rows} new rows; the others are not seen."
-        look.say("note", place, told)
+        view.say("note", f"{seen.steps} steps show {seen.new_rows} of {new_rows} new rows; the others are not seen.")
 
 
-def _is_done(look: Look, label: str, stage: Sft) -> bool:
-    """The workspace has this stage, made by this recipe from the rows that are there now."""
-    recorded = [
-        {one["source"]: one["sha256"] for one in event.body["data"]}
-        for event in look.past
-        if event.body["label"] == label
-    ]
-    return bool(recorded) and {name: _data_digest(look, name) for name in stage.data} in recorded
+def _is_done(view: StageView) -> bool:
+    """The workspace has this stage, made by this recipe from the rows and files that are there now."""
+    look = view.look
+    recorded = [event.body for event in look.past if event.body["label"] == view.label]
+    data = {name: _data_digest(look, name) for name in view.settings.new_sources}
+    return any(
+        {one["source"]: one["sha256"] for one in body["data"]} == data
+        and (view.kind != "external" or _command_facts(view) == body["settings"])
+        for body in recorded
+    )
+
+
+def _command_facts(view: StageView) -> dict[str, Any]:
+    """As a run records them: what decides what a command does."""
+    folder, files = view.look.loaded.folder, view.resolved.files or []
+    digests = {name: digest_file(folder / name) for name in files if (folder / name).is_file()}
+    return {"command": view.resolved.command, "files": digests, "seed": view.look.recipe.seed}
 
 
 def _data_digest(look: Look, name: str) -> str:
@@ -145,6 +234,6 @@ def _data_digest(look: Look, name: str) -> str:
 
 
 def _history(recipe: Recipe, i: int) -> list[str]:
-    """Names of the sources of new rows of the rounds before."""
-    stages = [stage.sft for one in recipe.rounds[:i] for stage in one.stages if stage.sft is not None]
-    return list(dict.fromkeys(name for stage in stages for name in stage.data))
+    """Names of the sources of new rows of the rounds before, as far as they can be replayed."""
+    names = dict.fromkeys(name for one in recipe.rounds[:i] for name in new_sources(one))
+    return [name for name in names if recipe.data[name].format in REPLAYABLE]

@@ -5,12 +5,12 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from evertune.data.rows import Row, messages_of
+from evertune.data.rows import Row, messages_of, preference_turns
 from evertune.errors import CheckpointError, DataError
 from evertune.model.codec import Codec
 
@@ -34,9 +34,49 @@ class EncodedRow:
     is_replay: bool
     digest: str
 
+    @property
+    def rows(self) -> "tuple[EncodedRow, ...]":
+        """What goes through the model: itself."""
+        return (self,)
+
     def as_replay(self) -> "EncodedRow":
         """The same row, drawn as replay."""
         return replace(self, is_replay=True)
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedPair:
+    """Two answers to one prompt, of which the first is preferred; only the answers' tokens count."""
+
+    source: str
+    id: str
+    chosen: EncodedRow
+    rejected: EncodedRow
+
+    @property
+    def is_replay(self) -> bool:
+        return False
+
+    @property
+    def rows(self) -> tuple[EncodedRow, ...]:
+        """What goes through the model: both conversations."""
+        return (self.chosen, self.rejected)
+
+
+Item = EncodedRow | EncodedPair
+"""What the stream is made of."""
+
+AnyItem = TypeVar("AnyItem", EncodedRow, EncodedPair)
+
+
+def tokens_of(item: Item) -> int:
+    """Tokens that go through the model."""
+    return sum(len(row.ids) for row in item.rows)
+
+
+def counted_of(item: Item) -> int:
+    """Tokens that carry loss. The first of a row has nothing before it and never does."""
+    return sum(int(row.counted[1:].sum()) for row in item.rows)
 
 
 @dataclass(frozen=True)
@@ -49,14 +89,16 @@ class DroppedRow:
 
 
 @dataclass(frozen=True)
-class Encoding:
+class Encoding(Generic[AnyItem]):
     """Encoded rows, and the rows left out."""
 
-    rows: tuple[EncodedRow, ...]
+    rows: tuple[AnyItem, ...]
     dropped: tuple[DroppedRow, ...]
 
 
-def encode_rows(rows: Sequence[Row], codec: Codec, *, max_tokens: int, too_long: Literal["error", "drop"]) -> Encoding:
+def encode_rows(
+    rows: Sequence[Row], codec: Codec, *, max_tokens: int, too_long: Literal["error", "drop"]
+) -> Encoding[EncodedRow]:
     """Encode `messages` and `text` rows.
 
     Of a conversation the assistant's tokens count, stop tokens included; of a text every token but the first, which
@@ -71,27 +113,52 @@ def encode_rows(rows: Sequence[Row], codec: Codec, *, max_tokens: int, too_long:
             row is of another format.
         CheckpointError: the chat template is missing or refuses a conversation, with the row's place.
     """
+    found = [(row, _encoded(row, *_tokens(row, codec))) for row in rows]
+    return _within(found, max_tokens, too_long)
+
+
+def encode_pairs(
+    rows: Sequence[Row], codec: Codec, *, max_tokens: int, too_long: Literal["error", "drop"]
+) -> Encoding[EncodedPair]:
+    """Encode `preference` rows: the prompt with each of its two answers, of which only the answer counts.
+
+    Args:
+        max_tokens: of the longer of the two conversations of a pair that is kept.
+        too_long: as for `encode_rows`.
+
+    Raises:
+        DataError: as for `encode_rows`, or the two answers of a row are the same tokens.
+        CheckpointError: as for `encode_rows`.
+    """
+    found = [(row, _pair(row, codec)) for row in rows]
+    return _within(found, max_tokens, too_long)
+
+
+def _within(
+    found: Sequence[tuple[Row, AnyItem]], max_tokens: int, too_long: Literal["error", "drop"]
+) -> Encoding[AnyItem]:
+    """The items that are short enough, each with something that counts."""
     kept, dropped = [], []
-    for row in rows:
-        ids, counted = _tokens(row, codec)
-        if len(ids) > max_tokens:
-            dropped.append(DroppedRow(row.source, row.place, len(ids)))
-        elif not any(counted[1:]):
+    for row, item in found:
+        length = max(len(one.ids) for one in item.rows)
+        if length > max_tokens:
+            dropped.append(DroppedRow(row.source, row.place, length))
+        elif not all(one.counted[1:].any() for one in item.rows):
             raise DataError(
-                f"{row.place}: found no token that carries loss among {len(ids)}, expected one or more.",
+                f"{row.place}: found no token that carries loss among {length}, expected one or more.",
                 remedy="The row is too short, or the chat template hides what the assistant says.",
             )
         else:
-            kept.append(_encoded(row, ids, counted))
+            kept.append(item)
     if dropped and too_long == "error":
         shown = ", ".join(f"{one.place} ({one.tokens} tokens)" for one in dropped[:3])
         raise DataError(
-            f"{shown}: found {len(dropped)} of {len(rows)} rows longer than expected: max_tokens is {max_tokens}.",
+            f"{shown}: found {len(dropped)} of {len(found)} rows longer than expected: max_tokens is {max_tokens}.",
             remedy="Raise max_tokens, shorten the rows, or set 'too_long: drop' to leave them out. Rows are never cut.",
         )
     if dropped and not kept:
         raise DataError(
-            f"source '{rows[0].source}': found only rows longer than max_tokens {max_tokens}, the shortest has "
+            f"source '{dropped[0].source}': found only rows longer than max_tokens {max_tokens}, the shortest has "
             f"{min(one.tokens for one in dropped)} tokens.",
             remedy="Raise max_tokens.",
         )
@@ -107,11 +174,35 @@ def _tokens(row: Row, codec: Codec) -> tuple[list[int], list[bool]]:
             f"{row.place}: found a row of format '{row.format}', expected messages or text.",
             remedy="Name a source of such rows.",
         )
+    return _chat(row, messages_of(row.value), codec)
+
+
+def _chat(
+    row: Row, messages: Sequence[dict[str, str]], codec: Codec, *, answers: int | None = None
+) -> tuple[list[int], list[bool]]:
     try:
-        encoded = codec.encode_chat(messages_of(row.value))
+        encoded = codec.encode_chat(messages, answers=answers)
     except (CheckpointError, DataError) as error:
         raise type(error)(f"{row.place}: {error.message}", remedy=error.remedy) from error
     return encoded.ids, encoded.counted
+
+
+def _pair(row: Row, codec: Codec) -> EncodedPair:
+    if row.format != "preference":
+        raise DataError(
+            f"{row.place}: found a row of format '{row.format}', expected preference.",
+            remedy="Name a source of such rows.",
+        )
+    chosen, rejected = (
+        _encoded(row, *_chat(row, conversation, codec, answers=answers))
+        for conversation, answers in (preference_turns(row.value, name) for name in ("chosen", "rejected"))
+    )
+    if chosen.digest == rejected.digest:
+        raise DataError(
+            f"{row.place}: found the same tokens in 'chosen' and 'rejected', expected two answers that differ.",
+            remedy="Remove the row: nothing can be preferred.",
+        )
+    return EncodedPair(row.source, row.id, chosen, rejected)
 
 
 def _encoded(row: Row, ids: list[int], counted: list[bool]) -> EncodedRow:

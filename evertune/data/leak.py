@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from evertune.data.replay import normalise_text
+from evertune.data.compared import normalise_text
 from evertune.data.rows import Row, messages_of
 
 SHORT_CHARACTERS = 32

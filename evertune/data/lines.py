@@ -1,21 +1,22 @@
-"""Values from JSONL and Parquet, read strictly: what JSON does not allow, or would lose in silence, is an error.
+"""Values from JSONL, Parquet and Arrow, read strictly: what JSON does not allow, or would lose in silence, is an error.
 
     bytes that are not UTF-8, a byte order mark      a key that stands twice (the last would win)
     a line that is cut off or longer than 8 MiB      NaN, Infinity, 1e999 (no JSON values)
     half a surrogate pair (no character)             a line that is not an object
 
-Empty lines are skipped and counted. A Parquet file has no absent fields, so its nulls are read as absent; columns whose
-type JSON does not have (times, bytes, decimals) are left out.
+Empty lines are skipped and counted. Parquet and Arrow have no absent fields, so their nulls are read as absent; columns
+whose type JSON does not have (times, bytes, decimals) are left out.
 """
 
 import gzip
+import io
 import json
 import math
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn, cast
 
 from evertune.errors import DataError
 
@@ -23,41 +24,83 @@ if TYPE_CHECKING:
     import pyarrow
 
 LINE_BYTES = 8 << 20
+BATCH_ROWS = 1024
 # Fields that some row format reads: a column of this name must have a type that JSON has.
 _READ = ("id", "messages", "prompt", "chosen", "rejected", "choices", "answer", "text", "cluster")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def values_of(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line (1-based; the row's number in Parquet) and value of every row of a file, read as it is asked for.
+# What is told of a row that cannot be read: its number, its bytes where there are any, and what is wrong.
+Bad = Callable[[int, bytes | None, DataError], None]
+
+
+def values_of(path: Path, *, bad: Bad | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line (1-based; the row's number in Parquet and Arrow) and value of every row of a file, read as it is asked for.
+
+    Args:
+        bad: is told of each row that cannot be read, and reading goes on behind it; without it the first is raised. A
+            file that cannot be read further is an error in any case.
 
     Raises:
-        DataError: at the first thing that is wrong, with file, line, what was found and what was expected.
+        DataError: with file, line, what was found and what was expected.
     """
-    return _parquet_values(path) if path.name.endswith(".parquet") else _json_values(path)
+    if path.name.endswith(".parquet"):
+        return _table_values(path, _parquet_batches, bad)
+    if path.name.endswith(".arrow"):
+        return _table_values(path, _arrow_batches, bad)
+    return _json_values(path, bad)
 
 
-def _json_values(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    opener = gzip.open if path.name.endswith(".gz") else open
+def _json_values(path: Path, bad: Bad | None) -> Iterator[tuple[int, dict[str, Any]]]:
     number = 0
     try:
-        with opener(path, "rb") as file:
+        with _open(path) as file:
             while line := file.readline(LINE_BYTES + 1):
                 number += 1
-                if len(line) > LINE_BYTES:
-                    raise DataError(
-                        f"{path}:{number}: found a line longer than {LINE_BYTES >> 20} MiB, expected one row a line.",
-                        remedy="Split the row, or put a line end after each row.",
-                    )
-                if line.strip():
-                    yield number, _parse(line, f"{path}:{number}")
+                try:
+                    _check_length(line, f"{path}:{number}")
+                    value = _parse(line, f"{path}:{number}") if line.strip() else None
+                except DataError as error:
+                    if bad is None:
+                        raise
+                    bad(number, line, error)
+                    while len(line) > LINE_BYTES and not line.endswith(b"\n"):
+                        line = file.readline(LINE_BYTES + 1)
+                    continue
+                if value is not None:
+                    yield number, value
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(
             f"{path}:{number + 1}: found broken gzip data ({error}), expected a complete .gz file.",
             remedy="Compress the file again.",
         ) from error
     except OSError as error:
+        if path.name.endswith(".zst") and error.errno is None:
+            raise DataError(
+                f"{path}:{number + 1}: found broken zstd data ({error}), expected a complete .zst file.",
+                remedy="Compress the file again.",
+            ) from error
         raise DataError(f"{path}: cannot be read: {error.strerror or error}.", remedy="Check the file.") from error
+
+
+def _open(path: Path) -> BinaryIO:
+    if path.name.endswith(".gz"):
+        return cast(BinaryIO, gzip.open(path, "rb"))
+    if path.name.endswith(".zst"):
+        import pyarrow
+
+        with path.open("rb"):
+            pass  # the system's own words where it cannot be opened
+        return io.BufferedReader(pyarrow.CompressedInputStream(str(path), "zstd"))
+    return path.open("rb")
+
+
+def _check_length(line: bytes, place: str) -> None:
+    if len(line) > LINE_BYTES:
+        raise DataError(
+            f"{place}: found a line longer than {LINE_BYTES >> 20} MiB, expected one row a line.",
+            remedy="Split the row, or put a line end after each row.",
+        )
 
 
 def _parse(line: bytes, place: str) -> dict[str, Any]:
@@ -116,21 +159,56 @@ def _finite(literal: str) -> float:
     return number if math.isfinite(number) else _refuse_number(literal)
 
 
-def _parquet_values(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _table_values(
+    path: Path, batches: Callable[[Path], Iterator["pyarrow.RecordBatch"]], bad: Bad | None
+) -> Iterator[tuple[int, dict[str, Any]]]:
     import pyarrow
-    import pyarrow.parquet
 
+    number = 0
     try:
-        file = pyarrow.parquet.ParquetFile(path)
-        columns = _columns(file.schema_arrow, path)
-        number = 0
-        for batch in file.iter_batches(batch_size=1024, columns=columns):
-            for value in _batch_values(batch, path, number):
+        for batch in batches(path):
+            for value in _batch_values(batch, path, number, bad):
                 number += 1
-                yield number, _present(value, f"{path}:{number}")
+                if value is None:
+                    continue
+                try:
+                    present = _present(value, f"{path}:{number}")
+                except DataError as error:
+                    if bad is None:
+                        raise
+                    bad(number, None, error)
+                    continue
+                yield number, present
     except (pyarrow.ArrowException, OSError) as error:
         found = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"{path}: not a readable Parquet file: {found}.", remedy="Write the file again.") from error
+        kind = "Parquet" if path.name.endswith(".parquet") else "Arrow"
+        raise DataError(f"{path}: not a readable {kind} file: {found}.", remedy="Write the file again.") from error
+
+
+def _parquet_batches(path: Path) -> Iterator["pyarrow.RecordBatch"]:
+    import pyarrow.parquet
+
+    file = pyarrow.parquet.ParquetFile(path)
+    yield from file.iter_batches(batch_size=BATCH_ROWS, columns=_columns(file.schema_arrow, path))
+
+
+def _arrow_batches(path: Path) -> Iterator["pyarrow.RecordBatch"]:
+    """Of an Arrow file, or of the stream that `datasets` caches under the same suffix."""
+    import pyarrow
+
+    with pyarrow.memory_map(str(path)) as source:
+        try:
+            file = pyarrow.ipc.open_file(source)
+            schema, batches = file.schema, (file.get_batch(i) for i in range(file.num_record_batches))
+        except pyarrow.ArrowInvalid:
+            source.seek(0)
+            stream = pyarrow.ipc.open_stream(source)
+            schema, batches = stream.schema, iter(stream)
+        columns = _columns(schema, path)
+        for batch in batches:
+            batch = batch.select(columns)
+            for start in range(0, batch.num_rows, BATCH_ROWS):
+                yield batch.slice(start, BATCH_ROWS)
 
 
 def _columns(schema: "pyarrow.Schema", path: Path) -> list[str]:
@@ -163,19 +241,31 @@ def _has_json_form(kind: "pyarrow.DataType") -> bool:
     return types.is_null(kind) or any(fits(kind) for fits in plain)
 
 
-def _batch_values(batch: "pyarrow.RecordBatch", path: Path, before: int) -> Iterator[dict[str, Any]]:
-    """Rows of a batch; `before` rows came earlier. Arrow does not check UTF-8 when it reads, Python does here."""
+def _batch_values(
+    batch: "pyarrow.RecordBatch", path: Path, before: int, bad: Bad | None
+) -> Iterator[dict[str, Any] | None]:
+    """Rows of a batch, None for a bad one; `before` rows came earlier. Arrow does not check UTF-8 when it reads, Python
+    does here."""
     try:
-        yield from batch.to_pylist()
-    except UnicodeDecodeError as error:
-        for i in range(batch.num_rows):
-            try:
-                batch.slice(i, 1).to_pylist()
-            except UnicodeDecodeError:
-                raise DataError(
-                    f"{path}:{before + i + 1}: found a text that is not UTF-8 ({error.reason}), expected UTF-8.",
-                    remedy="Write the file again from texts that are UTF-8.",
-                ) from error
+        values = batch.to_pylist()
+    except UnicodeDecodeError:
+        values = None
+    if values is not None:
+        yield from values
+        return
+    for i in range(batch.num_rows):
+        try:
+            value = batch.slice(i, 1).to_pylist()[0]
+        except UnicodeDecodeError as error:
+            problem = DataError(
+                f"{path}:{before + i + 1}: found a text that is not UTF-8 ({error.reason}), expected UTF-8.",
+                remedy="Write the file again from texts that are UTF-8.",
+            )
+            if bad is None:
+                raise problem from error
+            bad(before + i + 1, None, problem)
+            value = None
+        yield value
 
 
 def _present(value: Any, place: str) -> Any:

@@ -2,21 +2,14 @@
 
 import math
 import random
-import re
-import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, TypeVar
 
-from evertune.data.rows import Row, messages_of
+from evertune.data.compared import compared_text
+from evertune.data.rows import Row
 from evertune.errors import DataError
 
 T = TypeVar("T")
-
-_INVISIBLE = re.compile("[\u00ad\u034f\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufe00-\ufe0f\ufeff]")
-_APOSTROPHES = re.compile("['`\u2018\u2019\u201b]")
-_DASHES = re.compile("[\u2010-\u2015\u2212]")
-# Marks of a sentence. One before a digit is part of a number (1.5, .5, 10:30), one before "=" of a sign (!=): it stays.
-_MARKS = re.compile('["\u201c-\u201f\u00ab\u00bb\u2039\u203a\u300c\u300d\u3001\u3002\u00bf\u00a1]|[.,;:!?]+(?![\\d=])')
 
 
 class Deduplicated(NamedTuple):
@@ -62,36 +55,16 @@ def make_replay_stream(
     return stream
 
 
-def normalise_text(text: str) -> str:
-    """Text for comparison: two texts that a reader takes for the same become equal, two that mean different things not.
-
-    Compatibility forms become one (NFKC), case is folded, invisible characters and apostrophes go, dashes become "-",
-    quotes and the marks . , ; : ! ? become a space unless a digit or "=" follows, and white space becomes single
-    spaces. Other signs stay: "5*3" and "5/3", "-5" and "5", f(x) and f[x] differ. May be empty.
-    """
-    # Before folding: an invisible character keeps a letter from its accent, and NFKC splits the spacing acute accent.
-    visible = _INVISIBLE.sub("", text).replace("\u00b4", "")
-    folded = _APOSTROPHES.sub("", unicodedata.normalize("NFKC", visible).casefold())
-    return " ".join(_MARKS.sub(" ", _DASHES.sub("-", unicodedata.normalize("NFKC", folded))).split())
-
-
-def row_text(row: Row) -> str:
-    """What duplicates are compared on: every turn with its role, or the plain text; normalised."""
-    if row.format == "text":
-        return normalise_text(row.value["text"])
-    return "\n".join(f"{one['role']}: {normalise_text(one['content'])}" for one in messages_of(row.value))
-
-
 def drop_duplicates(replay: Sequence[Row], new: Sequence[Row]) -> Deduplicated:
     """Replay rows that are neither a new row nor an earlier replay row.
 
     Compared are whole conversations, system turns included, and whole texts, normalised. A replay row with the same
     question and another answer stays.
     """
-    seen = {row_text(row) for row in new}
+    seen = {compared_text(row) for row in new}
     found = Deduplicated([], [])
     for row in replay:
-        text = row_text(row)
+        text = compared_text(row)
         (found.removed if text in seen else found.kept).append(row)
         seen.add(text)
     return found

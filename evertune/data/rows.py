@@ -4,18 +4,25 @@
 """
 
 import glob
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from evertune.data.lines import values_of
 from evertune.data.shapes import fitting_formats, problem_of
 from evertune.errors import DataError
 from evertune.hashing import digest_file, digest_json
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".arrow")
+DATASETS = "datasets:"
+
+
+# What is told of a bad row: its file, its number, its bytes where there are any, and what is wrong.
+BadRow = Callable[[Path, int, bytes | None, DataError], None]
 
 
 @dataclass(frozen=True)
@@ -47,9 +54,15 @@ class Row:
 def files_of(pattern: Path) -> list[Path]:
     """The files a path or a glob names, sorted by path; `**` stands for any folders.
 
+    `datasets:NAME`, or `datasets:NAME:SPLIT` (the split is `train` when not given), stands for the Arrow files that the
+    `datasets` library keeps of a data set; it is asked to fetch them where it has none.
+
     Raises:
-        DataError: nothing matches, or something that matches is not a file of JSONL or Parquet.
+        DataError: nothing matches, or something that matches is not a file of JSONL, Parquet or Arrow.
     """
+    name = _dataset_name(pattern)
+    if name:
+        return _dataset_files(*name)
     try:
         is_glob = any(sign in str(pattern) for sign in "*?[") and not pattern.exists()
         matches = sorted(glob.glob(str(pattern), recursive=True)) if is_glob else [str(pattern)]  # noqa: PTH207
@@ -78,37 +91,80 @@ def digest_rows(pattern: Path) -> str:
         raise DataError(f"{error.filename or pattern}: cannot be read: {error.strerror}.") from error
 
 
-def read_rows(pattern: Path, *, format: str, source: str, limit: int | None = None) -> list[Row]:
-    """Read and check the rows of a source, in file order.
+def iter_rows(
+    pattern: Path, *, format: str, source: str, limit: int | None = None, bad: BadRow | None = None
+) -> Iterator[Row]:
+    """The checked rows of a source in file order, read as they are asked for. Ids may repeat here.
 
     Args:
-        pattern: a file or a glob.
+        pattern: a file, a glob, or a name of `datasets`.
         format: see `shapes.py`.
         source: the name rows carry.
-        limit: stop after this many rows; what follows is not checked.
+        limit: stop after this many good rows; what follows is not checked.
+        bad: is told of each bad row, and reading goes on behind it; without it the first is raised.
 
     Raises:
-        DataError: at the first thing that is wrong, with file, line, what was found and what was expected.
+        DataError: with file, line, what was found and what was expected.
+    """
+    files = files_of(pattern)
+    count = 0
+    for path, label in zip(files, _labels(files), strict=True):
+        told = None if bad is None else partial(bad, path)
+        for line, value in values_of(path, bad=told):
+            if count == limit:
+                return
+            row = Row(source, _id_of(value, f"{label}:{line}"), line, path, value, format)
+            try:
+                _check_shape(row)
+            except DataError as error:
+                if bad is None:
+                    raise
+                bad(path, line, json.dumps(value, ensure_ascii=False).encode(), error)
+                continue
+            count += 1
+            yield row
+
+
+def read_rows(
+    pattern: Path, *, format: str, source: str, limit: int | None = None, bad: BadRow | None = None
+) -> list[Row]:
+    """The same rows in memory, one or more, each with an id of its own.
+
+    Raises:
+        DataError: as `iter_rows`; there is no row, or two have one id.
     """
     rows: list[Row] = []
     places: dict[str, str] = {}
-    files = files_of(pattern)
-    for path, label in zip(files, _labels(files), strict=True):
-        for line, value in values_of(path):
-            if len(rows) == limit:
-                return rows
-            row = Row(source, _id_of(value, f"{label}:{line}"), line, path, value, format)
-            _check_shape(row)
-            if row.id in places:
-                raise DataError(
-                    f"{row.place}: found the id {row.id!r}, also at {places[row.id]}, expected another.",
-                    remedy="Give each row an id of its own, or leave ids out.",
-                )
-            places[row.id] = row.place
-            rows.append(row)
+    for row in iter_rows(pattern, format=format, source=source, limit=limit, bad=bad):
+        if row.id in places:
+            raise DataError(
+                f"{row.place}: found the id {row.id!r}, also at {places[row.id]}, expected another.",
+                remedy="Give each row an id of its own, or leave ids out.",
+            )
+        places[row.id] = row.place
+        rows.append(row)
     if not rows:
         raise DataError(f"{pattern}: found no rows, expected one or more.", remedy="Fill the file, or leave it out.")
     return rows
+
+
+def detect_format(pattern: Path) -> str:
+    """The format that the first row of a source speaks for; the more demanding one where two fit.
+
+    Raises:
+        DataError: there is no row, or its fields fit no format.
+    """
+    for path in files_of(pattern):
+        for line, value in values_of(path):
+            fitting = fitting_formats(value)
+            for format in ("preference", "choice", "messages", "verifiable", "text"):
+                if format in fitting:
+                    return format
+            raise DataError(
+                f"{path}:{line}: found the fields {', '.join(value) or 'none'}, expected those of a format.",
+                remedy="Name the format with --format to see what is missing.",
+            )
+    raise DataError(f"{pattern}: found no rows, expected one or more.", remedy="Fill the file, or leave it out.")
 
 
 def messages_of(value: dict[str, Any]) -> list[dict[str, str]]:
@@ -117,6 +173,41 @@ def messages_of(value: dict[str, Any]) -> list[dict[str, str]]:
     if isinstance(turns, str):
         return [{"role": "user", "content": turns}]
     return [{"role": one["role"], "content": one["content"]} for one in turns]
+
+
+def preference_turns(value: dict[str, Any], name: Literal["chosen", "rejected"]) -> tuple[list[dict[str, str]], int]:
+    """The conversation that ends with one of a pair's two answers, and how many of the assistant's turns answer."""
+    answer = value[name]
+    turns = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else messages_of({"prompt": answer})
+    conversation = [*messages_of({"prompt": value["prompt"]}), *turns]
+    return conversation, sum(one["role"] == "assistant" for one in turns)
+
+
+def _dataset_name(pattern: Path) -> tuple[str, str] | None:
+    """Name and split of `datasets:NAME:SPLIT`; a recipe's folder may stand before it."""
+    parts = pattern.parts
+    at = next((i for i, one in enumerate(parts) if one.startswith(DATASETS)), None)
+    if at is None:
+        return None
+    name, _, split = "/".join(parts[at:]).removeprefix(DATASETS).partition(":")
+    return name, split or "train"
+
+
+def _dataset_files(name: str, split: str) -> list[Path]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(
+            f"datasets:{name}: the 'datasets' library is not installed.", remedy="pip install datasets"
+        ) from error
+    try:
+        loaded = datasets.load_dataset(name, split=split)
+    except Exception as error:  # the library raises what its loaders, the network and the hub raise
+        raise DataError(
+            f"datasets:{name}: cannot be loaded: {str(error).splitlines()[0] if str(error) else type(error).__name__}.",
+            remedy="Check name and split; without a network the data set must be in its cache.",
+        ) from error
+    return sorted(Path(one["filename"]) for one in loaded.cache_files)
 
 
 def _check_file(path: Path) -> None:

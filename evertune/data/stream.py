@@ -170,8 +170,12 @@ def permute(index: int, size: int, key: str) -> int:
 
 
 def lengths_of(sources: Mapping[str, Sequence[Any]]) -> dict[tuple[str, int], int]:
-    """Lengths by (source, index) of encoded rows, for `Stream.batch`."""
-    return {(name, i): len(row.ids) for name, rows in sources.items() for i, row in enumerate(rows)}
+    """Lengths by (source, index) of encoded rows, for `Stream.batch`; of a pair, that of its longer conversation."""
+    return {
+        (name, i): max(len(row.ids) for row in item.rows)
+        for name, items in sources.items()
+        for i, item in enumerate(items)
+    }
 
 
 def _check(

@@ -13,11 +13,10 @@ import numpy as np
 from evertune.errors import MergeError
 from evertune.hashing import digest_bytes, digest_json
 from evertune.merge.config import MergeConfig
-from evertune.merge.kernels import Array
 from evertune.merge.methods import METHODS, Method, Settings
-from evertune.merge.sources import FLOATS, Located, Source, head_and_embedding, read_source
+from evertune.merge.sources import FLOATS, Source, head_and_embedding, read_source
 from evertune.merge.values import Depths, check_globs, resolve
-from evertune.model.checkpoint import INDEX, WEIGHTS, Checkpoint, describe, read_json
+from evertune.model.checkpoint import WEIGHTS, Checkpoint, describe, read_json
 from evertune.model.header import DTYPE_BITS
 
 # Changes whenever the same configuration would give other bytes.
@@ -230,7 +229,7 @@ def default_threads() -> int:
 
 def _with_heads(source: Source, donor: Source, problems: list[str], notes: list[str]) -> Source:
     """Agree on the head: a tied one is the embedding, and is stored only where the result is untied."""
-    donor_head, donor_embedding = head_and_embedding(donor)
+    donor_head, _ = head_and_embedding(donor)
     head, embedding = head_and_embedding(source)
     tensors = dict(source.tensors)
     if donor.is_tied:

@@ -123,7 +123,7 @@ class Reader:
         return Chunk(values[count] if inputs.base else None, values[:count], begin)
 
     def _load_rows(self, inputs: Inputs, model: Source, rows: Array, begin: int, into: Array) -> None:
-        """Rows of another vocabulary, by token. A row this model has not is the result's donor's: it changes nothing."""
+        """Rows of another vocabulary, by token; of a token that this model has not, the row it changes nothing by."""
         tensor, columns = inputs.tensor, inputs.tensor.shape[-1]
         other = inputs.base or next(one for one in inputs.models if tensor.name not in one.rows)
         for k in range(len(into) // columns):

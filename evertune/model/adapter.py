@@ -24,7 +24,14 @@ from transformers.pytorch_utils import Conv1D
 
 from evertune.errors import CheckpointError, RecipeError
 from evertune.hashing import canonical_json, digest_json
-from evertune.model.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint, read_json, write_note
+from evertune.model.checkpoint import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    Checkpoint,
+    place_seen_from,
+    read_json,
+    write_note,
+)
 from evertune.model.lora_config import PREFIX, check_plain, scale_of
 
 if TYPE_CHECKING:
@@ -200,7 +207,7 @@ def write_adapter(factors: Factors, folder: Path, stands_on: Checkpoint, *, drop
         tensors[f"{PREFIX}{name}.lora_A.weight"] = factor.a_RI.detach().cpu().contiguous()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = factor.b_OR.detach().cpu().contiguous()
     save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    config = _saved_config(factors, stands_on, dropout)
+    config = _saved_config(factors, place_seen_from(folder, stands_on.base.path), dropout)
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     write_note(folder, stands_on)
 
@@ -386,7 +393,7 @@ def _factor(folder: Path, config: dict[str, Any], key: str, tensors: Mapping[str
     return Factor(a_RI, b_OR, scale, bool(config.get("fan_in_fan_out")))
 
 
-def _saved_config(factors: Factors, stands_on: Checkpoint, dropout: float) -> dict[str, Any]:
+def _saved_config(factors: Factors, base: str, dropout: float) -> dict[str, Any]:
     first = next(iter(factors.values()))
     alphas = {name: _alpha(factor) for name, factor in factors.items()}
     config = LoraConfig(
@@ -398,7 +405,7 @@ def _saved_config(factors: Factors, stands_on: Checkpoint, dropout: float) -> di
         alpha_pattern={name: alpha for name, alpha in sorted(alphas.items()) if alpha != _alpha(first)},
         fan_in_fan_out=first.transposed,
         task_type="CAUSAL_LM",
-        base_model_name_or_path=str(stands_on.base.path),
+        base_model_name_or_path=base,
         inference_mode=True,
     ).to_dict()
     # Through JSON once, so that enums and sets become what a reader will see.

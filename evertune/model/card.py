@@ -15,11 +15,13 @@ def model_card(checkpoint: Checkpoint, *, relation: Relation, card: Mapping[str,
 
     Args:
         relation: `adapter` for an adapter over the base, `finetune` for whole weights.
-        card: what is known of the checkpoint, each part optional: `label`, `data` (names of sources), `methods`,
-            `standing`, `probes` ({name: {"value", "ci90": [low, high] | None, "n"}}).
+        card: what is known of the checkpoint, each part optional: `base_model` (what the weights were tuned from, or
+            what the adapter goes over; the base folder's name when not given), `label`, `data` (names of sources),
+            `methods`, `standing`, `probes` ({name: {"value", "ci90": [low, high] | None, "n"}}).
     """
+    base = str(card.get("base_model") or checkpoint.base.path.name)
     front = {
-        "base_model": checkpoint.base.path.name,
+        "base_model": base,
         "base_model_relation": relation,
         "library_name": "peft" if relation == "adapter" else "transformers",
         "pipeline_tag": "text-generation",
@@ -27,30 +29,30 @@ def model_card(checkpoint: Checkpoint, *, relation: Relation, card: Mapping[str,
     }
     lines = ["---", yaml.safe_dump(front, sort_keys=False, allow_unicode=True).rstrip(), "---", ""]
     lines += [f"# {_line(card.get('label') or checkpoint.path.name)}", ""]
-    lines += _made_from(checkpoint, relation)
+    lines += _made_from(checkpoint, relation, base)
     if card.get("standing") and card["standing"] != "production":
         lines += ["", f"Standing of the method: **{_line(card['standing'])}**. Validate it yourself before use."]
     if card.get("data"):
         lines += ["", "## Data", "", *[f"- {_line(source)}" for source in card["data"]]]
     if card.get("probes"):
         lines += ["", "## Probes", "", *_probe_table(card["probes"])]
-    lines += ["", "## Use", "", "```python", *_use(checkpoint, relation), "```"]
+    lines += ["", "## Use", "", "```python", *_use(base, relation), "```"]
     return "\n".join(lines) + "\n"
 
 
-def _made_from(checkpoint: Checkpoint, relation: Relation) -> list[str]:
+def _made_from(checkpoint: Checkpoint, relation: Relation, base: str) -> list[str]:
     adapters = len(checkpoint.stack) - 1
     if relation == "adapter":
-        what = f"One LoRA adapter for `{_line(checkpoint.base.path.name)}`"
+        what = f"One LoRA adapter for `{_line(base)}`"
         what += f": {adapters} stacked adapters with concatenated factors." if adapters > 1 else "."
     else:
-        what = f"A fine-tune of `{_line(checkpoint.base.path.name)}`"
+        what = f"A fine-tune of `{_line(base)}`"
         what += f": {adapters} adapter(s) added to its weights in float32, rounded once." if adapters else "."
     return [
         what,
         "",
         f"- checkpoint `{checkpoint.digest}`",
-        f"- base `{checkpoint.base.digest}`",
+        f"- weights below the adapters `{checkpoint.base.digest}`",
     ]
 
 
@@ -63,7 +65,7 @@ def _probe_table(probes: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return rows
 
 
-def _use(checkpoint: Checkpoint, relation: Relation) -> list[str]:
+def _use(base: str, relation: Relation) -> list[str]:
     if relation == "finetune":
         return [
             "from transformers import AutoModelForCausalLM, AutoTokenizer",
@@ -75,7 +77,7 @@ def _use(checkpoint: Checkpoint, relation: Relation) -> list[str]:
         "from peft import PeftModel",
         "from transformers import AutoModelForCausalLM",
         "",
-        f"base = AutoModelForCausalLM.from_pretrained({checkpoint.base.path.name!r})",
+        f"base = AutoModelForCausalLM.from_pretrained({base!r})",
         'model = PeftModel.from_pretrained(base, "this-folder")',
     ]
 

@@ -135,16 +135,20 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_note(folder: Path, stands_on: Checkpoint) -> None:
-    """Record beside an adapter what it stands on: `{"stands_on": {"digest", "path"}}` in evertune.json.
+    """Record beside an adapter what it stands on: `{"stands_on": {"digest", "path"}}` in evertune.json."""
+    note = {"stands_on": {"digest": stands_on.digest, "path": place_seen_from(folder, stands_on.path)}}
+    (folder / NOTE).write_bytes(canonical_json(note))
+
+
+def place_seen_from(folder: Path, below: Path) -> str:
+    """Where `below` lies, as a folder that stands on it writes it down.
 
     The path is relative between neighbours: two folders in one, or a workspace's `objects/` and the `tmp/` that
-    objects are written in. So a workspace can be moved.
+    objects are written in. So a workspace can be moved, and the same run leaves the same bytes wherever it lies.
     """
-    below, folder = stands_on.path, folder.resolve()
+    folder = folder.resolve()
     objects = below.parent.name == "objects" and below.parent.parent == folder.parent.parent
-    place = os.path.relpath(below, folder) if objects or below.parent == folder.parent else str(below)
-    note = {"stands_on": {"digest": stands_on.digest, "path": place}}
-    (folder / NOTE).write_bytes(canonical_json(note))
+    return os.path.relpath(below, folder) if objects or below.parent == folder.parent else str(below)
 
 
 class _Digests:

@@ -4,6 +4,7 @@ A turn's *counted* tokens are those the model must produce itself: what the assi
 not the header before and not the newline behind.
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from evertune.errors import CheckpointError
-from evertune.hashing import digest_file, digest_json
+from evertune.hashing import digest_bytes, digest_json
 from evertune.model.checkpoint import read_json
 from evertune.model.spans import assistant_spans
 from evertune.model.template import Message, Template
@@ -50,7 +51,8 @@ class Codec:
     stop_ids: tokens that end an answer.
     pad_id: the token that fills up a batch; it never counts.
     vocab_size: one more than the largest token id.
-    digest: SHA-256 over tokenizer, template and stop tokens.
+    parts: what decides how text is read: digest of the tokenizer, template, special tokens, ids of stop tokens.
+    digest: SHA-256 over the parts.
     """
 
     def __init__(
@@ -70,14 +72,13 @@ class Codec:
         self.stop_ids = stop_ids
         self.pad_id = pad_id
         self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-        self.digest = digest_json(
-            {
-                "tokenizer": tokenizer_digest,
-                "template": template,
-                "special_tokens": dict(special_tokens),
-                "stop_ids": sorted(stop_ids),
-            }
-        )
+        self.parts: dict[str, Any] = {
+            "tokenizer": tokenizer_digest,
+            "template": template,
+            "special_tokens": dict(special_tokens),
+            "stop_ids": sorted(stop_ids),
+        }
+        self.digest = digest_json(self.parts)
         self._special_tokens = special_tokens
 
     @cached_property
@@ -118,18 +119,31 @@ class Codec:
         """Token ids of the conversation up to where the assistant is to speak."""
         return self.encode(self.render(messages, add_generation_prompt=True))
 
-    def encode_chat(self, messages: Sequence[Message]) -> EncodedChat:
+    def encode_chat(self, messages: Sequence[Message], *, answers: int | None = None) -> EncodedChat:
         """Token ids of a conversation with the exact mask of what the assistant says, stop tokens included.
+
+        Args:
+            answers: how many of the assistant's turns count, from the last one back; all when not given.
 
         The text is tokenised once, as at inference. A token that straddles the beginning of an answer does not count.
         Without an assistant turn nothing counts.
 
         Raises:
-            CheckpointError: no template, or one for which no exact mask can be found.
+            CheckpointError: no template, one for which no exact mask can be found, or, with `answers`, one that does
+                not mark each of the assistant's turns once.
             DataError: a message holds something that is not a JSON value.
         """
         rendered = self._compiled.render(messages)
         spans = assistant_spans(self._compiled, messages, rendered, self._stop_texts)
+        if answers is not None:
+            turns = sum(one.get("role") == "assistant" for one in messages)
+            if len(spans) != turns:
+                raise CheckpointError(
+                    f"the chat template marks {len(spans)} places where the assistant speaks, and there are {turns} of "
+                    "its turns, so that the last ones cannot be told apart.",
+                    remedy="Put {% generation %}...{% endgeneration %} once around each of them.",
+                )
+            spans = spans[turns - answers :]
         encoding = self.tokenizer.encode(rendered.text, add_special_tokens=False)
         ids: list[int] = encoding.ids
         return EncodedChat(ids=ids, counted=self._counted(ids, encoding.offsets, spans), text=rendered.text)
@@ -184,7 +198,7 @@ def load_codec(folder: Path) -> Codec:
     codec = Codec(
         folder,
         tokenizer=tokenizer,
-        tokenizer_digest=digest_file(folder / "tokenizer.json"),
+        tokenizer_digest=_tokenizer_digest(folder / "tokenizer.json"),
         template=_template_text(folder, config),
         special_tokens=special_tokens,
         stop_ids=stop_ids,
@@ -209,6 +223,21 @@ def _exact_tokenizer(file: Path) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def _tokenizer_digest(file: Path) -> str:
+    """Digest of what a tokenizer does: the file saved again by another library version has the same one.
+
+    Order and white space do not count, nor whether a merge is written as a pair or as one text; truncation and padding
+    do not, which are never used.
+    """
+    body = json.loads(file.read_text(encoding="utf-8"))
+    for name in ("truncation", "padding", "version"):
+        body.pop(name, None)
+    model = body.get("model") or {}
+    if isinstance(model.get("merges"), list):
+        model["merges"] = [one if isinstance(one, str) else " ".join(one) for one in model["merges"]]
+    return digest_bytes(json.dumps(body, sort_keys=True, ensure_ascii=True).encode())
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -63,7 +63,8 @@ def export_weights(checkpoint: Checkpoint, out: Path, *, card: Mapping[str, Any]
     stack = [read_factors(one.path) for one in checkpoint.stack[1:]]
 
     def write(folder: Path) -> None:
-        _copy_model_files(checkpoint.base.path, folder, configs=True)
+        shutil.copyfile(checkpoint.base.path / "config.json", folder / "config.json")
+        copy_text_files(checkpoint.base.path, folder)
         _fold_files(checkpoint.base.path, folder, stack)
         (folder / NOTE).write_bytes(canonical_json({"made_of": [one.digest for one in checkpoint.stack]}))
         text = model_card(checkpoint, relation="finetune", card=card or {})
@@ -83,12 +84,12 @@ def save_dense(model: Any, folder: Path, like: Checkpoint) -> None:
     check_finite(model, place=str(folder))
     with quiet():
         model.save_pretrained(folder, max_shard_size=MAX_SHARD_BYTES)
-    _copy_model_files(like.base.path, folder, configs=False)
+    copy_text_files(like.base.path, folder)
 
 
-def _copy_model_files(source: Path, folder: Path, *, configs: bool) -> None:
-    names = (*MODEL_FILES[:2], *_TOKENIZER_FILES) if configs else ("generation_config.json", *_TOKENIZER_FILES)
-    for name in names:
+def copy_text_files(source: Path, folder: Path) -> None:
+    """Copy a model's tokenizer, chat template and stop tokens over those of the folder."""
+    for name in ("generation_config.json", *_TOKENIZER_FILES):
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
 

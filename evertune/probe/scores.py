@@ -23,13 +23,14 @@ _ARRAYS: Mapping[str, Any] = {
     "gap": np.float64,
     "weight": np.float64,
 }
-_IDENTITY = ("probe", "kind", "direction", "items_digest", "template_digest")
+_IDENTITY = ("probe", "kind", "direction", "items_digest", "template_digest", "samples")
 _COLUMNS = ("ids", "score", "cluster", "prediction", "expected", "valid", "stopped", "gap", "weight")
 _PAIRED = {
     "kind": "the kind of the probe",
     "direction": "the direction of the score",
     "items_digest": "the digest of the items and of how they are scored",
     "template_digest": "the digest of tokenizer and chat template",
+    "samples": "the number of samples of each item",
     "ids": "the list of items",
     "cluster": "the clusters of the items",
 }
@@ -55,6 +56,8 @@ class ItemScores:
             for `choice`.
         items_digest: digest of the items and of how they are asked and scored.
         template_digest: digest of tokenizer, chat template and stop tokens.
+        samples: how many answers each item was given; they follow each other, and every other field has an entry for
+            each of them.
 
     Raises:
         ProbeError: a score is not finite; item and probe are named.
@@ -74,6 +77,7 @@ class ItemScores:
     gap: NDArray[np.float64] | None = None
     items_digest: str
     template_digest: str
+    samples: int = 1
 
     def __post_init__(self) -> None:
         for name, dtype in _ARRAYS.items():
@@ -89,6 +93,8 @@ class ItemScores:
             value = getattr(self, name)
             if value is not None and len(value) != len(self.ids):
                 raise ValueError(f"{self.probe}: {len(value)} entries of '{name}' for {len(self.ids)} items")
+        if len(self.ids) % self.samples:
+            raise ValueError(f"{self.probe}: {len(self.ids)} entries are no multiple of {self.samples} samples")
         bad = np.flatnonzero(~np.isfinite(self.score))
         if bad.size:
             raise ProbeError(

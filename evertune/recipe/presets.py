@@ -1,9 +1,23 @@
 """Values that neither a stage nor `defaults` gives, and where each number comes from."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-from evertune.recipe.schema import Anchor, Config, Ema, Lora, NoOptions, Recipe, Replay, Sft, Tune
+from evertune.recipe.schema import (
+    Anchor,
+    Config,
+    Ema,
+    External,
+    Lora,
+    NoOptions,
+    Recipe,
+    Replay,
+    Sft,
+    StageSettings,
+    Training,
+    Tune,
+)
 
 
 @dataclass(frozen=True)
@@ -52,9 +66,23 @@ SOURCES = {
 }
 
 
+class Resolved:
+    """A stage with every value given: the stage's, else the defaults', else the preset's."""
+
+    @property
+    def replay_sources(self) -> list[str]:
+        """Names of what it replays, `history` among them; nothing where replay is off."""
+        return []
+
+    @property
+    def references(self) -> dict[str, str]:
+        """Checkpoints it names, by the place in its settings: `start`, `base`, `champion`, or a path."""
+        return {}
+
+
 @dataclass(frozen=True)
-class ResolvedSft:
-    """An sft stage with every value given: the stage's, else the defaults', else the preset's.
+class ResolvedTraining(Resolved):
+    """What stages that train here have in common.
 
     Exactly one of `epochs` and `steps` is a number. Replay share 0 and anchor kl 0 mean "off".
     """
@@ -77,35 +105,50 @@ class ResolvedSft:
     ema: Ema | None
     save_steps: int
 
+    @property
+    def replay_sources(self) -> list[str]:
+        return list(self.replay.sources) if self.replay.share else []
 
-def resolve_stage(recipe: Recipe, stage: Sft) -> ResolvedSft:
-    """Fill in what a stage leaves open.
+    @property
+    def references(self) -> dict[str, str]:
+        return {"anchor.to": self.anchor.to} if self.anchor.kl else {}
 
-    `tune`, `lr` and `epochs` are taken whole. `replay` and `anchor` are filled field by field, so that
-    `replay: {share: 0.3}` in a stage keeps the sources of `defaults.replay`.
-    """
-    preset, defaults = PRESETS[recipe.preset], recipe.defaults
-    tune = stage.tune or defaults.tune or preset.tune
-    is_timed = stage.epochs is not None or stage.steps is not None
-    return ResolvedSft(
-        tune=tune,
-        replay=Replay.model_validate(_layered({"share": preset.replay_share}, defaults.replay, stage.replay)),
-        anchor=Anchor.model_validate(_layered({"kl": preset.anchor_kl}, defaults.anchor, stage.anchor)),
-        lr=stage.lr if stage.lr is not None else (preset.lora_lr if tune.lora else preset.full_lr),
-        epochs=stage.epochs if is_timed else preset.epochs,
-        steps=stage.steps,
-        schedule=stage.schedule,
-        warmup=stage.warmup,
-        batch_rows=stage.batch_rows,
-        micro_batch_rows=stage.micro_batch_rows,
-        max_tokens=stage.max_tokens,
-        too_long=stage.too_long,
-        weight_decay=stage.weight_decay,
-        clip=stage.clip,
-        gradient_checkpointing=stage.gradient_checkpointing,
-        ema=stage.ema,
-        save_steps=stage.save_steps,
-    )
+
+@dataclass(frozen=True)
+class ResolvedSft(ResolvedTraining):
+    """An sft stage."""
+
+
+@dataclass(frozen=True)
+class ResolvedExternal(Resolved):
+    """An external stage."""
+
+    command: str
+    data: list[str] | None
+    files: list[str] | None
+    hours: float
+
+
+def resolve_stage(recipe: Recipe, stage: StageSettings) -> Resolved:
+    """Fill in what a stage leaves open."""
+    return RESOLVERS[type(stage)](recipe, stage)
+
+
+def resolve_sft(recipe: Recipe, stage: Sft) -> ResolvedSft:
+    """Fill in what an sft stage leaves open."""
+    preset = PRESETS[recipe.preset]
+    return ResolvedSft(**_training(recipe, stage, lora_lr=preset.lora_lr, full_lr=preset.full_lr))
+
+
+def resolve_external(recipe: Recipe, stage: External) -> ResolvedExternal:
+    """An external stage leaves nothing open."""
+    return ResolvedExternal(stage.command, stage.data, stage.files, stage.hours)
+
+
+RESOLVERS: dict[type[StageSettings], Callable[[Recipe, Any], Resolved]] = {
+    Sft: resolve_sft,
+    External: resolve_external,
+}
 
 
 def resolve_recipe(recipe: Recipe) -> dict[str, Any]:
@@ -113,9 +156,31 @@ def resolve_recipe(recipe: Recipe) -> dict[str, Any]:
     body = recipe.model_dump(mode="json", by_alias=True)
     for one, written in zip(recipe.rounds, body["rounds"], strict=True):
         for stage, inner in zip(one.stages, written["stages"], strict=True):
-            if stage.sft is not None:
-                inner["sft"] |= {name: _plain(each) for name, each in asdict(resolve_stage(recipe, stage.sft)).items()}
+            resolved: Any = resolve_stage(recipe, stage.settings)
+            inner[stage.kind] |= {name: _plain(value) for name, value in asdict(resolved).items()}
+            for kind in inner.keys() - {stage.kind}:
+                del inner[kind]
     return body
+
+
+def _training(recipe: Recipe, stage: Training, *, lora_lr: float, full_lr: float) -> dict[str, Any]:
+    """The fields of `ResolvedTraining`.
+
+    `tune`, `lr` and `epochs` are taken whole. `replay` and `anchor` are filled field by field, so that
+    `replay: {share: 0.3}` in a stage keeps the sources of `defaults.replay`.
+    """
+    preset, defaults = PRESETS[recipe.preset], recipe.defaults
+    tune = stage.tune or defaults.tune or preset.tune
+    is_timed = stage.epochs is not None or stage.steps is not None
+    given = {field.name: getattr(stage, field.name) for field in fields(ResolvedTraining)}
+    return {
+        **given,
+        "tune": tune,
+        "replay": Replay.model_validate(_layered({"share": preset.replay_share}, defaults.replay, stage.replay)),
+        "anchor": Anchor.model_validate(_layered({"kl": preset.anchor_kl}, defaults.anchor, stage.anchor)),
+        "lr": stage.lr if stage.lr is not None else (lora_lr if tune.lora else full_lr),
+        "epochs": stage.epochs if is_timed else preset.epochs,
+    }
 
 
 def _layered(values: dict[str, Any], *layers: Config | None) -> dict[str, Any]:

@@ -4,6 +4,8 @@ A field is here only when code reads it. `None` means "not asked for": the prese
 Python build the same objects; `problems.py` adds file, line and "did you mean" to what goes wrong here.
 """
 
+import shlex
+import string
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -15,6 +17,9 @@ Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Points = Annotated[float, Field(gt=0.0, lt=1.0, allow_inf_nan=False)]
 
+
+# Checkpoints that a setting may name by a word; anything else is a path.
+NAMED_REFERENCES = ("start", "sft", "base", "champion")
 
 PlaceText = Annotated[str, Field(min_length=1)]
 
@@ -83,6 +88,8 @@ Names = Annotated[
 ]
 
 RowFormat = Literal["messages", "preference", "verifiable", "choice", "text"]
+# Formats of rows that can be replayed: what a stage with cross-entropy reads.
+REPLAYABLE: tuple[RowFormat, ...] = ("messages", "text")
 
 
 class DataSource(Config):
@@ -224,7 +231,8 @@ class Anchor(Config):
     """Weight of the KL term, per token of the anchored positions. 0 turns the anchor off. Where no `anchor` of the
     stage or of `defaults` gives it, it is the preset's."""
     to: PlaceText = "start"
-    """The reference: `start` (what this stage starts from), `base`, `champion`, or the path of a checkpoint."""
+    """The reference: `start` (what this stage starts from), `sft` (what the newest sft stage of this round has made, or
+    what the round starts from), `base`, `champion`, or the path of a checkpoint."""
     on: Literal["replay", "new", "both"] = "replay"
     """Which rows' counted positions are anchored."""
     direction: Literal["forward", "reverse"] = "forward"
@@ -242,8 +250,25 @@ class Ema(Config):
     """Kept share of the old average at each step. 0.99 suits runs below 2,000 steps."""
 
 
-class Sft(Config):
-    """Supervised fine-tuning: cross-entropy on completion tokens."""
+class StageSettings(Config):
+    """What any kind of stage can be asked; a kind that reads no rows answers nothing."""
+
+    formats: ClassVar[tuple[RowFormat, ...]] = ()
+    """Formats of the sources of new rows it reads."""
+
+    @property
+    def new_sources(self) -> list[str]:
+        """Names of the sources of new rows."""
+        return []
+
+    @property
+    def replayed_sources(self) -> list[str]:
+        """Names of the sources that the stage itself asks to replay."""
+        return []
+
+
+class Training(StageSettings):
+    """What the stages that train here have in common."""
 
     data: Names | Annotated[dict[Name, Positive], Field(min_length=1)]
     """Names of new-data sources, each seen once an epoch, or `name: weight` for shares of the new rows."""
@@ -283,12 +308,68 @@ class Sft(Config):
     """Anchor here; what it leaves out comes from `defaults.anchor`, then from the preset."""
 
     @model_validator(mode="after")
-    def _one_length(self) -> "Sft":
+    def _one_length(self) -> Self:
         if self.epochs is not None and self.steps is not None:
             raise ValueError("give 'epochs' or 'steps', not both")
         if self.micro_batch_rows > self.batch_rows:
             raise ValueError("'micro_batch_rows' is larger than 'batch_rows'")
         return self
+
+    @property
+    def new_sources(self) -> list[str]:
+        return list(self.data)
+
+    @property
+    def replayed_sources(self) -> list[str]:
+        return _replayed(self.replay)
+
+
+class Sft(Training):
+    """Supervised fine-tuning: cross-entropy on completion tokens."""
+
+    formats = REPLAYABLE
+
+
+PLACEHOLDERS = ("model", "data", "output", "seed")
+
+
+def _check_command(command: str) -> str:
+    try:
+        words = shlex.split(command)
+        named = [name for word in words for _, name, _, _ in string.Formatter().parse(word) if name is not None]
+    except ValueError as error:
+        raise ValueError(
+            f"found a command that cannot be read ({error}), expected words, with quotes in pairs"
+        ) from None
+    unknown = [name for name in named if name not in PLACEHOLDERS]
+    if unknown:
+        known = ", ".join(f"{{{name}}}" for name in PLACEHOLDERS)
+        raise ValueError(f"found the placeholder {{{unknown[0]}}}, expected {known}; write {{{{ and }}}} for braces")
+    if "output" not in named:
+        raise ValueError("found no {output}, expected it: the folder where the command leaves the model")
+    return command
+
+
+class External(StageSettings):
+    """Another trainer's command. What it writes is checked, digested, probed and judged like any checkpoint."""
+
+    formats = ("messages", "preference", "verifiable", "choice", "text")
+
+    command: Annotated[PlaceText, AfterValidator(_check_command)]
+    """The command, in the recipe's folder, without a shell. `{model}` is a folder with the start as whole weights,
+    `{data}` one with `<source>.jsonl` for each source, `{output}` an empty one for the result (a model, or a LoRA
+    adapter of `{model}`), `{seed}` the recipe's seed; `{{` and `}}` are braces."""
+    data: Names | None = None
+    """Names of the sources it trains on, of any format: they are checked, searched for probe items, and kept for replay
+    where their format can be replayed."""
+    files: Annotated[list[PlaceText], Field(min_length=1)] | None = None
+    """Files that decide what the command does, such as its script: when one changes, the stage is done anew."""
+    hours: Positive = 24.0
+    """The command is stopped, and the stage has failed, after this time."""
+
+    @property
+    def new_sources(self) -> list[str]:
+        return self.data or []
 
 
 class Stage(OneKey):
@@ -298,6 +379,14 @@ class Stage(OneKey):
 
     sft: Sft | None = None
     """Supervised fine-tuning."""
+    external: External | None = None
+    """Another trainer's command."""
+
+    @property
+    def settings(self) -> StageSettings:
+        """The settings of the one kind that is given."""
+        settings: StageSettings = getattr(self, self.kind)
+        return settings
 
 
 class Defaults(Config):
@@ -379,6 +468,11 @@ class Round(Config):
     """What is tried when this round is not promoted; the recipe's `rescue` when not given."""
 
 
+def new_sources(one: Round) -> list[str]:
+    """Names of the sources that a round's stages learn from, each once, in order."""
+    return list(dict.fromkeys(name for stage in one.stages for name in stage.settings.new_sources))
+
+
 class Numerics(Config):
     """How numbers are computed. Bits repeat on the same machine class only."""
 
@@ -457,19 +551,18 @@ def _round_problems(recipe: Recipe) -> Iterator[str]:
 
 
 def _source_problems(recipe: Recipe) -> Iterator[str]:
-    named = [("defaults.replay.from", one) for one in _replayed(recipe.defaults.replay)]
+    named = [("defaults.replay.from", name, "replay", REPLAYABLE) for name in _replayed(recipe.defaults.replay)]
     for i, one in enumerate(recipe.rounds):
         for k, stage in enumerate(one.stages):
-            if stage.sft is not None:
-                place = f"rounds[{i}].stages[{k}].sft"
-                named += [(f"{place}.data", name) for name in stage.sft.data]
-                named += [(f"{place}.replay.from", name) for name in _replayed(stage.sft.replay)]
-    for place, name in named:
+            place, settings = f"rounds[{i}].stages[{k}].{stage.kind}", stage.settings
+            named += [(f"{place}.data", name, stage.kind, settings.formats) for name in settings.new_sources]
+            named += [(f"{place}.replay.from", name, "replay", REPLAYABLE) for name in settings.replayed_sources]
+    for place, name, reader, formats in named:
         source = recipe.data.get(name)
         if source is None:
             yield f"{place}: no data source '{name}'; data has: {', '.join(recipe.data)}"
-        elif source.format not in ("messages", "text"):
-            yield f"{place}: '{name}' has format '{source.format}'; sft reads messages and text"
+        elif source.format not in formats:
+            yield f"{place}: '{name}' has format '{source.format}'; {reader} reads {' and '.join(formats)}"
 
 
 def _replayed(replay: Replay | None) -> list[str]:

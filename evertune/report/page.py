@@ -10,7 +10,7 @@ from evertune.errors import WorkspaceError
 from evertune.ledger import Event
 from evertune.report import charts
 from evertune.report.story import Report, build_report, gain_text
-from evertune.report.text import FILTERS
+from evertune.report.text import FILTERS, next_command
 from evertune.workspace import write_atomically
 
 FOLDER = Path(__file__).parent
@@ -46,5 +46,5 @@ def _templates() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     environment.filters |= FILTERS
-    environment.globals |= {"charts": charts, "gain_text": gain_text}
+    environment.globals |= {"charts": charts, "gain_text": gain_text, "next_command": next_command}
     return environment

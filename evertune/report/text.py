@@ -34,6 +34,13 @@ def visible(text: Any) -> str:
     return "".join(parts)
 
 
+def next_command(workspace: str, run: str, label: str, decision: str) -> str:
+    """What a person would type after a verdict. Not in the ledger: what happened does not depend on where it lies."""
+    if decision == "PROMOTE":
+        return f"evertune export {workspace} --out {run}-model"
+    return f"evertune show {workspace} {label}"
+
+
 def cut(text: str, length: int) -> str:
     """The first `length` characters, with an ellipsis when there are more."""
     return text if len(text) <= length else text[: length - 1].rstrip() + "…"

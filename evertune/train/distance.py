@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from evertune.errors import EvertuneError
 from evertune.measure.drift import WeightUpdate, between, measure_drift
 from evertune.model.adapter import Factors, read_factors
 from evertune.model.checkpoint import Checkpoint
@@ -37,6 +38,17 @@ def stage_drift(opened: OpenModel, *, start: Checkpoint, base: Checkpoint, new: 
         stack = [*lower, new] if new is not None else []
         to_base = _drift_or_none(_dense(base, opened), effective_weights(opened.model, stack))
     return {"to_start": to_start.total, "to_base": to_base, "layers": to_start.layers}
+
+
+def drift_or_none(opened: OpenModel, *, start: Checkpoint, base: Checkpoint) -> JsonDrift | None:
+    """`stage_drift` of a checkpoint that another program made: None where it has other tensors than its start."""
+    new = read_factors(opened.checkpoint.path) if opened.checkpoint.form == "adapter" else None
+    try:
+        return stage_drift(opened, start=start, base=base, new=new)
+    except EvertuneError:  # a ValueError too, and never what is meant here
+        raise
+    except ValueError:
+        return None
 
 
 def plain_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

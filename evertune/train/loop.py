@@ -17,12 +17,12 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
-from evertune.data.encode import EncodedRow
+from evertune.data.encode import Item
 from evertune.errors import TrainingError
-from evertune.train.batch import collate, counted_positions
-from evertune.train.head import Head, PositionTerm, head_loss
+from evertune.train.batch import counted_positions
+from evertune.train.objective import CrossEntropy, Objective, Policy, StepCounts
 from evertune.train.optimizer import Masters, Schedule, rate_factor
 from evertune.train.penalty import Penalty
 from evertune.train.resume import ResumePoints
@@ -32,11 +32,11 @@ from evertune.train.sink import Metrics, Sink
 class Feed(Protocol):
     """The stream of rows, as pure functions of the place: nothing remembers where it was."""
 
-    def micro_batch(self, step: int, micro_step: int, rank: int) -> Sequence[EncodedRow]:
-        """The rows of one forward pass of one process; may be empty."""
+    def micro_batch(self, step: int, micro_step: int, rank: int) -> Sequence[Item]:
+        """The items of one forward pass of one process; may be empty."""
 
-    def step_rows(self, step: int) -> Sequence[EncodedRow]:
-        """The rows of a whole step, over all micro-batches and processes."""
+    def step_rows(self, step: int) -> Sequence[Item]:
+        """The items of a whole step, over all micro-batches and processes."""
 
 
 @dataclass(frozen=True)
@@ -61,43 +61,13 @@ class Pace:
     seed: int
 
 
-@dataclass(frozen=True)
-class Policy:
-    """The model in training: its decoder gives hidden states, its head logits. `pad_id` fills up short rows."""
-
-    model: nn.Module
-    decoder: nn.Module
-    head: Head
-    pad_id: int
-
-    @property
-    def device(self) -> torch.device:
-        return self.head.weight_VH.device
-
-    def hidden(self, ids_BT: Tensor) -> Tensor:
-        """Last hidden states (B, T, H) of right-padded rows."""
-        hidden_BTH: Tensor = self.decoder(input_ids=ids_BT, use_cache=False).last_hidden_state
-        return hidden_BTH
-
-
-@dataclass(frozen=True)
-class StepCounts:
-    """What the sums of a step are divided by, known from the stream before any forward pass."""
-
-    counted: int
-    penalised: dict[str, int]
-    tokens: int
-    rows: int
-    replayed: int
-
-
 @dataclass
 class Trainer:
     """Performs optimizer steps. State lies in `masters` only.
 
     Args:
         feed: the stream of rows.
-        penalties: terms added to the cross-entropy.
+        penalties: terms added to the objective.
     """
 
     policy: Policy
@@ -106,6 +76,7 @@ class Trainer:
     pace: Pace
     accelerator: Accelerator
     penalties: Sequence[Penalty] = ()
+    objective: Objective = CrossEntropy()  # noqa: RUF009 - it holds nothing
 
     def step(self, step: int) -> Metrics:
         """Perform step number `step` (from 0); returns its metrics, in nats per counted or penalised token.
@@ -115,13 +86,13 @@ class Trainer:
         """
         counts = self.count(step)
         rank = self.accelerator.process_index
-        sums = torch.zeros(1 + len(self.penalties), device=self.policy.device)
+        sums = torch.zeros(len(counts.divisors) + len(self.penalties), device=self.policy.device)
         self.policy.model.train()
         for micro_step in range(self.pace.micro_steps):
-            rows = self.feed.micro_batch(step, micro_step, rank)
-            if rows:
+            items = self.feed.micro_batch(step, micro_step, rank)
+            if items:
                 with dropout_seed(self.policy.device, self.pace.seed, step, micro_step, rank):
-                    sums += self.backward(rows, counts)
+                    sums += self.backward(items, counts)
         losses = self._finish_losses(sums, step, counts)
         norm = self.masters.clip(self.pace.clip, step=step + 1)
         rate = self.pace.rate * rate_factor(
@@ -141,39 +112,16 @@ class Trainer:
         }
 
     def count(self, step: int) -> StepCounts:
-        """Count the rows of a step over all processes."""
-        rows = self.feed.step_rows(step)
-        return StepCounts(
-            counted=sum(counted_positions(row) for row in rows),
-            penalised={
-                one.name: sum(counted_positions(row) for row in rows if one.applies_to(row)) for one in self.penalties
-            },
-            tokens=sum(len(row.ids) for row in rows),
-            rows=len(rows),
-            replayed=sum(row.is_replay for row in rows),
-        )
+        """Count the items of a step over all processes."""
+        return count_items(self.feed.step_rows(step), self.objective, self.penalties)
 
-    def backward(self, rows: Sequence[EncodedRow], counts: StepCounts) -> Tensor:
+    def backward(self, items: Sequence[Item], counts: StepCounts) -> Tensor:
         """One micro-batch: forward, backward, its gradient added to the masters'.
 
         Returns:
-            Undivided sums in nats: of the cross-entropy, then of each penalty.
+            Undivided sums: the objective's, then of each penalty in nats.
         """
-        batch = collate(rows, pad_id=self.policy.pad_id, device=self.policy.device)
-        hidden_NH = self.policy.hidden(batch.ids_BT)[batch.predicts_BT]
-        terms = []
-        for penalty in self.penalties:
-            chosen = [penalty.applies_to(row) for row in rows]
-            if any(chosen):
-                values = penalty.at_positions([row for row, is_chosen in zip(rows, chosen, strict=True) if is_chosen])
-                weight = penalty.weight / counts.penalised[penalty.name]
-                terms.append(PositionTerm(penalty.name, batch.positions_of(chosen), weight, values))
-        found = head_loss(
-            hidden_NH, batch.targets_N, head=self.policy.head, ce_weight=1.0 / counts.counted, terms=terms
-        )
-        found.loss.backward()  # type: ignore[no-untyped-call]
-        zero = found.ce_sum.new_zeros(())
-        return torch.stack([found.ce_sum, *(found.term_sums.get(one.name, zero) for one in self.penalties)])
+        return self.objective.backward(self.policy, items, counts, self.penalties)
 
     def _finish_losses(self, sums: Tensor, step: int, counts: StepCounts) -> Metrics:
         """Sum losses and gradients over processes, add the penalties on weights, check that all is finite."""
@@ -182,7 +130,7 @@ class Trainer:
             for weight in self.masters.weights.values():
                 local = torch.zeros_like(weight) if weight.grad is None else weight.grad
                 weight.grad = self.accelerator.reduce(local, "sum")
-        divisors = {"loss": counts.counted, **counts.penalised}
+        divisors = {**counts.divisors, **counts.penalised}
         losses = {
             name: one / divisors[name] for name, one in zip(divisors, sums.tolist(), strict=True) if divisors[name]
         }
@@ -226,21 +174,30 @@ def train(trainer: Trainer, points: ResumePoints, sink: Sink, *, first: int, sav
     trainer.masters.check_finite(step=trainer.pace.steps)
 
 
-def gradient_of(trainer: Trainer, rows: Sequence[EncodedRow]) -> dict[str, Tensor]:
-    """The gradient of the mean cross-entropy of the rows at the present weights, without dropout and penalties.
+def gradient_of(trainer: Trainer, items: Sequence[Item]) -> dict[str, Tensor]:
+    """The gradient of the objective on these items at the present weights, without dropout and penalties.
 
     Leaves the trainer's own gradients empty.
     """
-    policy = trainer.policy
-    policy.model.eval()
+    trainer.policy.model.eval()
     trainer.masters.zero_gradients()
-    batch = collate(rows, pad_id=policy.pad_id, device=policy.device)
-    hidden_NH = policy.hidden(batch.ids_BT)[batch.predicts_BT]
-    counted = sum(counted_positions(row) for row in rows)
-    head_loss(hidden_NH, batch.targets_N, head=policy.head, ce_weight=1.0 / counted).loss.backward()  # type: ignore[no-untyped-call]
+    trainer.objective.backward(trainer.policy, items, count_items(items, trainer.objective, ()), ())
     gradients = {name: one.clone() for name, one in trainer.masters.gradients().items()}
     trainer.masters.zero_gradients()
     return gradients
+
+
+def count_items(items: Sequence[Item], objective: Objective, penalties: Sequence[Penalty]) -> StepCounts:
+    """What the sums over these items are divided by."""
+    rows = [row for item in items for row in item.rows]
+    return StepCounts(
+        divisors=objective.divisors(items),
+        penalised={one.name: sum(counted_positions(row) for row in rows if one.applies_to(row)) for one in penalties},
+        counted=sum(counted_positions(row) for row in rows),
+        tokens=sum(len(row.ids) for row in rows),
+        rows=len(items),
+        replayed=sum(item.is_replay for item in items),
+    )
 
 
 def cosine(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:

@@ -1,27 +1,28 @@
 """What a stage trains on: its rows read, encoded and mixed, with the facts that the ledger keeps about them."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import ceil
 from pathlib import Path
 from typing import Any
 
-from evertune.data.encode import EncodedRow, Encoding, encode_rows
+from evertune.data.encode import EncodedRow, Encoding, Item, counted_of, encode_rows, tokens_of
 from evertune.data.replay import drop_duplicates
 from evertune.data.rows import Row, read_rows
 from evertune.data.stream import Pick, Stream, lengths_of
 from evertune.model.codec import Codec
-from evertune.train.batch import counted_positions
-from evertune.train.spec import RowsRef, SftSpec
+from evertune.train.spec import RowsRef, TrainingSpec
 
 Rows = dict[str, list[EncodedRow]]
+Items = Mapping[str, Sequence[Item]]
+Encode = Callable[..., Encoding[Any]]
 
 
 @dataclass(frozen=True)
 class Material:
-    """Encoded rows by source, and the stream that says which of them is seen when.
+    """Encoded rows or pairs by source, and the stream that says which of them is seen when.
 
     Attributes:
         steps: optimizer steps of the stage.
@@ -29,7 +30,7 @@ class Material:
         removed_duplicates: replay rows left out because they are also new rows, or came twice.
     """
 
-    new: Rows
+    new: Items
     replay: Rows
     stream: Stream
     batch_rows: int
@@ -46,8 +47,8 @@ class Material:
             batch_rows=self.batch_rows, micro_batch_rows=self.micro_batch_rows, world_size=self.world_size
         )
 
-    def micro_batch(self, step: int, micro_step: int, rank: int) -> list[EncodedRow]:
-        """The rows of one micro-batch, a pure function of its place; empty when the step has none left for it."""
+    def micro_batch(self, step: int, micro_step: int, rank: int) -> list[Item]:
+        """The items of one micro-batch, a pure function of its place; empty when the step has none left for it."""
         picks = self.stream.batch(
             step,
             micro_step,
@@ -59,8 +60,8 @@ class Material:
         )
         return [self.row(pick) for pick in picks]
 
-    def step_rows(self, step: int) -> list[EncodedRow]:
-        """The rows of a whole step, over all micro-batches and processes."""
+    def step_rows(self, step: int) -> list[Item]:
+        """The items of a whole step, over all micro-batches and processes."""
         first = step * self.batch_rows
         return [self.row(self.stream.pick(position)) for position in range(first, first + self.batch_rows)]
 
@@ -68,19 +69,19 @@ class Material:
     def _lengths(self) -> dict[tuple[str, int], int]:
         return lengths_of({**self.new, **self.replay})
 
-    def row(self, pick: Pick) -> EncodedRow:
-        return (self.replay if pick.is_replay else self.new)[pick.source][pick.index]
+    def row(self, pick: Pick) -> Item:
+        return self.replay[pick.source][pick.index] if pick.is_replay else self.new[pick.source][pick.index]
 
     def picks(self) -> list[Pick]:
         """Every row the stage sees, in order."""
         return [self.stream.pick(position) for position in range(self.steps * self.batch_rows)]
 
-    def first_rows(self, count: int, *, is_replay: bool) -> list[EncodedRow]:
-        """The first rows of one kind that the stage sees."""
+    def first_rows(self, count: int, *, is_replay: bool) -> list[Item]:
+        """The first items of one kind that the stage sees."""
         picks = [pick for pick in self.picks() if pick.is_replay == is_replay]
         return [self.row(pick) for pick in picks[:count]]
 
-    def facts(self, spec: SftSpec) -> dict[str, Any]:
+    def facts(self, spec: TrainingSpec) -> dict[str, Any]:
         """The ledger's fields about what was seen."""
         picks = self.picks()
         replayed = Counter(pick.source for pick in picks if pick.is_replay)
@@ -91,11 +92,11 @@ class Material:
             "steps": self.steps,
             "new_rows": len(picks) - replayed.total(),
             "replay_rows": replayed.total(),
-            "tokens": sum(len(row.ids) for row in rows),
-            "counted_tokens": sum(counted_positions(row) for row in rows),
+            "tokens": sum(map(tokens_of, rows)),
+            "counted_tokens": sum(map(counted_of, rows)),
         }
 
-    def _replay_facts(self, spec: SftSpec, replayed: Counter[str], seen: int) -> dict[str, Any] | None:
+    def _replay_facts(self, spec: TrainingSpec, replayed: Counter[str], seen: int) -> dict[str, Any] | None:
         if not spec.replay or spec.share == 0.0:
             return None
         return {
@@ -108,8 +109,11 @@ class Material:
         }
 
 
-def load_material(spec: SftSpec, codec: Codec, *, world_size: int) -> Material:
+def load_material(spec: TrainingSpec, codec: Codec, *, world_size: int, encode: Encode = encode_rows) -> Material:
     """Read, deduplicate and encode a stage's rows, and lay out its stream.
+
+    Args:
+        encode: makes items of the new rows; replayed ones are always rows.
 
     Raises:
         DataError: a row cannot be read or encoded, or is too long.
@@ -119,10 +123,11 @@ def load_material(spec: SftSpec, codec: Codec, *, world_size: int) -> Material:
     removed = 0
     if spec.dedup and replay_rows:
         replay_rows, removed = _drop_duplicates(replay_rows, new_rows)
-    new = {source: _encode(rows, codec, spec) for source, rows in new_rows.items()}
+    limits: dict[str, Any] = {"max_tokens": spec.max_tokens, "too_long": spec.too_long}
+    new = {source: encode(rows, codec, **limits) for source, rows in new_rows.items()}
     # Where every replay row is also a new one, nothing is left to replay: the ledger then shows a share of 0.
     replay = {
-        source: [row.as_replay() for row in _encode(rows, codec, spec).rows]
+        source: [row.as_replay() for row in encode_rows(rows, codec, **limits).rows]
         for source, rows in replay_rows.items()
         if rows
     }
@@ -146,7 +151,7 @@ def load_material(spec: SftSpec, codec: Codec, *, world_size: int) -> Material:
     )
 
 
-def count_steps(spec: SftSpec, rows_per_epoch: int) -> int:
+def count_steps(spec: TrainingSpec, rows_per_epoch: int) -> int:
     """Optimizer steps of a stage. The last step of the last epoch is filled up from the next epoch's rows."""
     if spec.steps is not None:
         return spec.steps
@@ -158,20 +163,16 @@ def _read(ref: RowsRef) -> list[Row]:
     return read_rows(Path(ref.path), format=ref.format, source=ref.source, limit=ref.limit)
 
 
-def _encode(rows: Sequence[Row], codec: Codec, spec: SftSpec) -> Encoding:
-    return encode_rows(rows, codec, max_tokens=spec.max_tokens, too_long=spec.too_long)
-
-
 def _drop_duplicates(replay: dict[str, list[Row]], new: dict[str, list[Row]]) -> tuple[dict[str, list[Row]], int]:
     kept, removed = drop_duplicates(*([row for rows in each.values() for row in rows] for each in (replay, new)))
     return {source: [row for row in kept if row.source == source] for source in replay}, len(removed)
 
 
-def _source_facts(ref: RowsRef, encoding: Encoding) -> dict[str, Any]:
+def _source_facts(ref: RowsRef, encoding: Encoding[Any]) -> dict[str, Any]:
     return {
         "source": ref.source,
         "sha256": ref.digest,
         "rows": len(encoding.rows),
         "dropped_long": len(encoding.dropped),
-        "tokens": sum(len(row.ids) for row in encoding.rows),
+        "tokens": sum(map(tokens_of, encoding.rows)),
     }

@@ -1,7 +1,7 @@
-"""The order for one sft stage: plain values, written as JSON for the child process that trains. Imports no torch."""
+"""The orders for trained stages: plain values, written as JSON for the child process that trains. Imports no torch."""
 
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from evertune.model.checkpoint import Checkpoint
 
@@ -65,8 +65,8 @@ class AnchorSpec:
 
 
 @dataclass(frozen=True)
-class SftSpec:
-    """Everything a supervised stage needs. Meanings and ranges of the settings: the recipe's `sft`.
+class TrainingSpec:
+    """What every trained stage needs. Meanings and ranges of the settings: the recipe's stages.
 
     `key` names the object it publishes, `label` the stage for people. `weights` are shares of the new rows by source,
     `share` the replayed share of the stream; exactly one of `epochs` and `steps` is given.
@@ -103,6 +103,9 @@ class SftSpec:
     threads: int | None
     track: list[str]
 
+    kind: ClassVar[str]
+    own_settings: ClassVar[tuple[str, ...]] = ()
+
     @property
     def is_lora(self) -> bool:
         return "lora" in self.tune
@@ -118,7 +121,7 @@ class SftSpec:
         }
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> "SftSpec":
+    def from_json(cls, value: dict[str, Any]) -> Self:
         return cls(
             **{
                 **value,
@@ -132,7 +135,36 @@ class SftSpec:
 
     def settings(self) -> dict[str, Any]:
         """The settings as the ledger keeps them: no paths, nothing that a result does not depend on."""
-        return {name: getattr(self, name) for name in _SETTINGS}
+        return {name: getattr(self, name) for name in (*self.own_settings, *_SETTINGS)}
+
+
+@dataclass(frozen=True)
+class SftSpec(TrainingSpec):
+    """A supervised stage."""
+
+    kind: ClassVar[str] = "sft"
+
+
+@dataclass(frozen=True)
+class DpoSpec(TrainingSpec):
+    """A preference stage; `reference` is what the log-probabilities are compared with."""
+
+    loss: Literal["sigmoid", "sigmoid_norm", "ipo"]
+    beta: float
+    label_smoothing: float
+    nll: float
+    replay_weight: float
+    reference: Checkpoint
+
+    kind: ClassVar[str] = "dpo"
+    own_settings: ClassVar[tuple[str, ...]] = ("loss", "beta", "label_smoothing", "nll", "replay_weight")
+
+    def to_json(self) -> dict[str, Any]:
+        return {**super().to_json(), "reference": self.reference.to_json()}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Self:
+        return super().from_json({**value, "reference": Checkpoint.from_json(value["reference"])})
 
 
 def _plain_fields(value: Any) -> dict[str, Any]:

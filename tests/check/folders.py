@@ -39,7 +39,7 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 def write_folder(folder: Path, model: Path) -> Path:
     """Write it all; returns the recipe's path."""
-    shutil.copytree(model, folder / "model")
+    shutil.copytree(model, folder / "model", dirs_exist_ok=True)
     write_rows(folder / "cards.jsonl", [chat(f"card {i}", f"kind {i}") for i in range(24)])
     write_rows(folder / "general.jsonl", [chat(f"say {i}", f"word {i}") for i in range(12)])
     write_rows(folder / "probe-cards.jsonl", [{"prompt": f"asked {i}", "answer": f"kind {i}"} for i in range(10)])

@@ -14,8 +14,10 @@ from evertune.data.stream import Stream
 from evertune.hashing import digest_json
 from evertune.ledger import Ledger, record_event
 from evertune.model.checkpoint import describe
-from evertune.plan import make_plan, sft_spec
+from evertune.plan import make_plan
 from evertune.recipe.load import load_recipe
+from evertune.stages import KINDS, Place
+from evertune.train.spec import SftSpec
 from evertune.workspace import Workspace
 from tests.check.folders import RECIPE, chat, check, said, write_rows
 
@@ -69,7 +71,8 @@ def _facts(recipe: Path, index: int) -> dict[str, Any]:
 
     plan = make_plan(load_recipe(recipe))
     one = plan.recipe.rounds[index]
-    spec = sft_spec(plan, one, 0, plan.base, plan.base, [])
+    spec = KINDS["sft"].order(Place(plan, one, 0, made=[plan.base], champion=plan.base))
+    assert isinstance(spec, SftSpec)
     if index:
         path = recipe.parent / "kept.jsonl"
         write_history(path, read_rows(recipe.parent / "cards.jsonl", format="messages", source="cards"))

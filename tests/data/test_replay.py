@@ -10,7 +10,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from evertune.data.replay import drop_duplicates, make_replay_stream, normalise_text, reservoir, row_text
+from evertune.data.compared import compared_text, normalise_text
+from evertune.data.replay import drop_duplicates, make_replay_stream, reservoir
 from evertune.data.rows import Row
 from evertune.errors import DataError
 
@@ -157,11 +158,11 @@ def test_whole_conversations_are_compared() -> None:
 def test_roles_are_part_of_what_is_compared() -> None:
     one = chat_row(("user", "a"), ("assistant", "b"))
     other = chat_row(("user", "a"), ("tool", "b"))
-    assert row_text(one) != row_text(other)
+    assert compared_text(one) != compared_text(other)
 
 
 def test_a_text_that_spells_a_conversation_is_not_one() -> None:
-    assert row_text(text_row("user: a assistant: b")) != row_text(chat_row(("user", "a"), ("assistant", "b")))
+    assert compared_text(text_row("user: a assistant: b")) != compared_text(chat_row(("user", "a"), ("assistant", "b")))
 
 
 @given(st.lists(st.integers()), st.integers(0, 10), st.integers(0, 1000))

@@ -85,7 +85,7 @@ def test_what_is_no_file_of_rows_is_refused(tmp_path: Path) -> None:
         ("gone-*.jsonl", "found no file that matches"),
         ("folder", "found a folder, expected a file or a glob"),
         ("fold*", "found a folder"),
-        ("a.csv", "found a name that ends with '.csv', expected .jsonl, .jsonl.gz, .parquet"),
+        ("a.csv", "found a name that ends with '.csv', expected .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .arrow"),
         ("pipe.jsonl", "found a device or a pipe"),
         ("x" * 300 + ".jsonl", "cannot be read: File name too long"),
     ]:

@@ -68,7 +68,14 @@ def run_body() -> dict[str, Any]:
     return {
         "name": "northwind",
         "recipe_digest": digest_json("recipe"),
-        "recipe": {"evertune": 1, "name": "northwind", "base": "smollm2-135m", "seed": 13, "rounds": ["1", "2"]},
+        "recipe": {
+            "evertune": 1,
+            "name": "northwind",
+            "workspace": "runs/northwind",
+            "base": "smollm2-135m",
+            "seed": 13,
+            "rounds": ["1", "2"],
+        },
         "versions": {"evertune": "0.1.0", "torch": "2.13.0", "python": "3.11.7"},
         "machine": {"machine": "x86_64", "system": "Linux", "cpus": 2},
         "round_names": ["1", "2-plain", "2-protected"],
@@ -200,7 +207,6 @@ def verdict(round_name: str, label: str, champion: str, decision: str, *, target
         "probes": probes,
         "flips": {"cards": [flip(i) for i in range(5)], "prose": []},
         "tried": 1,
-        "next": f"evertune show runs/northwind {label}",
     }
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from evertune.errors import RecipeError, TrainingError
-from evertune.train import sft
+from evertune.train import stage
 from evertune.train.batch import collate
 from evertune.train.loop import cosine, dropout_seed, make_accelerator
 from evertune.train.penalty import PositionValues
@@ -90,7 +90,7 @@ class _HoldWeights:
 
 def test_a_penalty_on_weights_holds_them_back(tmp_path, tiny_model, monkeypatch):
     workspace = open_workspace(tmp_path / "w")
-    make = sft.make_trainer
+    make = stage.make_trainer
     drifts = []
     for i, weight in enumerate((0.0, 1.0, 100.0)):
 
@@ -100,7 +100,7 @@ def test_a_penalty_on_weights_holds_them_back(tmp_path, tiny_model, monkeypatch)
             trainer.penalties = [_HoldWeights(_weight, start)]
             return trainer
 
-        monkeypatch.setattr(sft, "make_trainer", with_penalty)
+        monkeypatch.setattr(stage, "make_trainer", with_penalty)
         spec = make_spec(tmp_path, tiny_model, label=f"r/{i}", tune={"full": {}}, lr=1e-3)
         drifts.append(run_sft(spec, workspace)["checkpoint"]["drift"]["to_start"])
         metrics = (workspace.path(spec.key) / "metrics.jsonl").read_text().splitlines()

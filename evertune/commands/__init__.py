@@ -1,0 +1,1 @@
+"""Commands with many flags, one file each; `cli.py` registers them."""

@@ -1,0 +1,295 @@
+"""Files in, files out: rows that stay are written as they are, rows that go are written with the reason.
+
+    <out>/<name>.jsonl       the rows of each source that stay, in their order (or .parquet)
+    <out>/removed.jsonl      {"source", "file", "line", "reason", ..., "row"} for each row that goes
+    <out>/quarantine.jsonl   {"file", "line", "problem", "bytes"} for each row that could not be read
+    <out>/manifest.json      settings, counts and SHA-256 of what was read and written
+
+Sources are read twice, streaming: once to decide and once to write. Only the decision is held in memory.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evertune.data.compared import Part
+from evertune.data.dedup import Earlier, Memory, Several, find_templates, resolve
+from evertune.data.fingerprint import Fingerprints, fingerprint, join
+from evertune.data.index import DedupIndex
+from evertune.data.rows import Row, detect_format, files_of, iter_rows
+from evertune.data.shingles import WIDTH
+from evertune.data.write import row_writer
+from evertune.errors import DataError
+from evertune.hashing import digest_file
+from evertune.workspace.disk import write_atomically
+
+MANIFEST = "manifest.json"
+REMOVED = "removed.jsonl"
+QUARANTINE = "quarantine.jsonl"
+_OWN = {name.partition(".")[0] for name in (MANIFEST, REMOVED, QUARANTINE)}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows of one name: a file, a glob or a `datasets` name, and the format of its rows."""
+
+    name: str
+    path: Path
+    format: str
+
+
+@dataclass
+class BadRows:
+    """Rows that could not be read: counted, and kept for the quarantine file."""
+
+    found: list[dict[str, Any]] = field(default_factory=list)
+
+    def __call__(self, file: Path, line: int, data: bytes | None, error: DataError) -> None:
+        shown = None if data is None else data[:1000].decode("utf-8", errors="backslashreplace")
+        problem = error.message.removeprefix(f"{file}:{line}: ")
+        self.found.append({"file": str(file), "line": line, "problem": problem, "bytes": shown})
+
+
+# What is to be done with a row of a source, by its number: None where it stays, else facts with a `reason`.
+Decide = Callable[[int, int, Row], Mapping[str, Any] | None]
+
+
+def sources_of(paths: Sequence[Path], format: str | None) -> list[Source]:
+    """A source for each path, named after it; the format is that of its first row when not given.
+
+    Raises:
+        DataError: a path names nothing, or two would have one name.
+    """
+    names = [_name_of(path) for path in paths]
+    if len(set(names)) < len(names) or _OWN & set(names):
+        names = [f"{path.parent.name}-{name}" for path, name in zip(paths, names, strict=True)]
+    for name, path in zip(names, paths, strict=True):
+        if names.count(name) > 1:
+            raise DataError(f"{path}: another source is called '{name}' too.", remedy="Rename one of the files.")
+    return [Source(name, path, format or detect_format(path)) for name, path in zip(names, paths, strict=True)]
+
+
+def _name_of(path: Path) -> str:
+    plain = path.name.removeprefix("datasets:").split(".")[0]
+    return re.sub(r"[^\w-]", "", plain).strip("-_") or "rows"
+
+
+def rows_of(source: Source, bad: BadRows | None = None) -> Iterator[Row]:
+    """The rows of a source, streaming; bad ones are told to `bad`, or raised."""
+    return iter_rows(source.path, format=source.format, source=source.name, bad=bad)
+
+
+class Places:
+    """Where rows stand, noted as they pass: 12 bytes a row."""
+
+    def __init__(self) -> None:
+        self._files: dict[Path, int] = {}
+        self._parts: list[Any] = []
+        self._held: list[tuple[int, int]] = []
+
+    def note(self, rows: Iterable[Row]) -> Iterator[Row]:
+        for row in rows:
+            self._held.append((self._files.setdefault(row.file, len(self._files)), row.line))
+            if len(self._held) == 65536:
+                self._pack()
+            yield row
+
+    def __getitem__(self, number: int) -> str:
+        self._pack()
+        if len(self._parts) > 1:
+            self._parts = [np.concatenate(self._parts)]
+        file, line = self._parts[0][number].tolist()
+        return f"{list(self._files)[file]}:{line}"
+
+    def _pack(self) -> None:
+        if self._held:
+            self._parts.append(np.array(self._held, dtype=np.int64))
+            self._held = []
+
+
+@dataclass(frozen=True)
+class DedupSettings:
+    """How rows are compared; see `dedup.py` and `compared.py`."""
+
+    part: Part = "both"
+    width: int = WIDTH
+    threshold: float = 0.8
+    template_share: float = 0.5
+    workers: int = 1
+
+
+def dedup(
+    sources: Sequence[Source],
+    settings: DedupSettings,
+    *,
+    against: Sequence[Source] = (),
+    index: DedupIndex | None = None,
+    extend: bool = False,
+    bad: BadRows | None = None,
+) -> Decide:
+    """Decide which rows of the sources repeat another one, one of `against`, or one of the index.
+
+    Args:
+        extend: keep the rows that stay in the index.
+    """
+    places = Places()
+    prints, of_source = _prints(sources, settings, places, bad)
+    kept: list[tuple[Earlier, int]] = [(index, len(index))] if index is not None else []
+    old_places = Places()
+    if against:
+        old, of_old = _prints(against, settings, old_places, bad)
+        templates = find_templates(join([prints, old]), np.concatenate([of_source, of_old + len(sources)]))
+        if index is not None:
+            templates = np.union1d(templates, index.templates)
+        kept = [(Memory(old, templates, settings.threshold), len(old)), *kept]
+    found = resolve(
+        prints,
+        sources=of_source,
+        earlier=Several(kept) if kept else None,
+        threshold=settings.threshold,
+        template_share=settings.template_share,
+    )
+    old_count = kept[0][1] if against else 0
+    starts = np.searchsorted(of_source, np.arange(len(sources)))
+
+    def decide(source: int, number: int, row: Row) -> Mapping[str, Any] | None:
+        at = int(starts[source]) + number
+        if found.stays[at]:
+            return None
+        reason = "exact duplicate" if found.is_exact[at] else "near-duplicate"
+        value = round(float(found.jaccard[at]), 4)
+        if found.cause[at] >= 0:
+            return {"reason": reason, "of": places[int(found.cause[at])], "jaccard": value}
+        earlier = int(found.earlier[at])
+        if earlier < old_count:
+            return {"reason": reason, "of": old_places[earlier], "jaccard": value}
+        assert index is not None
+        return {"reason": f"{reason} of an earlier round", "of": index.label(earlier - old_count), "jaccard": value}
+
+    if extend and index is not None:
+        rows = np.flatnonzero(found.stays)
+        index.add(prints.take(rows), [places[int(one)] for one in rows], found.templates)
+    return decide
+
+
+def _prints(
+    sources: Sequence[Source], settings: DedupSettings, places: Places, bad: BadRows | None
+) -> tuple[Fingerprints, Any]:
+    parts = [
+        fingerprint(places.note(rows_of(one, bad)), part=settings.part, width=settings.width, workers=settings.workers)
+        for one in sources
+    ]
+    return join(parts), np.repeat(np.arange(len(parts)), [len(one) for one in parts])
+
+
+@dataclass(frozen=True)
+class Sifted:
+    """What was done: rows read, kept and removed by reason, per source; examples of what was removed."""
+
+    sources: dict[str, dict[str, Any]]
+    removed: dict[str, int]
+    quarantined: int
+    examples: dict[str, list[dict[str, Any]]]
+
+    def to_json(self) -> dict[str, Any]:
+        """`{"sources": {name: {"read", "kept", "removed": {reason: n}}}, "removed": {reason: n}, "quarantined": n,
+        "examples": {reason: [{"file", "line", ...}]}}`"""
+        return dict(self.__dict__)
+
+
+def sift(
+    sources: Sequence[Source],
+    decide: Decide,
+    out: Path | None,
+    *,
+    operation: str,
+    settings: Mapping[str, Any],
+    bad: BadRows,
+    suffix: str = ".jsonl",
+    examples: int = 0,
+) -> Sifted:
+    """Write what stays and what goes, or only count where `out` is None (a dry run).
+
+    Raises:
+        DataError: `out` holds something already, or rows fit no one Parquet schema.
+    """
+    if out is not None and out.exists() and any(out.iterdir() if out.is_dir() else [out]):
+        raise DataError(
+            f"{out}: found something there, expected a new or empty folder.", remedy="Choose another --out."
+        )
+    told = Sifted({}, {}, len(bad.found), {})
+    # What was bad in the first reading is bad again, and told already.
+    again = BadRows()
+    with ExitStack() as stack:
+        gone = stack.enter_context(row_writer(out / REMOVED)) if out is not None else None
+        for i, source in enumerate(sources):
+            counts: Counter[str] = Counter()
+            kept = 0
+            with ExitStack() as one:
+                stays = one.enter_context(row_writer(out / f"{source.name}{suffix}")) if out is not None else None
+                for number, row in enumerate(rows_of(source, again)):
+                    facts = decide(i, number, row)
+                    if facts is None:
+                        kept += 1
+                        if stays is not None:
+                            stays.add(row.value)
+                        continue
+                    reason = str(facts["reason"])
+                    counts[reason] += 1
+                    place = {"source": source.name, "file": str(row.file), "line": row.line, **facts}
+                    if len(told.examples.setdefault(reason, [])) < examples:
+                        told.examples[reason].append({**place, "row": row.value})
+                    if gone is not None:
+                        gone.add({**place, "row": row.value})
+            told.sources[source.name] = {"read": kept + counts.total(), "kept": kept, "removed": dict(counts)}
+            for reason, count in counts.items():
+                told.removed[reason] = told.removed.get(reason, 0) + count
+    if out is not None:
+        _write_facts(out, sources, told, operation, settings, bad, suffix)
+    return told
+
+
+def _write_facts(
+    out: Path,
+    sources: Sequence[Source],
+    told: Sifted,
+    operation: str,
+    settings: Mapping[str, Any],
+    bad: BadRows,
+    suffix: str,
+) -> None:
+    if bad.found:
+        with row_writer(out / QUARANTINE) as writer:
+            for one in bad.found:
+                writer.add(one)
+    body = {
+        "evertune": 1,
+        "operation": operation,
+        "settings": dict(settings),
+        "inputs": [
+            {"source": one.name, "file": str(file), "sha256": digest_file(file)}
+            for one in sources
+            for file in files_of(one.path)
+        ],
+        "outputs": [
+            {
+                "source": one.name,
+                "file": f"{one.name}{suffix}",
+                "format": one.format,
+                "rows": told.sources[one.name]["kept"],
+                "sha256": digest_file(out / f"{one.name}{suffix}"),
+            }
+            for one in sources
+        ],
+        "sources": told.sources,
+        "removed": told.removed,
+        "quarantined": told.quarantined,
+    }
+    write_atomically(out / MANIFEST, json.dumps(body, indent=2, ensure_ascii=False).encode() + b"\n")

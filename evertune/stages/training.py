@@ -1,0 +1,96 @@
+"""What the orders of trained stages have in common: rows, replay, anchor, numerics, and the key."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from evertune.hashing import digest_json
+from evertune.model.checkpoint import Checkpoint
+from evertune.plan import Plan
+from evertune.recipe.presets import ResolvedTraining
+from evertune.recipe.schema import Training
+from evertune.stages.place import Place
+from evertune.train.spec import AnchorSpec, RowsRef, TrainingSpec
+from evertune.workspace import read_manifest
+
+
+def training_fields(place: Place, settings: ResolvedTraining) -> dict[str, Any]:
+    """The fields of an order that do not depend on the objective."""
+    plan, stage = place.plan, place.settings
+    assert isinstance(stage, Training), place.label
+    replay = _replay_refs(plan, settings, place.histories)
+    return {
+        "start": place.start,
+        "base": plan.base,
+        "new": [plan.rows_ref(name) for name in stage.new_sources],
+        "weights": dict(stage.data) if isinstance(stage.data, dict) else None,
+        "replay": replay,
+        "share": settings.replay.share if replay else 0.0,
+        "dedup": settings.replay.dedup,
+        "anchor": _anchor_spec(place, settings),
+        "tune": settings.tune.model_dump(exclude_none=True),
+        "lr": settings.lr,
+        "epochs": settings.epochs,
+        "steps": settings.steps,
+        "schedule": settings.schedule,
+        "warmup": settings.warmup,
+        "batch_rows": settings.batch_rows,
+        "micro_batch_rows": settings.micro_batch_rows,
+        "max_tokens": settings.max_tokens,
+        "too_long": settings.too_long,
+        "weight_decay": settings.weight_decay,
+        "clip": settings.clip,
+        "gradient_checkpointing": settings.gradient_checkpointing,
+        "ema_decay": settings.ema.decay if settings.ema else None,
+        "save_steps": settings.save_steps,
+        "seed": plan.recipe.seed,
+        "dtype": plan.numerics["dtype"],
+        "device": plan.numerics["device"],
+        "threads": plan.numerics["threads"],
+        "track": list(plan.recipe.track),
+    }
+
+
+def training_key(version: int, spec: TrainingSpec) -> str:
+    """Digest of what the result depends on; where files lie, names and bookkeeping are left out."""
+    facts = spec.to_json()
+    for name in ("key", "label", "threads", "track", "save_steps"):
+        del facts[name]
+    facts |= {name: one.digest for name, one in vars(spec).items() if isinstance(one, Checkpoint)}
+    facts["new"] = [[ref.source, ref.digest] for ref in spec.new]
+    facts["replay"] = [[ref.source, ref.digest] for ref in spec.replay]
+    if spec.anchor is not None:
+        facts["anchor"]["reference"] = spec.anchor.reference.digest
+    return digest_json({"kind": spec.kind, "version": version, **facts})
+
+
+def _replay_refs(plan: Plan, settings: ResolvedTraining, histories: Sequence[Path]) -> list[RowsRef]:
+    refs = []
+    for name in settings.replay_sources:
+        if name == "history":
+            refs += [ref for folder in histories for ref in _history_refs(folder)]
+        else:
+            refs.append(plan.rows_ref(name))
+    return refs
+
+
+def _history_refs(folder: Path) -> list[RowsRef]:
+    manifest = read_manifest(folder)
+    return [
+        RowsRef(
+            source=f"history/{manifest.record['round']}/{Path(entry.path).stem}",
+            path=str(folder / entry.path),
+            format=manifest.record["formats"][Path(entry.path).stem],
+            limit=None,
+            digest=entry.sha256,
+        )
+        for entry in manifest.files
+    ]
+
+
+def _anchor_spec(place: Place, settings: ResolvedTraining) -> AnchorSpec | None:
+    anchor = settings.anchor
+    if anchor.kl == 0.0:
+        return None
+    reference = place.reference(anchor.to)
+    return AnchorSpec(kl=anchor.kl, on=anchor.on, direction=anchor.direction, cache=anchor.cache, reference=reference)

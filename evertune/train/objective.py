@@ -1,0 +1,111 @@
+"""What a step minimises: the role of an objective, and the cross-entropy of supervised stages.
+
+An objective forms gradients of sums over the items of a micro-batch, divided by counts of the *whole* step, so that
+how a step is cut up changes speed and memory, not the result.
+"""
+
+# B rows, T tokens, N counted positions, H hidden
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from evertune.data.encode import EncodedRow, Item
+from evertune.train.batch import MicroBatch, collate, counted_positions
+from evertune.train.head import Head, PositionTerm, head_loss
+from evertune.train.penalty import Penalty
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The model in training: its decoder gives hidden states, its head logits. `pad_id` fills up short rows."""
+
+    model: nn.Module
+    decoder: nn.Module
+    head: Head
+    pad_id: int
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight_VH.device
+
+    def hidden(self, ids_BT: Tensor) -> Tensor:
+        """Last hidden states (B, T, H) of right-padded rows."""
+        hidden_BTH: Tensor = self.decoder(input_ids=ids_BT, use_cache=False).last_hidden_state
+        return hidden_BTH
+
+
+@dataclass(frozen=True)
+class StepCounts:
+    """What the sums of a step are divided by, known from the stream before any forward pass.
+
+    Attributes:
+        divisors: of the objective's sums by name, in the order of `Objective.backward`; 0 where a step has none.
+        penalised: counted positions of each penalty.
+        counted: counted positions of all rows.
+    """
+
+    divisors: dict[str, int]
+    penalised: dict[str, int]
+    counted: int
+    tokens: int
+    rows: int
+    replayed: int
+
+
+class Objective(Protocol):
+    """What a stage minimises, beside its penalties."""
+
+    def divisors(self, items: Sequence[Item]) -> dict[str, int]:
+        """Names of the sums, and what each is divided by over these items. `loss` comes first."""
+
+    def backward(
+        self, policy: Policy, items: Sequence[Item], counts: StepCounts, penalties: Sequence[Penalty]
+    ) -> Tensor:
+        """One micro-batch: forward, and backward of its part of the step's mean losses.
+
+        Returns:
+            Undivided sums: the objective's in the order of `divisors`, then of each penalty.
+        """
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """Negative log-likelihood of the counted tokens, in nats per token."""
+
+    def divisors(self, items: Sequence[Item]) -> dict[str, int]:
+        return {"loss": sum(counted_positions(row) for item in items for row in item.rows)}
+
+    def backward(
+        self, policy: Policy, items: Sequence[Item], counts: StepCounts, penalties: Sequence[Penalty]
+    ) -> Tensor:
+        rows = [row for item in items for row in item.rows]
+        batch = collate(rows, pad_id=policy.pad_id, device=policy.device)
+        hidden_NH = policy.hidden(batch.ids_BT)[batch.predicts_BT]
+        terms = penalty_terms(penalties, rows, batch, counts)
+        ce_weight = 1.0 / counts.divisors["loss"]
+        found = head_loss(hidden_NH, batch.targets_N, head=policy.head, ce_weight=ce_weight, terms=terms)
+        found.loss.backward()  # type: ignore[no-untyped-call]
+        return torch.stack([found.ce_sum, *penalty_sums(penalties, found.term_sums, like=found.ce_sum)])
+
+
+def penalty_terms(
+    penalties: Sequence[Penalty], rows: Sequence[EncodedRow], batch: MicroBatch, counts: StepCounts
+) -> list[PositionTerm]:
+    """The terms of the penalties that apply to some of these rows; `batch` holds exactly the rows."""
+    terms = []
+    for penalty in penalties:
+        chosen = [penalty.applies_to(row) for row in rows]
+        if any(chosen):
+            values = penalty.at_positions([row for row, is_chosen in zip(rows, chosen, strict=True) if is_chosen])
+            weight = penalty.weight / counts.penalised[penalty.name]
+            terms.append(PositionTerm(penalty.name, batch.positions_of(chosen), weight, values))
+    return terms
+
+
+def penalty_sums(penalties: Sequence[Penalty], sums: dict[str, Tensor], *, like: Tensor) -> list[Tensor]:
+    """The sum of each penalty; 0 for one that applied to nothing."""
+    return [sums.get(one.name, like.new_zeros(())) for one in penalties]

@@ -1,0 +1,290 @@
+"""A trained stage from order to published checkpoint: open, load, train or go on, measure, publish. The room's front
+door; what differs between kinds is a `Lesson`.
+"""
+
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from evertune.data.encode import EncodedRow
+from evertune.model.adapter import Factors, add_adapter, read_factors, save_new
+from evertune.model.checkpoint import Checkpoint
+from evertune.model.codec import Codec
+from evertune.model.export import save_dense
+from evertune.model.open import OpenModel, open_model
+from evertune.train.anchor import Anchor, anchors
+from evertune.train.distance import stage_drift
+from evertune.train.head import split_model
+from evertune.train.loop import Pace, Trainer, cosine, gradient_of, make_accelerator, train
+from evertune.train.material import Material
+from evertune.train.objective import Objective, Policy
+from evertune.train.optimizer import Masters, warmup_steps
+from evertune.train.reference import Reference, ReferenceSource
+from evertune.train.resume import METRICS, ResumePoints
+from evertune.train.sink import Metrics, Sink, require_trackers, start_trackers, to_lines, without_volatile
+from evertune.train.spec import AnchorSpec, TrainingSpec
+from evertune.workspace import Manifest, Workspace
+
+# The final loss is averaged over this many steps: one step's is mostly the luck of its rows.
+FINAL_STEPS = 10
+LOSS_POINTS = 100
+
+
+class Lesson(Protocol):
+    """What differs between the kinds of trained stages. An instance belongs to one performance of a stage."""
+
+    def load(self, codec: Codec, *, world_size: int) -> Material:
+        """What the stage trains on."""
+
+    def objective(self, setting: "Setting") -> Objective:
+        """What it minimises."""
+
+    def methods(self) -> dict[str, bool]:
+        """Ids in the table of methods, and whether the stage uses them."""
+
+    def final(self, last: Sequence[Metrics]) -> dict[str, float]:
+        """Facts of the end of the stage beside loss and kl, from its last steps."""
+
+    def warnings(self, last: Sequence[Metrics]) -> list[dict[str, str]]:
+        """What a person should know of the end of the stage: `{"name", "text"}`."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What an objective may be made from."""
+
+    spec: TrainingSpec
+    opened: OpenModel
+    material: Material
+    accelerator: Accelerator
+    workspace: Workspace
+
+    def source(self, reference: Checkpoint) -> ReferenceSource:
+        """Where a reference's outputs come from."""
+        return ReferenceSource(
+            reference=reference,
+            opened=self.opened,
+            is_start=self.spec.is_lora and reference.digest == self.spec.start.digest,
+            cache=self.workspace.cache,
+            tmp=self.workspace.tmp,
+        )
+
+    def complete(self, source: ReferenceSource, kind: str, rows: Sequence[EncodedRow]) -> None:
+        """Store what is missing of a reference's outputs, once for all processes."""
+        if self.accelerator.is_main_process:
+            source.complete(kind, rows)
+        self.accelerator.wait_for_everyone()
+
+
+def run_training(spec: TrainingSpec, workspace: Workspace, lesson: Lesson) -> dict[str, Any]:
+    """Train one stage, or go on with it from its newest resume point, and publish the checkpoint under `spec.key`.
+
+    Returns:
+        `{"checkpoint": the ledger's fields known here, "volatile": {"time", "seconds", "tokens_per_second"}}`; the
+        same lies in the published object's record.
+
+    Raises:
+        DataError, CheckpointError: the input is not what it should be.
+        TrainingError: NaN or Inf; the last resume point is intact.
+        KeyboardInterrupt: asked to stop; the same order goes on later.
+    """
+    done = workspace.manifest(spec.key)
+    if done is not None:
+        return _result(done)
+    require_trackers(spec.track)
+    points = ResumePoints(workspace, spec.key)
+    accelerator = make_accelerator(device=spec.device, track=spec.track, logging_dir=points.folder / "trackers")
+    if spec.threads is not None:
+        torch.set_num_threads(spec.threads)
+    opened, trained = open_trained(spec, accelerator)
+    material = lesson.load(opened.codec, world_size=accelerator.num_processes)
+    trainer = make_trainer(Setting(spec, opened, material, accelerator, workspace), trained, lesson)
+    at_start = interference(trainer, material)
+    found = points.newest()
+    if found is not None:
+        trainer.masters.load_state(found.state)
+    first, history = (found.step, found.history) if found is not None else (0, [])
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        points.drop_after(first)
+    start_trackers(accelerator, spec.label, spec.settings(), folder=points.folder / "trackers")
+    sink = Sink(points.folder / METRICS, history=history, accelerator=accelerator)
+    train(trainer, points, sink, first=first, save_steps=spec.save_steps)
+    trainer.masters.use_average()
+    cosines = _start_and_end(at_start, interference(trainer, material))
+    if accelerator.is_main_process:
+        facts = {**_facts(spec, lesson, material, sink.history), "interference": cosines}
+        _publish(spec, workspace, opened, sink.history, facts)
+        points.clear()
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    manifest = workspace.manifest(spec.key)
+    assert manifest is not None, "published and yet not there"
+    return _result(manifest)
+
+
+def open_trained(spec: TrainingSpec, accelerator: Accelerator) -> tuple[OpenModel, Mapping[str, nn.Parameter]]:
+    """The start in memory and the parameters to train: a new adapter's over the frozen start, or all of them."""
+    device = str(accelerator.device)
+    if spec.is_lora:
+        opened = open_model(spec.start, dtype=spec.dtype, device=device)
+        lora = spec.tune["lora"]
+        trained = add_adapter(
+            opened,
+            rank=lora["rank"],
+            alpha=lora.get("alpha") or 2.0 * lora["rank"],
+            dropout=lora.get("dropout", 0.0),
+            targets=lora.get("targets", "all-linear"),
+            seed=spec.seed,
+        )
+    else:
+        opened = open_model(spec.start, dtype=spec.dtype, device=device, fold=True)
+        opened.model.requires_grad_(True)
+        trained = dict(opened.model.named_parameters())
+    if spec.gradient_checkpointing:
+        with warnings.catch_warnings():
+            # Its new name is not in every transformers 5 that the package accepts.
+            warnings.simplefilter("ignore", FutureWarning)
+            opened.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return opened, trained
+
+
+def make_trainer(setting: Setting, trained: Mapping[str, nn.Parameter], lesson: Lesson) -> Trainer:
+    """Everything a step needs, the anchor's reference included."""
+    spec, opened, material = setting.spec, setting.opened, setting.material
+    decoder, head = split_model(opened.model)
+    penalties = []
+    if spec.anchor is not None and spec.anchor.kl > 0.0:
+        penalties.append(_anchor(spec.anchor, setting))
+    pace = Pace(
+        steps=material.steps,
+        micro_steps=material.micro_steps,
+        rate=spec.lr,
+        schedule=spec.schedule,
+        warmup=warmup_steps(spec.warmup, material.steps),
+        clip=spec.clip,
+        seed=spec.seed,
+    )
+    masters = Masters(trained, weight_decay=spec.weight_decay, ema_decay=spec.ema_decay)
+    policy = Policy(opened.model, decoder, head, opened.codec.pad_id)
+    return Trainer(policy, masters, material, pace, setting.accelerator, penalties, objective=lesson.objective(setting))
+
+
+def interference(trainer: Trainer, material: Material) -> float | None:
+    """Cosine between the gradients of the new and of the replayed rows' loss, on one micro-batch of each.
+
+    Below 0 the two disagree: a step that helps the one hurts the other. None without replay.
+    """
+    new, old = (material.first_rows(material.micro_batch_rows, is_replay=kind) for kind in (False, True))
+    if not new or not old:
+        return None
+    return cosine(gradient_of(trainer, new), gradient_of(trainer, old))
+
+
+def _anchor(anchor: AnchorSpec, setting: Setting) -> Anchor:
+    source = setting.source(anchor.reference)
+    if anchor.cache == "off":
+        reference: Reference = source.live()
+    else:
+        material = setting.material
+        rows = [
+            row
+            for kind in (material.new, material.replay)
+            for items in kind.values()
+            for one in items
+            for row in one.rows
+        ]
+        setting.complete(source, anchor.cache, [row for row in rows if anchors(anchor.on, row)])
+        reference = source.from_cache(anchor.cache)
+    return Anchor(anchor.kl, anchor.on, anchor.direction, reference)
+
+
+def _publish(
+    spec: TrainingSpec, workspace: Workspace, opened: OpenModel, history: Sequence[Metrics], facts: dict[str, Any]
+) -> None:
+    """Write the trained model and its metrics as one object; drift is measured on the weights as written."""
+
+    def write(folder: Path) -> dict[str, Any]:
+        new: Factors | None = None
+        if spec.is_lora:
+            save_new(opened, folder, spec.start)
+            new = read_factors(folder)
+        else:
+            save_dense(opened.model, folder, like=spec.start)
+        (folder / METRICS).write_bytes(to_lines(without_volatile(history)))
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        drift = stage_drift(opened, start=spec.start, base=spec.base, new=new)
+        seconds = sum(one["seconds"] for one in history)
+        tokens = sum(one["tokens"] for one in history)
+        volatile = {"time": time.time(), "seconds": seconds, "tokens_per_second": tokens / max(seconds, 1e-9)}
+        return {"checkpoint": {**facts, "bytes": size, "drift": drift}, "volatile": volatile}
+
+    workspace.publish(kind="checkpoint", key=spec.key, record={}, write=write)
+
+
+def _facts(spec: TrainingSpec, lesson: Lesson, material: Material, history: Sequence[Metrics]) -> dict[str, Any]:
+    """The ledger's fields known before the checkpoint is written."""
+    last = history[-FINAL_STEPS:]
+    final = {"loss": mean_of(last, "loss"), **lesson.final(last)}
+    if any("kl" in one for one in last):
+        final["kl"] = mean_of(last, "kl")
+    stride = -(-len(history) // LOSS_POINTS)
+    facts = {
+        "label": spec.label,
+        "stage": spec.kind,
+        "standing": "production",
+        "methods": _methods(spec, lesson, has_replay=bool(material.replay)),
+        "form": "adapter" if spec.is_lora else "model",
+        "stands_on": spec.start.digest if spec.is_lora else None,
+        "start": spec.start.digest,
+        "settings": spec.settings(),
+        "anchor": _anchor_facts(spec),
+        "losses": [[one["step"], one["loss"]] for one in history[::stride]],
+        "final": final,
+        **material.facts(spec),
+    }
+    warnings = lesson.warnings(last)
+    return {**facts, "warnings": warnings} if warnings else facts
+
+
+def _anchor_facts(spec: TrainingSpec) -> dict[str, Any] | None:
+    anchor = spec.anchor
+    if anchor is None or anchor.kl == 0.0:
+        return None
+    named = {spec.base.digest: "base", spec.start.digest: "start"}
+    to = named.get(anchor.reference.digest, anchor.reference.digest)
+    return {"kl": anchor.kl, "to": to, "on": anchor.on, "direction": anchor.direction, "cache": anchor.cache}
+
+
+def _methods(spec: TrainingSpec, lesson: Lesson, *, has_replay: bool) -> list[str]:
+    """Ids in the table of methods."""
+    used = {
+        **lesson.methods(),
+        "lora": spec.is_lora,
+        "replay": has_replay,
+        "dedup": has_replay and spec.dedup,
+        "anchored_sft_kl": spec.anchor is not None and spec.anchor.kl > 0.0,
+        "ema": spec.ema_decay is not None,
+    }
+    return [name for name, is_used in used.items() if is_used]
+
+
+def _result(manifest: Manifest) -> dict[str, Any]:
+    return {name: manifest.record[name] for name in ("checkpoint", "volatile")}
+
+
+def mean_of(history: Sequence[Metrics], name: str) -> float:
+    """Mean of a metric over the steps that have it."""
+    values = [one[name] for one in history if name in one]
+    return sum(values) / len(values)
+
+
+def _start_and_end(start: float | None, end: float | None) -> dict[str, float] | None:
+    return None if start is None or end is None else {"start": start, "end": end}
