@@ -283,7 +283,7 @@ class _Work:
 
     def _gather(self, opened: _Open, segment: int, one: Pass, reader: Reader) -> None:
         is_shared = bool(np.issubdtype(one.dtype, np.integer))
-        sums = np.zeros(one.shape, one.dtype)
+        sums: Array = np.zeros(one.shape, one.dtype)
         for chunk in reader.chunks(opened.inputs, *opened.inputs.tensor.span(segment)):
             one.gather(chunk, opened.state, sums)
         with opened.lock:
@@ -302,13 +302,13 @@ class _Work:
             _copy_equal(self._plan, tensor, offset, data, self._files)
         elif size:
             self._apply(opened, segment, reader, data)
-        started = time.thread_time()
-        self._outputs.write(tensor.file, offset, data)
-        written = time.thread_time()
-        self._outputs.digest(tensor.file, offset, data)
-        reader.seconds.write += written - started
-        reader.seconds.digest += time.thread_time() - written
         if size:
+            started = time.thread_time()
+            self._outputs.write(tensor.file, offset, data)
+            written = time.thread_time()
+            self._outputs.digest(tensor.file, offset, data)
+            reader.seconds.write += written - started
+            reader.seconds.digest += time.thread_time() - written
             self._journal.segment(opened.index, segment, int(kernels.checksum(data)), size)
             reach("merge.segment")
         if self._progress is not None:
@@ -341,7 +341,7 @@ class _Work:
                 return
         one = opened.one_pass
         if one is not None:
-            total = np.zeros(one.shape, one.dtype)
+            total: Array = np.zeros(one.shape, one.dtype)
             for segment in sorted(opened.sums):
                 total += opened.sums[segment]
             one.finish(total, opened.state)

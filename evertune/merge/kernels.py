@@ -8,7 +8,7 @@ Every kernel computes the same bits on every machine: no fused multiply-add, no 
 
 import math
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from numba import njit
@@ -30,10 +30,10 @@ NO_LIMIT = np.uint32(0x7FFFFFFF)
 def compiled(function: F) -> F:
     """Compile a kernel at its first call for the types it gets, and keep the machine code on disk."""
     try:
-        made: F = njit(function, nogil=True, cache=True)
+        made: Any = njit(function, nogil=True, cache=True)
     except RuntimeError:  # no folder for the cache can be written: compile in every process
         made = njit(function, nogil=True)
-    return made
+    return cast(F, made)
 
 
 # ---- bytes to numbers and back
@@ -155,7 +155,7 @@ def add_low_rank(begin: int, left_OR: Array, right_RC: Array, out: Array) -> Non
 
 
 @compiled
-def checksum(raw: Array) -> int:
+def checksum(raw: Array) -> Any:
     """A sum of 64-bit words weighted by their place: what a torn or lost write changes. Not a digest."""
     words = raw[: raw.shape[0] - raw.shape[0] % 8].view(np.uint64)
     total = np.uint64(raw.shape[0])
@@ -170,7 +170,7 @@ def checksum(raw: Array) -> int:
 
 
 @compiled
-def philox(counter: int, stream: int, key: int, c0: Array, c1: Array, c2: Array, c3: Array) -> None:
+def philox(counter: Any, stream: Any, key: Any, c0: Array, c1: Array, c2: Array, c3: Array) -> None:
     """Random 32-bit words for the counters counter, counter + 1, ...: one in each of four arrays.
 
     Args:
@@ -197,7 +197,7 @@ def philox(counter: int, stream: int, key: int, c0: Array, c1: Array, c2: Array,
 
 
 @compiled
-def words(begin: int, stream: int, key: int, out: Array) -> None:
+def words(begin: int, stream: int, key: Any, out: Array) -> None:
     """The random 32-bit word of elements begin, begin + 1, ... of a tensor: word i mod 4 of counter i div 4."""
     first = begin // 4
     count = (begin + out.shape[0] + 3) // 4 - first
@@ -456,7 +456,7 @@ def touched(tau_KN: Array, threshold: float, counts_K2: Array) -> None:
     for i in range(tau_KN.shape[1]):
         active = 0
         for k in range(tau_KN.shape[0]):
-            active += abs(np.float64(tau_KN[k, i])) > threshold
+            active += 1 if abs(np.float64(tau_KN[k, i])) > threshold else 0
         for k in range(tau_KN.shape[0]):
             if abs(np.float64(tau_KN[k, i])) > threshold:
                 counts_K2[k, 1 if active > 1 else 0] += 1

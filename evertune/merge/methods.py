@@ -527,7 +527,10 @@ def _selection_passes(
     shares: (left out at the top, kept after that) of each row.
     """
     dropped = [round(top * elements) for top, _ in shares]
-    kept = [min(max(1, round(density * elements)), elements - out) for (_, density), out in zip(shares, dropped, strict=True)]
+    kept = [
+        min(max(1, round(density * elements)), elements - out)
+        for (_, density), out in zip(shares, dropped, strict=True)
+    ]
 
     def high(chunk: Chunk, state: State, out: Array) -> None:
         for row, counts in zip(bits(chunk), out, strict=True):

@@ -33,7 +33,7 @@ class OutputFiles:
 
     def write(self, file: int, offset: int, data: Array) -> None:
         """Put bytes at a place."""
-        done, view = 0, memoryview(data)
+        done, view = 0, data.data
         while done < len(data):
             done += os.pwrite(self._files[file].descriptor, view[done:], offset + done)
 
@@ -43,7 +43,7 @@ class OutputFiles:
 
     def read(self, file: int, offset: int, into: Array) -> None:
         """Read bytes back."""
-        done, view = 0, memoryview(into)
+        done, view = 0, into.data
         while done < len(into):
             got = os.preadv(self._files[file].descriptor, [view[done:]], offset + done)
             if got == 0:
@@ -94,8 +94,8 @@ class _Digesting:
                 raise AssertionError(f"digested {self._next} of {self._size} bytes")
             return self._hash.hexdigest()
 
-    def _take(self, offset: int, data: Array | bytes) -> None:
-        self._hash.update(data)
+    def _take(self, offset: int, data: Array) -> None:
+        self._hash.update(data.data)
         self._next = offset + len(data)
         with self._noting:
             del self._waiting[offset]

@@ -1,4 +1,8 @@
-"""A merge worked out from headers alone: what is read, what is written where, what it costs, and every problem."""
+"""A merge worked out from headers: what is read, what is written where, what it costs, and every problem.
+
+Of the weights themselves only the two ends of each tensor are read, for the fingerprints that order the experts; their
+digests are remembered between runs.
+"""
 
 import json
 import math
@@ -14,7 +18,7 @@ from evertune.errors import MergeError
 from evertune.hashing import digest_bytes, digest_json
 from evertune.merge.config import MergeConfig
 from evertune.merge.methods import METHODS, Method, Settings
-from evertune.merge.sources import FLOATS, Source, head_and_embedding, read_source
+from evertune.merge.sources import FLOATS, Source, fingerprint, head_and_embedding, read_source
 from evertune.merge.values import Depths, check_globs, resolve
 from evertune.model.checkpoint import WEIGHTS, Checkpoint, describe, read_json
 from evertune.model.header import DTYPE_BITS
@@ -325,6 +329,7 @@ def _plan_tensors(
 ) -> list[TensorPlan]:
     depths = Depths(names)
     method = METHODS[config.method]
+    prints = [fingerprint(one) for one in experts]
     planned = []
     for name in names:
         info = donor.tensors[name].info
@@ -332,7 +337,7 @@ def _plan_tensors(
             planned.append(_tensor(name, info.shape, info.dtype, (), None, double=False, rows=False))
             continue
         dtype = DTYPES[config.dtype] if config.dtype else info.dtype
-        chosen, settings = _settings(config, method, experts, name, info.shape, depths)
+        chosen, settings = _settings(config, method, experts, prints, name, info.shape, depths)
         read = [experts[i] for i in chosen] + ([base] if base else [])
         wide = {one.tensors[name].info.dtype for one in read} | {dtype}
         double = bool(wide & {"F32", "F64"}) or any(name in one.updates for one in read)
@@ -352,7 +357,13 @@ def _tensor(
 
 
 def _settings(
-    config: MergeConfig, method: Method, experts: Sequence[Source], name: str, shape: tuple[int, ...], depths: Depths
+    config: MergeConfig,
+    method: Method,
+    experts: Sequence[Source],
+    prints: Sequence[str],
+    name: str,
+    shape: tuple[int, ...],
+    depths: Depths,
 ) -> tuple[tuple[int, ...], Settings]:
     """The experts that count for a tensor, in canonical order, and the method's settings for it."""
 
@@ -365,12 +376,12 @@ def _settings(
         model = config.models[one.name]
         weight = value(model.weight, 1.0, f"models.{one.name}.weight")
         density = value(model.density, shared_density, f"models.{one.name}.density")
-        found.append((one.checkpoint.digest, weight, density, i))
+        found.append((prints[i], weight, density, i))
     if not method.ordered:
-        found.sort()
+        found.sort(key=lambda one: (*one[:3], experts[one[3]].checkpoint.digest))
     if "weight" in method.per_model and any(weight != 0.0 for _, weight, _, _ in found):
         found = [one for one in found if one[1] != 0.0]
-    keys = [int(digest_bytes(f"{config.seed}|{digest}|{name}".encode())[:16], 16) for digest, *_ in found]
+    keys = [int(digest_bytes(f"{config.seed}|{print_}|{name}".encode())[:16], 16) for print_, *_ in found]
     t = config.decay if config.method == "ema" else None
     normalize = config.normalize if config.normalize is not None else method.defaults.get("normalize", True)
     settings = Settings(

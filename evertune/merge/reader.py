@@ -88,6 +88,11 @@ class Reader:
             for first in range(block, block_end, step):
                 yield self._decode(inputs, raw, block, first, min(first + step, block_end))
 
+    def whole(self, inputs: Inputs, begin: int, end: int) -> Chunk:
+        """Elements [begin, end) as one chunk."""
+        raw = [self._read(inputs, i, begin, end) for i in range(len(inputs.models))]
+        return self._decode(inputs, raw, begin, begin, end)
+
     def rows(self, count: int, elements: int, *, double: bool, use: str = "in") -> Array:
         """A (count, elements) array of this worker's, float64 or float32."""
         key = f"{use}{double}"

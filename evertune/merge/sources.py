@@ -4,12 +4,14 @@ No architecture is known here. A model is the union of the tensors in its files;
 low-rank updates on some of them, which are materialised row by row, never as a model.
 """
 
+import contextlib
+import hashlib
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -27,6 +29,8 @@ from evertune.model.header import DTYPE_BITS, TensorInfo, read_header
 from evertune.model.lora_config import PREFIX, check_plain, scale_of
 
 FLOATS = {"BF16": kernels.BF16, "F16": kernels.F16, "F32": kernels.F32, "F64": kernels.F64}
+# Of each end of a tensor, for a fingerprint.
+END_BYTES = 4096
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output)\.weight$")
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings)\.weight$")
 
@@ -43,9 +47,11 @@ class Located:
 class LowRank:
     """One update of a tensor by an adapter: scale * B @ A, read when the tensor's turn comes.
 
+    module: name of the changed module, as the adapter calls it.
     transposed: the tensor is stored as (inputs, outputs).
     """
 
+    module: str
     a: Located
     b: Located
     scale: float
@@ -98,6 +104,29 @@ def read_source(name: str, checkpoint: Checkpoint) -> Source:
     return Source(name, checkpoint, read_json(base.path / "config.json"), tensors, updates)
 
 
+def fingerprint(source: Source) -> str:
+    """A digest of names, shapes and the two ends of every tensor: the same however the model is divided into files.
+
+    It orders experts and seeds what is drawn for them. It does not replace the checkpoint's digest.
+    """
+    hasher = hashlib.sha256()
+    pieces = [(name, at) for name, at in sorted(source.tensors.items())]
+    for name, updates in sorted(source.updates.items()):
+        for one in updates:
+            hasher.update(f"{name}|{one.scale!r}|{one.transposed}".encode())
+            pieces += [(name, one.a), (name, one.b)]
+    opened: dict[Path, BinaryIO] = {}
+    with contextlib.ExitStack() as stack:
+        for name, at in pieces:
+            hasher.update(f"{name}|{at.info.dtype}|{at.info.shape}".encode())
+            if at.file not in opened:
+                opened[at.file] = stack.enter_context(at.file.open("rb"))
+            for begin in (0, max(0, at.info.bytes - END_BYTES)):
+                opened[at.file].seek(at.info.begin + begin)
+                hasher.update(opened[at.file].read(min(END_BYTES, at.info.bytes)))
+    return hasher.hexdigest()
+
+
 def head_and_embedding(source: Source) -> tuple[str | None, str | None]:
     """Names of the head and of the input embedding among the stored tensors, where they are known by name."""
     embeddings = [name for name in source.tensors if _EMBEDDING.search(name)]
@@ -136,7 +165,7 @@ def _updates(folder: Path, tensors: Mapping[str, Located]) -> Iterator[tuple[str
         if a.dtype not in FLOATS or b.dtype not in FLOATS:
             raise CheckpointError(f"{file}: {key} has dtype {a.dtype}, expected one of {', '.join(FLOATS)}.")
         scale = scale_of(folder, config, module, a.shape[0])
-        yield stored, LowRank(Located(file, a), Located(file, b), scale, transposed)
+        yield stored, LowRank(module, Located(file, a), Located(file, b), scale, transposed)
 
 
 def stored_name(module: str, tensors: Mapping[str, Any], place: Path) -> str:
@@ -175,7 +204,7 @@ class Files:
         """
         done = 0
         while done < len(into):
-            got = os.preadv(self._open[file], [into[done:]], offset + done)
+            got = os.preadv(self._open[file], [into.data[done:]], offset + done)
             if got == 0:
                 raise CheckpointError(f"{file}: ends at byte {offset + done}.", remedy="Fetch or copy the file again.")
             done += got

@@ -42,7 +42,7 @@ def likeness(plan: MergePlan) -> list[Likeness]:
             inputs = open_inputs(plan, every, files)
             rows = any(tensor.name in one.rows for one in inputs.models)
             for begin, end in sample_runs(every, whole_rows=rows):
-                (chunk,) = reader.chunks(inputs, begin, end)
+                chunk = reader.whole(inputs, begin, end)
                 vectors = chunk.experts if chunk.base is None else np.concatenate([chunk.experts, chunk.base[None]])
                 kernels.gram(vectors, gram)
     finally:

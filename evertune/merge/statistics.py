@@ -53,7 +53,7 @@ def measure(inputs: Inputs, rule: Rule, state: State, reader: Reader) -> dict[st
     kept = np.zeros(count)
     signs = np.zeros(2, np.int64)
     for begin, end in sample_runs(tensor, whole_rows=rule.whole_rows or bool(_has_rows(inputs))):
-        (chunk,) = reader.chunks(inputs, begin, end)
+        chunk = reader.whole(inputs, begin, end)
         reference = chunk.base if chunk.base is not None else chunk.experts.mean(axis=0)
         size += float(np.square(reference, dtype=np.float64).sum())
         seen += end - begin
@@ -64,12 +64,12 @@ def measure(inputs: Inputs, rule: Rule, state: State, reader: Reader) -> dict[st
             changed = out != base
             moved += int(changed.sum())
             unmoved += int((changed & (_rounded(out, tensor.dtype) == base)).sum())
-            (chunk,) = reader.chunks(inputs, begin, end)
+            chunk = reader.whole(inputs, begin, end)
         kernels.subtract(reference, chunk.experts)
         kernels.gram(chunk.experts, gram)
         kernels.count_conflicts(chunk.experts, signs)
         if rule.part is not None:
-            (chunk,) = reader.chunks(inputs, begin, end)
+            chunk = reader.whole(inputs, begin, end)
             rule.part(chunk, state)
             kept += np.count_nonzero(chunk.experts, axis=1)
     shared, conflicts = signs.tolist()
