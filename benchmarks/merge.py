@@ -372,8 +372,62 @@ def main() -> None:
             shutil.rmtree(given.folder / size, ignore_errors=True)
 
 
+# ---- the same numbers
+
+# Of mergekit's merge: in float32, rounded once to bf16, as ours.
+PARITY: dict[str, dict[str, Any]] = {
+    "linear": {"models": {"e0": {"weight": 0.5}, "e1": {"weight": 0.3}, "e2": {"weight": 0.2}}},
+    "slerp": {"base": True, "models": {"e0": {}}, "t": 0.4},
+    "task_arithmetic": {"base": True, "models": {"e0": {"weight": 0.6}, "e1": {"weight": -0.3}}, "lambda": 0.8},
+    "ties": {
+        "base": True,
+        "models": {"e0": {"weight": 0.5}, "e1": {"weight": 0.5}, "e2": {"weight": 0.3}},
+        "density": 0.4,
+    },
+    "model_stock": {"base": True, "models": {"e0": {}, "e1": {}}},
+}
+PARITY_SHAPE = {"hidden": 16, "inter": 48, "layers": 2, "heads": 4, "kv": 2, "vocab": 64}
+
+
 def parity(folder: Path) -> None:
-    raise SystemExit("not yet")
+    """Merge a small model with mergekit and write inputs and results to tests/merge/mergekit.safetensors."""
+    from safetensors.torch import load_file, save_file
+
+    place = folder / "parity"
+    shutil.rmtree(place, ignore_errors=True)
+    for k, name in enumerate(("base", "e0", "e1", "e2")):
+        _write_llama(place / name, PARITY_SHAPE, expert=None if k == 0 else k)
+    kept = {}
+    for name in ("base", "e0", "e1", "e2"):
+        kept |= {f"{name}/{key}": one for key, one in _load(place / name, load_file).items()}
+    for method, facts in PARITY.items():
+        config: dict[str, Any] = {"merge_method": method, "dtype": "float32", "out_dtype": "bfloat16"}
+        if facts.get("base"):
+            config["base_model"] = str(place / "base")
+        listed = [{"model": str(place / "base")}] if method == "slerp" else []
+        listed += [
+            {
+                "model": str(place / name),
+                "parameters": {**one, **({"density": facts["density"]} if "density" in facts else {})},
+            }
+            for name, one in facts["models"].items()
+        ]
+        config["models"] = listed
+        config["parameters"] = {key: facts[key] for key in ("t", "lambda") if key in facts}
+        (place / f"{method}.yaml").write_text(json.dumps(config))
+        program = folder / "mergekit" / "bin" / "mergekit-yaml"
+        subprocess.run([program, place / f"{method}.yaml", place / method, "--quiet"], check=True)
+        kept |= {f"{method}/{key}": one for key, one in _load(place / method, load_file).items()}
+    out = _root() / "tests" / "merge" / "mergekit.safetensors"
+    save_file(kept, out, metadata={"mergekit": MERGEKIT, "settings": json.dumps(PARITY)})
+    print(f"wrote {out}, {out.stat().st_size:,} bytes; tests/merge/test_mergekit.py compares with it")
+
+
+def _load(folder: Path, load_file: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        found |= load_file(file)
+    return found
 
 
 if __name__ == "__main__":

@@ -163,9 +163,8 @@ def _print(seen: dict[str, Any], scores: dict[str, dict[str, tuple[float, float]
     for line in seen["recommendation"]:
         print(f"- it says: {line}")
     curve = seen["curves"][0]
-    print(
-        f"\nLoss on web text along the straight line ({seen['unit']}, float32, 24 texts); barrier {curve['barrier']:+.4f}:\n"
-    )
+    print(f"\nLoss on web text along the straight line ({seen['unit']}, float32, 24 texts):")
+    print(f"barrier {curve['barrier']:+.4f}.\n")
     print(f"| share of {curve['second']} | " + " | ".join(f"{one:.3f}" for one in curve["shares"]) + " |")
     print("|" + "---|" * (len(curve["shares"]) + 1))
     print("| loss | " + " | ".join(f"{one:.4f}" for one in curve["losses"]) + " |")

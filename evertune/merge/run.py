@@ -115,7 +115,11 @@ def _write_manifest(plan: MergePlan, folder: Path, residual: Residual | None) ->
 
 def _conflicts(manifest: dict[str, Any]) -> list[str]:
     """Where experts collide most, if they do."""
-    tensors = [(facts["sign_conflict"], name) for name, facts in manifest["tensors"].items() if facts["cosines"]]
+    tensors = [
+        (facts["sign_conflict"], name)
+        for name, facts in manifest["tensors"].items()
+        if facts["cosines"] and facts["relative_to"] == "base"
+    ]
     if not tensors:
         return []
     worst, name = max(tensors)

@@ -54,9 +54,12 @@ def likeness(plan: MergePlan) -> list[Likeness]:
 
 
 def check_starts(plan: MergePlan) -> None:
-    """Raise MergeError when two models have as good as unrelated weights."""
+    """Raise MergeError when two models have as good as unrelated weights. Adapters over one base share it."""
+    bases = {one.name: one.checkpoint.base.digest for one in plan.sources}
+    if len(set(bases.values())) == 1:
+        return
     for one in likeness(plan):
-        if one.cosine < SAME_START_COSINE:
+        if one.cosine < SAME_START_COSINE and bases[one.first] != bases[one.second]:
             raise MergeError(
                 f"'{one.first}' and '{one.second}' do not have the same start: the cosine between their weights is "
                 f"{one.cosine:.2f}, fine-tunes of one model have 0.99.",

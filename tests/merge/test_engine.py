@@ -1,4 +1,4 @@
-"""The machinery: equal bytes whatever the threads, files and kills; nothing lost, nothing invented, nothing half done."""
+"""The machinery: equal bytes whatever the threads, files and kills; nothing lost, invented or half done."""
 
 import json
 import os
@@ -211,10 +211,10 @@ from evertune.merge import journal, plan as planning
 planning.CHUNK_ELEMENTS, planning.SEGMENT_ELEMENTS, journal.SYNC_BYTES = 96, 288, 512
 from evertune.merge.engine import run_merge
 from evertune.merge.plan import plan_merge
-from tests.merge.folders import configure
+from evertune.merge.config import MergeConfig
 folder, out = Path(sys.argv[1]), Path(sys.argv[2])
-models = {"e0": {"weight": 0.5}, "e1": {"weight": 0.3}, "e2": {"weight": 0.2}}
-plan = plan_merge(configure("ties", models, base="base"), folder=folder)
+models = {name: {"path": name, "weight": one} for name, one in (("e0", 0.5), ("e1", 0.3), ("e2", 0.2))}
+plan = plan_merge(MergeConfig.model_validate({"method": "ties", "base": "base", "models": models}), folder=folder)
 print("go", flush=True)
 done = run_merge(plan, out, threads=2)
 print("resumed", done.resumed, flush=True)

@@ -136,9 +136,8 @@ ORACLES: dict[str, tuple[dict[str, Any], Oracle]] = {
 def _expected(folder: Path, method: str, name: str) -> Array:
     base, experts = wide(folder / "base", name), [wide(folder / one, name) for one in WEIGHTS]
     taus = [one - base for one in experts]
-    drawn = [
-        uniform(7, fingerprint(read_source(one, describe(folder / one))), name, base.size).reshape(base.shape) for one in WEIGHTS
-    ]  # fmt: skip
+    prints = [fingerprint(read_source(one, describe(folder / one))) for one in WEIGHTS]
+    drawn = [uniform(7, one, name, base.size).reshape(base.shape) for one in prints]
     return ORACLES[method][1](base, taus, experts, drawn)
 
 
