@@ -26,8 +26,9 @@ $(VENV)/.dev: $(VENV)/.core requirements/dev.txt
 demo: $(VENV)/.core
 	$(BIN)/evertune demo
 
+# Two files at a time, one thread each: most tests wait for children or for one core.
 test: $(VENV)/.dev
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 check: lint types
 	$(BIN)/pytest tests/test_imports.py
@@ -51,6 +52,7 @@ golden: $(VENV)/.dev
 
 docs: $(VENV)/.core
 	$(BIN)/python -m evertune.recipe.reference docs/recipe.md
+	$(BIN)/python -m evertune.method_pages docs
 
 clean:
 	rm -rf $(VENV) demo-run

@@ -17,6 +17,7 @@ import typer
 from evertune.commands.data import app as data_app
 from evertune.commands.gate import EXIT_OF_DECISION, gate
 from evertune.commands.merge import app as merge_app
+from evertune.commands.methods import methods
 from evertune.errors import EvertuneError, RecipeError
 
 app = typer.Typer(
@@ -30,6 +31,7 @@ app.add_typer(model_app, name="model")
 app.command()(gate)
 app.add_typer(data_app, name="data")
 app.add_typer(merge_app, name="merge")
+app.command()(methods)
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe in YAML.")]
 WorkspacePath = Annotated[Path, typer.Argument(metavar="WORKSPACE", help="The folder of a run.")]

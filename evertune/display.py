@@ -114,6 +114,12 @@ class Display:
             self._console.print(f"  - {escape(reason)}")
         self._console.print(f"  [dim]next:[/] {escape(next_command)}")
 
+    def academic(self, label: str, methods: Sequence[str]) -> None:
+        """Say that a checkpoint was made with methods that nobody has validated in production, if it was."""
+        if methods:
+            told = f"made with {', '.join(methods)}: not production-validated"
+            self._console.print(f"  [bold yellow]academic[/] {escape(label)} {escape(told)}")
+
     def judgement(self, body: Mapping[str, Any]) -> None:
         """A verdict without a round: decision, evidence, reasons."""
         colour = COLOURS[body["decision"]]
@@ -128,6 +134,11 @@ class Display:
 
     def discarded(self, round_name: str, label: str, champion: str) -> None:
         self._console.print(f"  set aside {escape(label)}; champion stays {escape(champion)}, digest unchanged")
+
+    def warnings(self, label: str, warnings: Sequence[Mapping[str, str]]) -> None:
+        """What a person should know of how a stage ended."""
+        for one in warnings:
+            self._console.print(f"  [yellow]warning[/]  {escape(label)}: {escape(one['name'])}: {escape(one['text'])}")
 
     def line(self, text: str) -> None:
         """One plain line."""

@@ -19,10 +19,12 @@ from evertune.gate import Verdict, judge
 from evertune.hashing import digest_json
 from evertune.ledger import Event, Ledger, record_event, write_current
 from evertune.ledger import champion as champion_of
+from evertune.methods import named, standing_of, used_in
 from evertune.model.checkpoint import Checkpoint, describe
 from evertune.plan import GATE_VERSION, Plan, make_plan
 from evertune.probe.scores import ItemScores
 from evertune.process import Workers
+from evertune.ratchet import Ratchet
 from evertune.recipe.load import LoadedRecipe
 from evertune.recipe.schema import Round, Rung
 from evertune.report.text import next_command
@@ -46,13 +48,13 @@ class Position:
 
     Attributes:
         champion: the last promoted model; the base before any promotion.
-        best: item scores of the best promoted model, per probe: the reference that stops slow decay.
+        ratchet: the best promoted scores per probe: the reference that stops slow decay.
         history: keys of the objects that hold the training rows of promoted rounds.
         settled: key of the last verdict, `base` before the first.
     """
 
     champion: Model
-    best: Mapping[str, ItemScores]
+    ratchet: Ratchet
     history: tuple[str, ...] = ()
     settled: str = "base"
 
@@ -122,7 +124,7 @@ def begin(session: Session) -> Position:
     place = {"path": str(plan.base.path)}
     _record(session, "checkpoint", digest_json({"base": plan.base.digest}), plan.base_body(), place)
     base = probe(session, base)
-    return _after_settling(session, Position(champion=base, best=base.scores))
+    return _after_settling(session, Position(champion=base, ratchet=Ratchet.start(base.scores)))
 
 
 def run_round(session: Session, one: Round, position: Position) -> Position:
@@ -134,6 +136,7 @@ def run_round(session: Session, one: Round, position: Position) -> Position:
         made.append(probe(session, perform_stage(session, one, index, made, position)))
     candidate = made[-1]
     verdict, key = decide(session, one, candidate, position)
+    position = replace(position, ratchet=position.ratchet.judged(verdict.decision))
     by = "gate"
     if verdict.decision != "PROMOTE":
         rescued = rescue(session, one, candidate, start, verdict, position)
@@ -184,8 +187,10 @@ def perform_stage(session: Session, one: Round, index: int, made: Sequence[Model
         "stage_index": index,
         "settings": order.settings(),
     }
+    session.display.warnings(label, body.get("warnings", ()))
     event = digest_json({"label": label, "object": order.key})
     _record(session, "checkpoint", event, body, manifest.record["volatile"])
+    session.display.academic(label, named(body["methods"], "academic"))
     return Model(checkpoint, label)
 
 
@@ -210,7 +215,13 @@ def decide(
     """Judge a candidate against the champion and the best, and record the verdict; returns it with its key."""
     plan = session.plan
     verdict = judge(
-        candidate.scores, position.champion.scores, position.best, plan.facts(one), plan.gate_settings, tried=tried
+        candidate.scores,
+        position.champion.scores,
+        position.ratchet.best,
+        plan.facts(one),
+        plan.gate_settings,
+        tried=tried,
+        shares=position.ratchet.shares,
     )
     key = digest_json(
         {
@@ -223,6 +234,7 @@ def decide(
             "probes": {each.name: [each.digest, plan.facts(one)[each.name].role] for each in plan.probes},
             "settings": plan.gate_body,
             "tried": tried,
+            "shares": dict(position.ratchet.shares),
         }
     )
     kind = "verdict" if rescue_facts is None else "rescue"
@@ -235,6 +247,7 @@ def decide(
         "champion_label": position.champion.label,
         "settings": plan.gate_body,
         "tried": tried,
+        **_provenance(session, candidate, verdict),
         "flips": plan.flips(candidate.scores, position.champion.scores),
         **(rescue_facts or {}),
     }
@@ -242,6 +255,15 @@ def decide(
     then = next_command(_seen_from_here(plan.workspace), plan.recipe.name, candidate.label, verdict.decision)
     session.display.verdict(candidate.label, verdict, body, next_command=then)
     return verdict, key
+
+
+def _provenance(session: Session, candidate: Model, verdict: Verdict) -> dict[str, Any]:
+    """What the candidate was made with, back to the base, and the reasons with a word about academic methods."""
+    checkpoints = [event.body for event in session.ledger.events("checkpoint")]
+    used = used_in(checkpoints, candidate.checkpoint.digest)
+    academic = named(used, "academic")
+    told = [f"Made with academic methods, not production-validated: {', '.join(academic)}."] if academic else []
+    return {"methods": list(used), "standing": standing_of(used), "reasons": [*verdict.reasons, *told]}
 
 
 def rescue(
@@ -271,9 +293,9 @@ def promote(session: Session, one: Round, candidate: Model, position: Position, 
     }
     _record(session, "promotion", digest_json({**body, "after": position.settled}), body)
     history = session.plan.keep_history(one, session.workspace)
-    best = ladder.ratchet(position.best, candidate.scores)
+    ratchet = position.ratchet.climb(candidate.scores, alpha=session.plan.gate_settings.alpha)
     session.display.promoted(one.name, candidate.label)
-    return replace(position, champion=candidate, best=best, history=(*position.history, history))
+    return replace(position, champion=candidate, ratchet=ratchet, history=(*position.history, history))
 
 
 def _interpolate(
@@ -283,7 +305,14 @@ def _interpolate(
     plan = session.plan
     alphas = list(rung.interpolate.alphas) if rung.interpolate else []
     scan = _scan(session, one, alphas, candidate, start)
-    chosen = ladder.choose(scan, position.champion.scores, position.best, plan.facts(one), plan.gate_settings)
+    chosen = ladder.choose(
+        scan,
+        position.champion.scores,
+        position.ratchet.best,
+        plan.facts(one),
+        plan.gate_settings,
+        position.ratchet.shares,
+    )
     winner = probe(session, _write_interpolation(session, one, chosen.alpha, candidate, start))
     facts = {"rung": "interpolate", "alpha": chosen.alpha, "scan": chosen.scan_body()}
     verdict, key = decide(session, one, winner, position, tried=len(alphas), rescue_facts=facts)
@@ -319,7 +348,9 @@ def _write_interpolation(session: Session, one: Round, alpha: float, candidate: 
         session.workers.run({"kind": "interpolate", "label": one.name, "key": key, "alpha": alpha, **line.job})
     checkpoint = describe(workspace.path(key), cache=workspace.cache / "digests.json")
     label = f"{one.name}/rescue-{alpha:g}"
-    body = session.plan.interpolation_body(checkpoint, key, label, one.name, alpha, start.checkpoint)
+    body = session.plan.interpolation_body(
+        checkpoint, key, label, one.name, alpha, start.checkpoint, candidate.checkpoint
+    )
     _record(session, "checkpoint", digest_json({"label": label, "object": key}), body)
     return Model(checkpoint, label)
 

@@ -7,12 +7,14 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "evertune"
 
-# Each room may import the rooms named here, and no other. `errors`, `hashing` and `failpoint` are open to all.
-OPEN_TO_ALL = {"errors", "hashing", "failpoint"}
+# Each room may import the rooms named here, and no other. Those of `OPEN_TO_ALL` import none themselves.
+OPEN_TO_ALL = {"errors", "hashing", "failpoint", "methods"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "hashing": set(),
     "failpoint": set(),
+    "methods": set(),
+    "method_pages": set(),
     "preload": set(),
     "demo": set(),
     "recipe": set(),
@@ -27,6 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "merge": {"model", "recipe"},
     "gate": {"measure", "probe"},
     "rescue": {"gate", "probe"},
+    "ratchet": {"gate", "probe"},
     "report": {"ledger", "measure", "workspace"},
     "lineage": {"ledger", "model", "workspace"},
     "stages": {"plan", "recipe", "data", "model", "train", "workspace"},
@@ -44,6 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "process",
         "display",
         "rescue",
+        "ratchet",
         "gate",
         "ledger",
         "model",
@@ -52,6 +56,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "report",
         "workspace",
     },
+    "hooks": {"suites", "gate", "model", "probe"},
     "judgement": {"gate", "probe"},
     "renderings": set(),
     "suites": {"recipe", "data", "model", "probe", "gate"},

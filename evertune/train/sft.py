@@ -28,7 +28,7 @@ class _Supervised:
         return CrossEntropy()
 
     def methods(self) -> dict[str, bool]:
-        return {}
+        return {"sft": True}
 
     def final(self, last: Sequence[Metrics]) -> dict[str, float]:
         return {}

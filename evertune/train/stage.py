@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from evertune.data.encode import EncodedRow
+from evertune.methods import standing_of
 from evertune.model.adapter import Factors, add_adapter, read_factors, save_new
 from evertune.model.checkpoint import Checkpoint
 from evertune.model.codec import Codec
@@ -236,11 +237,12 @@ def _facts(spec: TrainingSpec, lesson: Lesson, material: Material, history: Sequ
     if any("kl" in one for one in last):
         final["kl"] = mean_of(last, "kl")
     stride = -(-len(history) // LOSS_POINTS)
+    used = _methods(spec, lesson, has_replay=bool(material.replay))
     facts = {
         "label": spec.label,
         "stage": spec.kind,
-        "standing": "production",
-        "methods": _methods(spec, lesson, has_replay=bool(material.replay)),
+        "standing": standing_of(used),
+        "methods": used,
         "form": "adapter" if spec.is_lora else "model",
         "stands_on": spec.start.digest if spec.is_lora else None,
         "start": spec.start.digest,
