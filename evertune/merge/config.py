@@ -2,22 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import ValidationError, model_validator
 
 from evertune.errors import RecipeError
 from evertune.merge.methods import METHODS, Method
-from evertune.merge.values import Blocks, Match, Value
 from evertune.recipe.problems import problem_lines
-from evertune.recipe.schema import Config, Name, PlaceText
+from evertune.recipe.schema import Blocks, Match, Merge, MergeMethod
 from evertune.recipe.strict_yaml import Document, Steps, read_yaml
 
 SHOWN_PROBLEMS = 10
-MethodName = Literal[
-    "linear", "ema", "interpolate", "task_arithmetic", "slerp", "model_stock", "ties", "dare_linear", "dare_ties",
-    "della_linear", "della", "breadcrumbs", "breadcrumbs_ties", "sce", "ram", "magmax",
-]  # fmt: skip
 # Settings that only some methods read: name in the file -> field.
 METHOD_SETTINGS = {
     "lambda": "scale", "t": "t", "decay": "decay", "density": "density", "normalize": "normalize",
@@ -26,64 +21,8 @@ METHOD_SETTINGS = {
 DEFAULT_WEIGHT, DEFAULT_SCALE, DEFAULT_T = 1.0, 1.0, 0.5
 
 
-class MergeModel(Config):
-    """One model that goes in."""
-
-    path: PlaceText
-    """Folder of a Hugging Face model or of a PEFT adapter, relative to this file."""
-    weight: Value | None = None
-    """How much it counts; 1 when not given. Below 0 forgets, in methods on task vectors."""
-    density: Value | None = None
-    """Share of its task vector that stays; the merge's `density` when not given."""
-
-
-class MergeConfig(Config):
-    """A merge: a method, models, and what comes out."""
-
-    method: MethodName
-    """`evertune merge methods` lists them with paper and standing."""
-    base: PlaceText | None = None
-    """Folder of the model that all others were trained from: task vectors are differences from it."""
-    models: dict[Name, MergeModel] = Field(min_length=1)
-    """What goes in, by a name for messages. The order counts for `ema` and `slerp` only."""
-    scale: Value | None = Field(None, alias="lambda")
-    """The merged task vector counts this many times; 1 when not given."""
-    t: Value | None = None
-    """Share of the second model, for `slerp` and `interpolate`; 0.5 when not given."""
-    decay: float | None = Field(None, ge=0.0, lt=1.0)
-    """For `ema`: share of the old average that each next model keeps; 0.5 when not given."""
-    density: Value | None = None
-    """Share of each task vector that stays."""
-    normalize: bool | None = None
-    """Divide by the sum of weights; what the method's paper does when not given."""
-    epsilon: float | None = Field(None, ge=0.0, le=0.5)
-    """For `della`: keeping probabilities run from density - epsilon to density + epsilon; 0.15 when not given."""
-    gamma: float | None = Field(None, ge=0.0, lt=1.0)
-    """For `breadcrumbs`: share of the largest changes that is left out; 0.01 when not given."""
-    boost: float | None = Field(None, ge=0.0, allow_inf_nan=False)
-    """For `ram`: how much an expert's own changes gain for what it shares; 0 when not given, 0.1 in RAM+."""
-    boost_limit: float | None = Field(None, ge=0.0, allow_inf_nan=False)
-    """For `ram`: the largest ratio of shared to own changes that counts; 0.2 when not given."""
-    seed: int = Field(0, ge=0, lt=2**63)
-    """Seeds what is drawn: dropped elements, and which of equally large ones stay."""
-    dtype: Literal["bfloat16", "float16", "float32"] | None = None
-    """Of the result; the base's, or the first model's, tensor by tensor, when not given."""
-    output: Literal["auto", "model", "adapter"] = "auto"
-    """`auto`: an adapter where that is exact (a linear method on adapters over one base), else a model."""
-    rank: int | None = Field(None, gt=0)
-    """Rank of a resulting adapter: the best of that rank, and the lost energy is reported. All when not given."""
-    shard_gb: float = Field(5.0, gt=0.0, allow_inf_nan=False)
-    """Largest weights file, in 10^9 bytes."""
-    config_from: Name | None = None
-    """Model whose config, tokenizer and template the result gets; the base, or the first model, when not given."""
-    vocabulary: Literal["same", "by_token"] = "same"
-    """`same` refuses differing tokenizers. `by_token` takes, for each token of the result's tokenizer, the row of the
-    model that has it; a model without it does not change it."""
-    different_starts: Literal["refuse", "allow"] = "refuse"
-    """Models whose weights are as good as unrelated do not merge; `allow` tries."""
-    compat: Literal["mergekit"] | None = None
-    """Follow mergekit where it differs: sign ties count as plus, division by signed weights, DARE scaled to the L1
-    norm, SLERP straight above a cosine of 0.9995, Model Stock's share unbounded."""
+class MergeConfig(Merge):
+    """A merge that stands alone, or a stage's, with what its method needs and nothing that it does not read."""
 
     @model_validator(mode="after")
     def _fits_method(self) -> "MergeConfig":
@@ -180,4 +119,4 @@ def _flat(value: Any) -> list[float]:
     return [number for one in value for number in _flat(one)] if isinstance(value, list) else [float(value)]
 
 
-assert set(get_args(MethodName)) == set(METHODS), "the schema names the methods of the table"
+assert set(get_args(MergeMethod)) == set(METHODS), "the schema names the methods of the table"

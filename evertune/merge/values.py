@@ -11,39 +11,12 @@ Globs are anchored: `model.layers.1.*` is layer 1, not layer 10.
 import fnmatch
 import re
 from collections.abc import Iterable, Sequence
-from typing import Annotated
-
-from pydantic import BeforeValidator, Field
 
 from evertune.errors import MergeError
-from evertune.recipe.schema import Config
+from evertune.recipe.schema import Blocks, Match
 
-Number = Annotated[float, Field(allow_inf_nan=False)]
 _LAYER = re.compile(r"\.(\d+)\.")
 _FIRST = re.compile(r"(^|\.)(embed_tokens|wte|wpe|word_embeddings|embed_in|tok_embeddings|embeddings?)\.")
-
-
-class Blocks(Config):
-    """One value for each of equally many layers, in order of depth."""
-
-    blocks: list[Number] = Field(min_length=1)
-    """Values; the layers are divided among them."""
-
-
-class Match(Config):
-    """A value for the tensors whose name matches."""
-
-    match: str | None = None
-    """A glob for the whole name of a tensor; without one, every tensor."""
-    value: float | list[Number] | Blocks
-    """For these tensors."""
-
-
-def _number(value: object) -> object:
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-
-Value = Annotated[Number | list[Number] | list[Match] | Blocks, BeforeValidator(_number, json_schema_input_type=object)]
 
 
 class Depths:

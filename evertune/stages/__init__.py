@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from evertune.stages import dpo, external, sft
+from evertune.stages import dpo, external, merge, sft
 from evertune.stages.place import Order, Place
 from evertune.workspace import Workspace
 
@@ -40,4 +40,5 @@ KINDS: dict[str, StageKind] = {
     "sft": StageKind(sft.order, sft.perform, is_launched=True),
     "dpo": StageKind(dpo.order, dpo.perform, is_launched=True),
     "external": StageKind(external.order, external.perform),
+    "merge": StageKind(merge.order, merge.perform),
 }
