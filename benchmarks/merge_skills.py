@@ -44,10 +44,10 @@ rounds:
     stages: [{{sft: {{data: [topics], epochs: 1, lr: 5.0e-5, batch_rows: 16, micro_batch_rows: 8}}}}]
 """
 PROBES: dict[str, dict[str, Any]] = {
-    "commands": {"path": "snips7/test.jsonl", "kind": "choice", "limit": 100},
-    "topics": {"path": "dbpedia14/test.jsonl", "kind": "choice", "limit": 80},
-    "science": {"path": "arc_easy/test.jsonl", "kind": "choice", "limit": 100},
-    "web text": {"path": "text_c4/test.jsonl", "kind": "bits_per_byte", "limit": 24},
+    "commands": {"path": "snips7/test.jsonl", "kind": "choice", "limit": 60},
+    "topics": {"path": "dbpedia14/test.jsonl", "kind": "choice", "limit": 42},
+    "science": {"path": "arc_easy/test.jsonl", "kind": "choice", "limit": 60},
+    "web text": {"path": "text_c4/test.jsonl", "kind": "bits_per_byte", "limit": 16},
 }
 MODELS = {"commands": {"path": "commands"}, "topics": {"path": "topics"}}
 MERGES: dict[str, dict[str, Any]] = {
@@ -74,7 +74,7 @@ def main() -> None:
     _write_config(folder / "inspect.json", MERGES["task_arithmetic"])
     seen = json.loads(
         _evertune(["merge", "inspect", "inspect.json", "--text", str(given.data.absolute() / "text_c4/test.jsonl"),
-                   "--limit", "24", "--points", "9", "--json"], folder)
+                   "--limit", "12", "--points", "9", "--json"], folder)
     )  # fmt: skip
     scores: dict[str, dict[str, tuple[float, float]]] = {}
     conflicts = {}
@@ -132,16 +132,15 @@ def _scores(model: Path, data: Path, kept: Path) -> dict[str, tuple[float, float
     from evertune.probe.job import score_one
     from evertune.probe.suite import load_probe
 
-    if kept.is_file():
-        found: dict[str, tuple[float, float]] = json.loads(kept.read_text())
-        return found
-    opened = open_model(describe(model.resolve()), dtype="bfloat16")
-    result = {}
-    for name, settings in PROBES.items():
-        scores = score_one(opened, load_probe(name, settings=settings, root=data))
+    result: dict[str, tuple[float, float]] = json.loads(kept.read_text()) if kept.is_file() else {}
+    missing = [name for name in PROBES if name not in result]
+    if missing:
+        opened = open_model(describe(model.resolve()), dtype="bfloat16")
+    for name in missing:
+        scores = score_one(opened, load_probe(name, settings=PROBES[name], root=data))
         spread = float(scores.score.std(ddof=1) / len(scores.ids) ** 0.5)
         result[name] = (float(scores.value), spread)
-    kept.write_text(json.dumps(result))
+        kept.write_text(json.dumps(result))
     return result
 
 
@@ -163,14 +162,14 @@ def _print(seen: dict[str, Any], scores: dict[str, dict[str, tuple[float, float]
     for line in seen["recommendation"]:
         print(f"- it says: {line}")
     curve = seen["curves"][0]
-    print(f"\nLoss on web text along the straight line ({seen['unit']}, float32, 24 texts):")
+    print(f"\nLoss on web text along the straight line ({seen['unit']}, float32, 12 texts):")
     print(f"barrier {curve['barrier']:+.4f}.\n")
     print(f"| share of {curve['second']} | " + " | ".join(f"{one:.3f}" for one in curve["shares"]) + " |")
     print("|" + "---|" * (len(curve["shares"]) + 1))
     print("| loss | " + " | ".join(f"{one:.4f}" for one in curve["losses"]) + " |")
     print("\n## After: what each merge keeps\n")
     print("Accuracy on test items (chance 0.14, 0.07, 0.25), and bits per byte of web text (lower is better), with one")
-    print("standard error. 80 to 100 items tell differences of ten points apart, not of two.\n")
+    print("standard error. 42 to 60 items tell differences of fifteen points apart, not of five.\n")
     print("| model | " + " | ".join(PROBES) + " | mean of both skills |")
     print("|" + "---|" * (len(PROBES) + 2))
     for name, one in scores.items():
