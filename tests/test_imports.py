@@ -27,6 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "train": {"data", "model", "workspace", "measure"},
     "probe": {"data", "model", "workspace", "verifiers", "measure"},
     "merge": {"model", "recipe"},
+    "merge_search": {"merge", "model", "probe", "recipe"},
     "gate": {"measure", "probe"},
     "rescue": {"gate", "probe"},
     "ratchet": {"gate", "probe"},

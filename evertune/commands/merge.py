@@ -3,7 +3,7 @@
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
@@ -92,6 +92,30 @@ def inspect(
     plan = plan_merge(load_config(config), folder=config.absolute().parent, cache=DIGESTS)
     loss = None if text is None else _loss_on(text, limit)
     found = inspect_models(plan, loss=loss, unit="bits per byte", points=points)
+    _tell(found.body(), found.lines(), as_json=as_json)
+
+
+@app.command("search")
+def search(
+    config: ConfigPath,
+    recipe: Annotated[Path, typer.Option("--probes", metavar="RECIPE", help="A recipe: its probes are the measure.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Write the winner here.")] = None,
+    how: Annotated[
+        Literal["grid", "coordinate", "cma", "greedy"], typer.Option("--how", help="greedy is the greedy soup.")
+    ] = "coordinate",
+    steps: Annotated[int, typer.Option(min=1, max=50, help="Of the grid; 1 / steps is the step of the others.")] = 4,
+    rounds: Annotated[int, typer.Option(min=1, help="Of coordinate; CMA-ES gets ten evaluations for each.")] = 2,
+    as_json: AsJson = False,
+) -> None:
+    """Try weights in memory on half of each probe's items, and report the winner on the other half."""
+    from evertune.merge.config import load_config
+    from evertune.merge_search import search_weights
+    from evertune.recipe.load import load_recipe
+
+    folder, measured = config.absolute().parent, load_recipe(recipe)
+    found = search_weights(
+        load_config(config), folder, measured, how=how, steps=steps, rounds=rounds, out=out, cache=DIGESTS
+    )
     _tell(found.body(), found.lines(), as_json=as_json)
 
 

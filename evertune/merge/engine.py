@@ -262,7 +262,7 @@ class _Work:
         done = all((index, segment) in self._finished for segment in range(tensor.segments))
         if done and (index in self._journal.statistics or not self._is_measured(tensor)):
             return
-        rule = _rule(self._plan, tensor)
+        rule = tensor_rule(self._plan, tensor)
         opened = _Open(index, open_inputs(self._plan, tensor, self._files), rule)
         self._open += 1
         self._begin(opened)
@@ -361,7 +361,7 @@ class _Work:
         return tensor.settings is not None and bool(tensor.experts) and tensor.elements > 0
 
 
-def _rule(plan: MergePlan, tensor: TensorPlan) -> Rule:
+def tensor_rule(plan: MergePlan, tensor: TensorPlan) -> Rule:
     """The method's rule for a tensor; without an expert that counts, the base as it is."""
     if tensor.settings is None:
         return Rule(lambda chunk, state, out: None)
