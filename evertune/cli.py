@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
+from evertune.commands.advise import app as advise_app
 from evertune.commands.data import app as data_app
 from evertune.commands.gate import EXIT_OF_DECISION, gate
 from evertune.commands.merge import app as merge_app
@@ -32,6 +33,7 @@ app.command()(gate)
 app.add_typer(data_app, name="data")
 app.add_typer(merge_app, name="merge")
 app.command()(methods)
+app.add_typer(advise_app, name="advise")
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe in YAML.")]
 WorkspacePath = Annotated[Path, typer.Argument(metavar="WORKSPACE", help="The folder of a run.")]

@@ -40,6 +40,7 @@ NO_METHOD = {
     "MergeModel.weight": "a number, or numbers by tensor",
     "MergeModel.density": "a number, or numbers by tensor",
     "Match.value": "a number, or numbers by tensor",
+    "Training.mix": "how the rows of several sources are counted",
 }
 
 
