@@ -33,6 +33,7 @@ NO_METHOD = {
     "Recipe.defaults": "holds replay, anchor and tune",
     "Recipe.numerics": "how numbers are computed",
     "Probe.verifier": "how an answer is checked",
+    "VerifierPart.check": "how an answer is checked",
     "Merge.models": "what is merged",
     "Merge.scale": "a number, or numbers by tensor",
     "Merge.t": "a number, or numbers by tensor",
