@@ -33,6 +33,13 @@ NO_METHOD = {
     "Recipe.defaults": "holds replay, anchor and tune",
     "Recipe.numerics": "how numbers are computed",
     "Probe.verifier": "how an answer is checked",
+    "Merge.models": "what is merged",
+    "Merge.scale": "a number, or numbers by tensor",
+    "Merge.t": "a number, or numbers by tensor",
+    "Merge.density": "a number, or numbers by tensor",
+    "MergeModel.weight": "a number, or numbers by tensor",
+    "MergeModel.density": "a number, or numbers by tensor",
+    "Match.value": "a number, or numbers by tensor",
     "Training.mix": "how the rows of several sources are counted",
 }
 
