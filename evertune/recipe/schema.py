@@ -149,8 +149,8 @@ class Verifier(OneKey):
     json_schema: dict[str, Any] | None = None
     """A JSON Schema the output must satisfy; when the item has an `answer` object, it must equal it too."""
     parts: "Annotated[dict[Name, VerifierPart], Field(min_length=1)] | None" = None
-    """Several verifiers of the same answer, by name. The score is their weighted mean; each part's is logged where an
-    rl stage learns from it."""
+    """Several verifiers of the same answer, by name. The score is their weighted mean; in an rl stage the score of each
+    part is logged."""
 
 
 class VerifierPart(Config):
