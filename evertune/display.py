@@ -122,6 +122,10 @@ class Display:
         self._console.print(evidence_table(body))
         for reason in body["reasons"]:
             self._console.print(f"- {escape(reason)}")
+        if body.get("items_asked") is not None:
+            asked, in_all = body["items_asked"], body["items_in_all"]
+            saved = f"{1 - asked / in_all:.0%} saved" if asked < in_all else "no early decision"
+            self._console.print(f"- asked {asked:,} of {in_all:,} items of each model in batches: {saved}")
 
     def promoted(self, round_name: str, label: str) -> None:
         self._console.print(f"  [green]champion[/] is now {escape(label)}")

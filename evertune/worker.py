@@ -74,6 +74,38 @@ def _scan(job: Job, workspace: Workspace) -> dict[str, Any]:
     return {"key": workspace.publish(kind="scan", key=job["key"], record={}, write=write).key}
 
 
+def _early(job: Job, workspace: Workspace) -> dict[str, Any]:
+    """Ask both sides batch by batch until the gate decides; both sides' scores so far as Parquet."""
+    from evertune.early import Sides, judge_in_batches
+    from evertune.gate import GateSettings, ProbeFacts
+    from evertune.model.checkpoint import Checkpoint
+    from evertune.model.open import open_model
+    from evertune.probe.job import score_one
+    from evertune.probe.suite import AnyProbe, load_probe
+
+    probes = [load_probe(one["name"], settings=one["settings"], root=Path(one["root"])) for one in job["probes"]]
+    facts = {name: ProbeFacts(**one) for name, one in job["facts"].items()}
+
+    def write(folder: Path) -> dict[str, Any]:
+        before, after = (
+            open_model(
+                Checkpoint.from_json(job[side]), dtype=job["numerics"]["dtype"], device=job["numerics"]["device"]
+            )
+            for side in ("baseline", "candidate")
+        )
+
+        def score(probe: AnyProbe) -> Sides:
+            return Sides(score_one(before, probe), score_one(after, probe))
+
+        done = judge_in_batches(probes, facts, GateSettings.from_json(job["settings"]), score)
+        for side, scores in (("before", done.before), ("after", done.after)):
+            for name, one in scores.items():
+                one.write_parquet(folder / f"{side}-{name}.parquet")
+        return {"look": done.look, "items_asked": done.items_asked, "items_in_all": done.items_in_all}
+
+    return {"key": workspace.publish(kind="early", key=job["key"], record={}, write=write).key}
+
+
 def _interpolate(job: Job, workspace: Workspace) -> dict[str, Any]:
     from evertune.merge.interpolate import write_winner
     from evertune.model.checkpoint import Checkpoint
@@ -90,6 +122,7 @@ def _interpolate(job: Job, workspace: Workspace) -> dict[str, Any]:
 _JOBS: dict[str, Callable[[Job, Workspace], dict[str, Any]]] = {
     "probe": _probe,
     "scan": _scan,
+    "early": _early,
     "interpolate": _interpolate,
 }
 

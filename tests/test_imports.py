@@ -31,7 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": {"ledger", "measure", "workspace"},
     "lineage": {"ledger", "model", "workspace"},
     "stages": {"plan", "recipe", "data", "model", "train", "workspace"},
-    "worker": {"stages", "merge", "probe", "model", "workspace"},
+    "worker": {"stages", "merge", "probe", "model", "workspace", "early", "gate"},
     "process": {"worker"},
     "plan": {"recipe", "data", "model", "probe", "train", "gate", "workspace"},
     "check": {"measure", "recipe", "data", "model", "probe", "gate", "ledger", "workspace", "verifiers"},
@@ -55,6 +55,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "workspace",
     },
     "judgement": {"gate", "probe"},
+    "early": {"gate", "probe"},
     "renderings": set(),
     "suites": {"recipe", "data", "model", "probe", "gate"},
     "judging": {
