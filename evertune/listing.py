@@ -32,13 +32,15 @@ def show_body(place: Path, label: str | None) -> dict[str, Any]:
     """What a checkpoint is, for `evertune show --json`.
 
     Shape: what `describe_for_humans` says of the folder (`path`, `digest`, `form`, `stack`, `deploy`, ...), and for a
-    labelled checkpoint of a workspace also `label`, `round`, `settings`, `data`, `probes`: {name: {value, ci90, n}}.
+    labelled checkpoint of a workspace also `label`, `round`, `settings`, `data`, `probes`: {name: {value, ci90, n}},
+    and, of a trained one, `final` and perhaps `warnings`.
     """
     if not (place / "ledger.sqlite").is_file():
         return describe_for_humans(describe(place))
     opened = open_workspace(place)
     event, checkpoint = find_checkpoint(opened, label)
     facts = {name: event.body[name] for name in ("label", "round", "stage", "settings", "data", "replay", "anchor")}
+    facts |= {name: event.body[name] for name in ("final", "warnings") if event.body.get(name)}
     return {**describe_for_humans(checkpoint), **facts, "probes": _probe_values(opened, event.body["digest"])}
 
 

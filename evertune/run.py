@@ -186,6 +186,7 @@ def perform_stage(session: Session, one: Round, index: int, made: Sequence[Model
         "stage_index": index,
         "settings": order.settings(),
     }
+    session.display.warnings(label, body.get("warnings", ()))
     event = digest_json({"label": label, "object": order.key})
     _record(session, "checkpoint", event, body, manifest.record["volatile"])
     return Model(checkpoint, label)

@@ -54,6 +54,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "report",
         "workspace",
     },
+    "hooks": {"suites", "gate", "model", "probe"},
     "judgement": {"gate", "probe"},
     "early": {"gate", "probe"},
     "renderings": set(),

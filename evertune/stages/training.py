@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from evertune.data.cleaned import Given
 from evertune.hashing import digest_json
 from evertune.model.checkpoint import Checkpoint
 from evertune.plan import Plan
@@ -68,21 +69,23 @@ def _replay_refs(plan: Plan, settings: ResolvedTraining, histories: Sequence[Pat
     refs = []
     for name in settings.replay_sources:
         if name == "history":
-            refs += [ref for folder in histories for ref in _history_refs(folder)]
+            refs += [ref for folder in histories for ref in _history_refs(plan, folder)]
         else:
             refs.append(plan.rows_ref(name))
     return refs
 
 
-def _history_refs(folder: Path) -> list[RowsRef]:
+def _history_refs(plan: Plan, folder: Path) -> list[RowsRef]:
     manifest = read_manifest(folder)
     return [
-        RowsRef(
-            source=f"history/{manifest.record['round']}/{Path(entry.path).stem}",
-            path=str(folder / entry.path),
-            format=manifest.record["formats"][Path(entry.path).stem],
-            limit=None,
-            digest=entry.sha256,
+        plan.clean(
+            Given(
+                source=f"history/{manifest.record['round']}/{Path(entry.path).stem}",
+                path=folder / entry.path,
+                format=manifest.record["formats"][Path(entry.path).stem],
+                limit=None,
+                digest=entry.sha256,
+            )
         )
         for entry in manifest.files
     ]
