@@ -8,7 +8,7 @@ import importlib.metadata
 import os
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -99,11 +99,15 @@ class Plan:
         return _checkpoint_body(self.base, None, label="base", round_name=None, stage="base")
 
     def interpolation_body(
-        self, checkpoint: Checkpoint, key: str, label: str, round_name: str, alpha: float, start: Checkpoint
+        self, checkpoint: Checkpoint, key: str, label: str, round_name: str, share: Any, start: Checkpoint
     ) -> dict[str, Any]:
-        """The ledger's facts of a rescue's winner."""
+        """The ledger's facts of a rescue's winner; `share` is a number, or a list of one per block of layers."""
         body = _checkpoint_body(checkpoint, key, label=label, round_name=round_name, stage="interpolate")
-        return {**body, "start": start.digest, "settings": {"alpha": alpha}, "methods": ["wise_ft"]}
+        return {**body, "start": start.digest, "settings": {"alpha": share}, "methods": ["wise_ft"]}
+
+    def asked(self, *, held_out: bool) -> "Plan":
+        """The same plan with only the probes that are held out, or only the others."""
+        return replace(self, probes=tuple(one for one in self.probes if one.held_out == held_out))
 
     def flips(self, after: Mapping[str, ItemScores], before: Mapping[str, ItemScores]) -> dict[str, list[Any]]:
         """Per probe, the items whose score fell most, then those that rose: what a person wants to see first."""

@@ -52,24 +52,27 @@ def _probe(job: Job, workspace: Workspace) -> dict[str, Any]:
 
 
 def _scan(job: Job, workspace: Workspace) -> dict[str, Any]:
-    """Score every share of the candidate in memory; one Parquet of item scores per share and probe."""
-    from evertune.merge.interpolate import scan
+    """Score every share of the candidate in memory; one Parquet of item scores per share, by its number, and probe."""
+    from evertune.merge.interpolate import Share, scan
     from evertune.model.checkpoint import Checkpoint
     from evertune.model.open import OpenModel
     from evertune.probe.job import score_open
     from evertune.probe.suite import load_probe
 
     probes = [load_probe(one["name"], settings=one["settings"], root=Path(one["root"])) for one in job["probes"]]
+    shares: list[Share] = [tuple(one) if isinstance(one, list) else one for one in job["shares"]]
 
     def write(folder: Path) -> dict[str, Any]:
-        def visit(alpha: float, opened: OpenModel) -> None:
+        numbers = {share: number for number, share in enumerate(shares)}
+
+        def visit(share: Share, opened: OpenModel) -> None:
             for name, scores in score_open(opened, probes).items():
-                scores.write_parquet(folder / f"{alpha!r}-{name}.parquet")
+                scores.write_parquet(folder / f"{numbers[share]}-{name}.parquet")
 
         numerics = job["numerics"]
         candidate, reference = (Checkpoint.from_json(job[one]) for one in ("candidate", "reference"))
-        scan(candidate, reference, job["alphas"], dtype=numerics["dtype"], device=numerics["device"], visit=visit)
-        return {"alphas": job["alphas"]}
+        scan(candidate, reference, shares, dtype=numerics["dtype"], device=numerics["device"], visit=visit)
+        return {"shares": job["shares"]}
 
     return {"key": workspace.publish(kind="scan", key=job["key"], record={}, write=write).key}
 
@@ -113,7 +116,8 @@ def _interpolate(job: Job, workspace: Workspace) -> dict[str, Any]:
     candidate, reference = (Checkpoint.from_json(job[one]) for one in ("candidate", "reference"))
 
     def write(folder: Path) -> dict[str, Any]:
-        write_winner(candidate, reference, job["alpha"], folder, dtype=job["numerics"]["dtype"])
+        share = tuple(job["share"]) if isinstance(job["share"], list) else job["share"]
+        write_winner(candidate, reference, share, folder, dtype=job["numerics"]["dtype"])
         return {}
 
     return {"key": workspace.publish(kind="checkpoint", key=job["key"], record={}, write=write).key}

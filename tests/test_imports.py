@@ -26,7 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "probe": {"data", "model", "workspace", "verifiers", "measure"},
     "merge": {"model"},
     "gate": {"measure", "probe"},
-    "rescue": {"gate", "probe"},
+    "rescue": {"gate", "probe", "recipe"},
     "ratchet": {"gate", "probe"},
     "report": {"ledger", "measure", "workspace"},
     "lineage": {"ledger", "model", "workspace"},

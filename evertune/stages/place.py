@@ -19,6 +19,7 @@ class Place:
         made: what the round starts from, then what each stage before this one has made.
         champion: the last promoted checkpoint, or the base.
         histories: folders with the training rows of promoted rounds.
+        attempt: the rescue whose amended round this is; "" in the round itself.
     """
 
     plan: Plan
@@ -27,6 +28,7 @@ class Place:
     made: Sequence[Checkpoint]
     champion: Checkpoint
     histories: Sequence[Path] = field(default=())
+    attempt: str = ""
 
     @property
     def kind(self) -> str:
@@ -45,7 +47,8 @@ class Place:
     @property
     def label(self) -> str:
         """What people call the stage's checkpoint."""
-        return f"{self.round.name}/{self.index + 1}-{self.kind}"
+        attempt = f"{self.attempt}/" if self.attempt else ""
+        return f"{self.round.name}/{attempt}{self.index + 1}-{self.kind}"
 
     @property
     def start(self) -> Checkpoint:
