@@ -270,7 +270,7 @@ def decide(
         "champion_label": position.champion.label,
         "settings": plan.gate_body,
         "tried": tried,
-        "alpha": settings.alpha,
+        "gate_alpha": settings.alpha,
         "looks": position.looks,
         "held_out": consulted if len(open_facts) < len(facts) else None,
         "flips": plan.flips(candidate.scores, position.champion.scores),
