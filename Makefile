@@ -52,6 +52,7 @@ golden: $(VENV)/.dev
 
 docs: $(VENV)/.core
 	$(BIN)/python -m evertune.recipe.reference docs/recipe.md
+	$(BIN)/python -m evertune.method_pages docs
 
 clean:
 	rm -rf $(VENV) demo-run

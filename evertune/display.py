@@ -117,6 +117,12 @@ class Display:
             self._console.print(f"  - {escape(reason)}")
         self._console.print(f"  [dim]next:[/] {escape(next_command)}")
 
+    def academic(self, label: str, methods: Sequence[str]) -> None:
+        """Say that a checkpoint was made with methods that nobody has validated in production, if it was."""
+        if methods:
+            told = f"made with {', '.join(methods)}: not production-validated"
+            self._console.print(f"  [bold yellow]academic[/] {escape(label)} {escape(told)}")
+
     def judgement(self, body: Mapping[str, Any]) -> None:
         """A verdict without a round: decision, evidence, reasons."""
         colour = COLOURS[body["decision"]]

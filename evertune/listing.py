@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from evertune.lineage import Opened, current_events, find_checkpoint, open_workspace
+from evertune.methods import standing_of, used_in, weakest
 from evertune.model.checkpoint import Checkpoint, describe
 from evertune.model.show import describe_for_humans
 
@@ -32,14 +33,16 @@ def show_body(place: Path, label: str | None) -> dict[str, Any]:
     """What a checkpoint is, for `evertune show --json`.
 
     Shape: what `describe_for_humans` says of the folder (`path`, `digest`, `form`, `stack`, `deploy`, ...), and for a
-    labelled checkpoint of a workspace also `label`, `round`, `settings`, `data`, `probes`: {name: {value, ci90, n}},
-    and, of a trained one, `final` and perhaps `warnings`.
+    labelled checkpoint of a workspace also `label`, `round`, `methods`,
+    `standing`, `settings`, `data`, `probes`: {name: {value, ci90, n}} and, of a trained one, `final` and perhaps
+    `warnings`.
     """
     if not (place / "ledger.sqlite").is_file():
         return describe_for_humans(describe(place))
     opened = open_workspace(place)
     event, checkpoint = find_checkpoint(opened, label)
-    facts = {name: event.body[name] for name in ("label", "round", "stage", "settings", "data", "replay", "anchor")}
+    shown = ("label", "round", "stage", "methods", "standing", "settings", "data", "replay", "anchor")
+    facts = {name: event.body[name] for name in shown}
     facts |= {name: event.body[name] for name in ("final", "warnings") if event.body.get(name)}
     return {**describe_for_humans(checkpoint), **facts, "probes": _probe_values(opened, event.body["digest"])}
 
@@ -69,13 +72,15 @@ def export_checkpoint(place: Path, label: str | None, out: Path, *, form: str) -
 
     opened = open_workspace(place)
     event, checkpoint = find_checkpoint(opened, label)
+    checkpoints = [one.body for one in current_events(opened.ledger) if one.kind == "checkpoint"]
+    used = used_in(checkpoints, event.body["digest"])
     card = {
         "base_model": _base_model(opened, checkpoint, form),
         "label": event.body["label"],
         "data": [one["source"] for one in event.body["data"]],
         "probes": _probe_values(opened, event.body["digest"]),
-        "methods": event.body["methods"],
-        "standing": event.body["standing"],
+        "methods": used,
+        "standing": weakest([standing_of(used), event.body["standing"]]),
     }
     export = export_adapter if form == "adapter" else export_weights
     export(checkpoint, out, card=card)
@@ -120,13 +125,16 @@ def _summary(kind: str, body: dict[str, Any]) -> str:
         case "run":
             return f"{body['name']}, recipe {body['recipe_digest'][:12]}"
         case "checkpoint":
-            return f"{body['label']}  {body['digest'][:12]}  {body['steps']} steps"
+            made = "" if body["standing"] == "production" else f"  {body['standing']}: {', '.join(body['methods'])}"
+            return f"{body['label']}  {body['digest'][:12]}  {body['steps']} steps{made}"
         case "probe":
             return f"{body['label']}  {body['probe']} {body['value']:.3f}"
         case "verdict" | "rescue":
             return f"{body['decision']}  {body['label']}  {body['reasons'][0] if body['reasons'] else ''}"
         case "promotion":
             return f"{body['label']} by {body['by']}"
+        case "removal":
+            return f"{len(body['texts'])} texts, in {len(body['checkpoints'])} checkpoints: {body['reason']}"
         case "rollback":
             return f"to {body['label']}, from {body['from']}"
         case "settled":

@@ -7,18 +7,19 @@ reads, the digests of start, base, data and reference, the seed and the numerics
 import importlib.metadata
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from evertune.data.cleaned import Cleaner, Given, OnBad
-from evertune.data.history import write_history
+from evertune.data.history import remember, write_history
 from evertune.data.replay import reservoir
 from evertune.data.rows import digest_rows, read_rows
 from evertune.gate import GateSettings, ProbeFacts
 from evertune.hashing import digest_json
+from evertune.methods import standing_of
 from evertune.model.bundled import resolve_base
 from evertune.model.checkpoint import Checkpoint, describe
 from evertune.probe.flips import flips_of
@@ -99,11 +100,24 @@ class Plan:
         return _checkpoint_body(self.base, None, label="base", round_name=None, stage="base")
 
     def interpolation_body(
-        self, checkpoint: Checkpoint, key: str, label: str, round_name: str, share: Any, start: Checkpoint
+        self,
+        checkpoint: Checkpoint,
+        key: str,
+        label: str,
+        round_name: str,
+        share: Any,
+        start: Checkpoint,
+        candidate: Checkpoint,
     ) -> dict[str, Any]:
-        """The ledger's facts of a rescue's winner; `share` is a number, or a list of one per block of layers."""
-        body = _checkpoint_body(checkpoint, key, label=label, round_name=round_name, stage="interpolate")
-        return {**body, "start": start.digest, "settings": {"alpha": share}, "methods": ["wise_ft"]}
+        """The ledger's facts of a rescue's winner, which lies between the start and the candidate.
+
+        Args:
+            share: of the candidate: a number, or a list of one per block of layers.
+        """
+        body = _checkpoint_body(
+            checkpoint, key, label=label, round_name=round_name, stage="interpolate", methods=["wise_ft"]
+        )
+        return {**body, "start": start.digest, "parents": [candidate.digest], "settings": {"alpha": share}}
 
     def asked(self, *, held_out: bool) -> "Plan":
         """The same plan with only the probes that are held out, or only the others."""
@@ -117,13 +131,13 @@ class Plan:
             if one.name in after
         }
 
-    def keep_history(self, one: Round, workspace: Workspace) -> str:
+    def keep_history(self, one: Round, workspace: Workspace, *, without: Sequence[str] = ()) -> str:
         """Store the new rows of a promoted round for replay, at most 10,000 of a source; returns the object's key.
 
         Rows of a format that is never replayed, such as preferences, are left out.
         """
         names = sorted(name for name in new_sources(one) if self.recipe.data[name].format in REPLAYABLE)
-        refs = {name: self.rows_ref(name) for name in names}
+        refs = {name: self.rows_ref(name, without=without) for name in names}
         digests = {name: ref.digest for name, ref in refs.items()}
         formats = {name: self.recipe.data[name].format for name in names}
         seed = self.recipe.seed
@@ -132,6 +146,8 @@ class Plan:
         def write(folder: Path) -> dict[str, Any]:
             for name, ref in refs.items():
                 rows = read_rows(Path(ref.path), format=ref.format, source=name, limit=ref.limit)
+                # Before the object is whole: killed in between, the same rows are added once all the same.
+                remember(workspace.root / "dedup", rows, round_name=one.name)
                 write_history(folder / f"{name}.jsonl", reservoir(rows, HISTORY_ROWS, seed))
             return {"round": one.name, "formats": formats}
 
@@ -142,8 +158,8 @@ class Plan:
         files = digest_rows(self.loaded.resolve(source.path))
         return digest_json({"files": files, "format": source.format, "limit": source.limit})
 
-    def rows_ref(self, name: str) -> RowsRef:
-        """A source's rows without those that hold probe items.
+    def rows_ref(self, name: str, *, without: Sequence[str] = ()) -> RowsRef:
+        """A source's rows without those that hold probe items, and without those that someone asked to remove.
 
         Raises:
             DataError: a row holds an item and the recipe calls that an error, or a row cannot be read.
@@ -151,11 +167,12 @@ class Plan:
         source = self.recipe.data[name]
         path = self.loaded.resolve(source.path)
         given = Given(name, path, source.format, source.limit, self.data_digest(name))
-        return self.clean(given, on_bad=source.bad_rows)
+        return self.clean(given, on_bad=source.bad_rows, without=without)
 
-    def clean(self, given: Given, *, on_bad: OnBad = "error") -> RowsRef:
-        """Any rows, without those that hold probe items."""
-        found = self._cleaner.clean(given, Workspace.open(self.workspace, create=True), on_bad=on_bad)
+    def clean(self, given: Given, *, on_bad: OnBad = "error", without: Sequence[str] = ()) -> RowsRef:
+        """Any rows, likewise."""
+        workspace = Workspace.open(self.workspace, create=True)
+        found = self._cleaner.clean(given, workspace, on_bad=on_bad, without=without)
         return RowsRef(
             source=given.source,
             path=str(found.path),
@@ -190,7 +207,13 @@ def make_plan(loaded: LoadedRecipe) -> Plan:
 
 
 def _checkpoint_body(
-    checkpoint: Checkpoint, key: str | None, *, label: str, round_name: str | None, stage: str
+    checkpoint: Checkpoint,
+    key: str | None,
+    *,
+    label: str,
+    round_name: str | None,
+    stage: str,
+    methods: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The ledger body of a checkpoint that no training made; every field of the shape is present."""
     return {
@@ -200,8 +223,8 @@ def _checkpoint_body(
         "round": round_name,
         "stage_index": None,
         "stage": stage,
-        "standing": "production",
-        "methods": [],
+        "standing": standing_of(methods),
+        "methods": list(methods),
         "form": checkpoint.form,
         "stands_on": checkpoint.stands_on.digest if checkpoint.stands_on else None,
         "start": None,

@@ -19,6 +19,7 @@ from evertune.gate import GateSettings, ProbeFacts, Verdict, judge
 from evertune.hashing import digest_json
 from evertune.ledger import Event, Ledger, record_event, write_current
 from evertune.ledger import champion as champion_of
+from evertune.methods import named, standing_of, used_in
 from evertune.model.checkpoint import Checkpoint, describe
 from evertune.plan import GATE_VERSION, Plan, make_plan
 from evertune.probe.scores import ItemScores
@@ -28,7 +29,7 @@ from evertune.recipe.load import LoadedRecipe
 from evertune.recipe.schema import Interpolate, Round, Rung
 from evertune.report.text import next_command
 from evertune.scoring import score_checkpoint
-from evertune.stages import KINDS, Place
+from evertune.stages import KINDS, Past, Place
 from evertune.workspace import Workspace
 
 
@@ -53,6 +54,9 @@ class Position:
         settled: key of the last verdict, `base` before the first.
         verdicts: how many there have been, rescues among them.
         looks: how often the held-out probes have been asked.
+        made: every model of the run so far, in the order they were made; the base first.
+        promoted: the model that each promoted round has promoted.
+        without: digests of texts that a person asked to remove, in the rounds from here on.
     """
 
     champion: Model
@@ -61,6 +65,9 @@ class Position:
     settled: str = "base"
     verdicts: int = 0
     looks: int = 0
+    made: tuple[Model, ...] = ()
+    promoted: Mapping[str, Model] = field(default_factory=dict)
+    without: tuple[str, ...] = ()
 
 
 class Decided(NamedTuple):
@@ -137,7 +144,7 @@ def begin(session: Session) -> Position:
     place = {"path": str(plan.base.path)}
     _record(session, "checkpoint", digest_json({"base": plan.base.digest}), plan.base_body(), place)
     base = probe(session, base)
-    return _after_settling(session, Position(champion=base, ratchet=Ratchet.start(base.scores)))
+    return _after_settling(session, Position(champion=base, ratchet=Ratchet.start(base.scores), made=(base,)))
 
 
 def run_round(session: Session, one: Round, position: Position) -> Position:
@@ -152,6 +159,7 @@ def run_round(session: Session, one: Round, position: Position) -> Position:
     if decided.verdict.decision != "PROMOTE":
         decided, by = rescue(session, one, made, decided), "rescue"
     verdict, key, candidate, position = decided
+    position = replace(position, made=(*position.made, *made[1:]))
     session.decisions[one.name] = verdict.decision
     if verdict.decision == "PROMOTE":
         position = promote(session, one, candidate, position, by=by)
@@ -178,6 +186,8 @@ def perform_stage(
         champion=position.champion.checkpoint,
         histories=[workspace.path(key) for key in position.history],
         attempt=attempt,
+        past=_past(position, made[1:]),
+        without=position.without,
     )
     kind, label = KINDS[place.kind], place.label
     order = kind.order(place)
@@ -202,7 +212,24 @@ def perform_stage(
     session.display.warnings(label, body.get("warnings", ()))
     event = digest_json({"label": label, "object": order.key})
     _record(session, "checkpoint", event, body, manifest.record["volatile"])
+    session.display.academic(label, named(body["methods"], "academic"))
     return Model(checkpoint, label, steps=int(body["steps"]))
+
+
+def _past(position: Position, made: Sequence[Model]) -> Past:
+    """What a stage may look back on: the rounds before, and the stages of this one."""
+    models = (*position.made, *position.promoted.values(), *made)
+    return Past(
+        checkpoints={one.label: one.checkpoint for one in models},
+        promoted={name: one.label for name, one in position.promoted.items()},
+        values={
+            one.label: {
+                name: scores.value if scores.direction == "higher" else -scores.value
+                for name, scores in one.scores.items()
+            }
+            for one in models
+        },
+    )
 
 
 def probe(session: Session, model: Model, *, held_out: bool = False) -> Model:
@@ -273,6 +300,7 @@ def decide(
         "gate_alpha": settings.alpha,
         "looks": position.looks,
         "held_out": consulted if len(open_facts) < len(facts) else None,
+        **_provenance(session, candidate, verdict),
         "flips": plan.flips(candidate.scores, position.champion.scores),
         **(rescue_facts or {}),
     }
@@ -306,6 +334,15 @@ def look_at_held_out(session: Session, one: Round, candidate: Model, position: P
     _record(session, "look", digest_json({**body, "after": position.settled}), body)
     ratchet = position.ratchet.begin(champion.scores)
     return candidate, replace(position, champion=champion, ratchet=ratchet, looks=number)
+
+
+def _provenance(session: Session, candidate: Model, verdict: Verdict) -> dict[str, Any]:
+    """What the candidate was made with, back to the base, and the reasons with a word about academic methods."""
+    checkpoints = [event.body for event in session.ledger.events("checkpoint")]
+    used = used_in(checkpoints, candidate.checkpoint.digest)
+    academic = named(used, "academic")
+    told = [f"Made with academic methods, not production-validated: {', '.join(academic)}."] if academic else []
+    return {"methods": list(used), "standing": standing_of(used), "reasons": [*verdict.reasons, *told]}
 
 
 def rescue(session: Session, one: Round, made: Sequence[Model], decided: Decided) -> Decided:
@@ -352,10 +389,16 @@ def promote(session: Session, one: Round, candidate: Model, position: Position, 
         "reason": f"round {one.name} passed the gate" if by == "gate" else f"a rescue of round {one.name} passed",
     }
     _record(session, "promotion", digest_json({**body, "after": position.settled}), body)
-    history = session.plan.keep_history(one, session.workspace)
+    history = session.plan.keep_history(one, session.workspace, without=position.without)
     ratchet = position.ratchet.climb(candidate.scores, alpha=session.plan.gate_settings.alpha)
     session.display.promoted(one.name, candidate.label)
-    return replace(position, champion=candidate, ratchet=ratchet, history=(*position.history, history))
+    return replace(
+        position,
+        champion=candidate,
+        ratchet=ratchet,
+        history=(*position.history, history),
+        promoted={**position.promoted, one.name: candidate},
+    )
 
 
 def _retrain(
@@ -448,7 +491,9 @@ def _write_interpolation(
     checkpoint = describe(workspace.path(key), cache=workspace.cache / "digests.json")
     points = "-".join(f"{each:g}" for each in plain) if isinstance(plain, list) else f"{plain:g}"
     label = f"{one.name}/rescue-{points}"
-    body = session.plan.interpolation_body(checkpoint, key, label, one.name, plain, reference.checkpoint)
+    body = session.plan.interpolation_body(
+        checkpoint, key, label, one.name, plain, reference.checkpoint, candidate.checkpoint
+    )
     _record(session, "checkpoint", digest_json({"label": label, "object": key}), body)
     return Model(checkpoint, label)
 
@@ -491,8 +536,12 @@ def _start(session: Session, one: Round, position: Position) -> Model:
 
 
 def _after_settling(session: Session, position: Position) -> Position:
-    """Apply what a person decided at this place: `evertune promote` and `rollback` name the verdict they follow."""
-    decided = [event for event in session.ledger.events() if event.body.get("after") == position.settled]
+    """Apply what a person decided here: `promote`, `rollback` and `data remove` name the verdict they follow."""
+    here = [event for event in session.ledger.events() if event.body.get("after") == position.settled]
+    texts = {text for event in here if event.kind == "removal" for text in event.body["texts"]}
+    if texts:
+        position = replace(position, without=tuple(sorted({*position.without, *texts})))
+    decided = [event for event in here if event.kind != "removal"]
     if not decided:
         return position
     event = decided[-1]

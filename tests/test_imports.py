@@ -7,12 +7,14 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "evertune"
 
-# Each room may import the rooms named here, and no other. `errors`, `hashing` and `failpoint` are open to all.
-OPEN_TO_ALL = {"errors", "hashing", "failpoint"}
+# Each room may import the rooms named here, and no other. Those of `OPEN_TO_ALL` import none themselves.
+OPEN_TO_ALL = {"errors", "hashing", "failpoint", "methods"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "hashing": set(),
     "failpoint": set(),
+    "methods": set(),
+    "method_pages": set(),
     "preload": set(),
     "demo": set(),
     "recipe": set(),
@@ -29,12 +31,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rescue": {"gate", "probe", "recipe"},
     "ratchet": {"gate", "probe"},
     "report": {"ledger", "measure", "workspace"},
+    "advice": {"display", "ledger", "lineage", "recipe", "run", "workspace"},
+    "provenance": {"data", "ledger", "lineage", "workspace"},
     "lineage": {"ledger", "model", "workspace"},
-    "stages": {"plan", "recipe", "data", "model", "train", "workspace"},
+    "stages": {"plan", "recipe", "data", "model", "train", "verifiers", "workspace"},
     "worker": {"stages", "merge", "probe", "model", "workspace", "early", "gate"},
     "process": {"worker"},
     "plan": {"recipe", "data", "model", "probe", "train", "gate", "workspace"},
-    "check": {"measure", "recipe", "data", "model", "probe", "gate", "ledger", "workspace", "verifiers"},
+    "check": {"measure", "recipe", "data", "model", "train", "probe", "gate", "ledger", "workspace", "verifiers"},
     "display": {"gate", "probe", "workspace"},
     "listing": {"lineage", "ledger", "model", "workspace", "recipe"},
     "scoring": {"process", "display", "model", "probe", "workspace"},

@@ -1,10 +1,11 @@
 """The model card of an export: README.md with the front matter that model hubs read. Loads no torch."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import yaml
 
+from evertune.methods import methods, standing_of
 from evertune.model.checkpoint import Checkpoint
 
 Relation = Literal["adapter", "finetune"]
@@ -17,7 +18,8 @@ def model_card(checkpoint: Checkpoint, *, relation: Relation, card: Mapping[str,
         relation: `adapter` for an adapter over the base, `finetune` for whole weights.
         card: what is known of the checkpoint, each part optional: `base_model` (what the weights were tuned from, or
             what the adapter goes over; the base folder's name when not given), `label`, `data` (names of sources),
-            `methods`, `standing`, `probes` ({name: {"value", "ci90": [low, high] | None, "n"}}).
+            `methods` (ids of all that went into it), `standing` (of the weakest), `probes` ({name: {"value",
+            "ci90": [low, high] | None, "n"}}).
     """
     base = str(card.get("base_model") or checkpoint.base.path.name)
     front = {
@@ -31,11 +33,13 @@ def model_card(checkpoint: Checkpoint, *, relation: Relation, card: Mapping[str,
     lines += [f"# {_line(card.get('label') or checkpoint.path.name)}", ""]
     lines += _made_from(checkpoint, relation, base)
     if card.get("standing") and card["standing"] != "production":
-        lines += ["", f"Standing of the method: **{_line(card['standing'])}**. Validate it yourself before use."]
+        lines += ["", f"Made with methods of standing **{_line(card['standing'])}**: {_caution(card['standing'])}."]
     if card.get("data"):
         lines += ["", "## Data", "", *[f"- {_line(source)}" for source in card["data"]]]
     if card.get("probes"):
         lines += ["", "## Probes", "", *_probe_table(card["probes"])]
+    if card.get("methods"):
+        lines += ["", "## Methods", "", *_method_table(card["methods"])]
     lines += ["", "## Use", "", "```python", *_use(base, relation), "```"]
     return "\n".join(lines) + "\n"
 
@@ -63,6 +67,21 @@ def _probe_table(probes: Mapping[str, Mapping[str, Any]]) -> list[str]:
         interval = f"{ci90[0]:.3f} to {ci90[1]:.3f}" if ci90 else ""
         rows.append(f"| {_line(name)} | {one['value']:.3f} | {interval} | {one.get('n', '')} |")
     return rows
+
+
+def _method_table(ids: Iterable[str]) -> list[str]:
+    rows = ["| method | standing | papers |", "|---|---|---|"]
+    for one in ids:
+        row = methods().get(one)
+        name, papers = (f"{row.name} ({row.id})", "; ".join(row.papers)) if row else (str(one), "")
+        rows.append(f"| {_line(name)} | {standing_of([one])} | {_line(papers)} |")
+    return rows
+
+
+def _caution(standing: str) -> str:
+    if standing == "research":
+        return "no published report shows them all in production. Validate it yourself before use"
+    return "not production-validated. Validate it yourself before use"
 
 
 def _use(base: str, relation: Relation) -> list[str]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from evertune.probe.forward import BATCH_TOKENS, Forward, batches
+from evertune.model.forward import BATCH_TOKENS, Forward, batches
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from evertune.methods import methods
+from evertune.recipe import schema as recipe_schema
 from evertune.recipe.json_schema import recipe_json_schema
 from evertune.recipe.presets import PRESETS, SOURCES, Preset
 
@@ -45,9 +47,19 @@ def _section(name: str, model: dict[str, Any]) -> str:
         required = model.get("required", [])
         for key, one in model["properties"].items():
             default = "**required**" if key in required else _default(one)
-            lines.append(f"| `{key}` | {_type(one)} | {default} | {_one_line(one.get('description', ''))} |")
+            meaning = " ".join([_one_line(one.get("description", "")), *_method_links(name, key)])
+            lines.append(f"| `{key}` | {_type(one)} | {default} | {meaning} |")
         lines.append("")
     return "\n".join(lines)
+
+
+def _method_links(model: str, key: str) -> Iterator[str]:
+    """A link to the row of each method that a key selects; a model has the keys of those it is derived from."""
+    lineage = {one.__name__ for one in getattr(recipe_schema, model).__mro__}
+    for method in methods().values():
+        places = [place.partition("=")[0].split(".") for place in method.keys]
+        if any(owner in lineage and field == key for owner, field in places):
+            yield f"Method: [{method.id}](methods.md#{method.id}), {method.standing}."
 
 
 def _presets() -> str:

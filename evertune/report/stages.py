@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from evertune.ledger import Event
+from evertune.methods import STANDINGS, methods
 from evertune.report.rounds import Body, RoundStory, bodies
 from evertune.report.scores import checkpoint_states
 
@@ -67,6 +68,20 @@ class Origin:
     made_by: str
 
 
+@dataclass(frozen=True)
+class Used:
+    """A method that went into checkpoints, by its id ("" when only a standing was recorded), name and standing."""
+
+    id: str
+    name: str
+    standing: str
+    labels: tuple[str, ...]
+
+    @property
+    def is_academic(self) -> bool:
+        return _rank(self.standing) > STANDINGS.index("research")
+
+
 def trained_stages(events: Sequence[Event], rounds: Sequence[RoundStory]) -> tuple[Stage, ...]:
     """The checkpoints that training made, in order."""
     states = checkpoint_states(events, rounds)
@@ -120,19 +135,32 @@ def origins(events: Sequence[Event], rounds: Sequence[RoundStory]) -> tuple[Orig
     return tuple(found)
 
 
-def methods_used(events: Sequence[Event]) -> tuple[tuple[str, str, tuple[str, ...]], ...]:
-    """Each method with the standing of the stages that used it, and their labels."""
-    found: dict[tuple[str, str], list[str]] = {}
+def methods_used(events: Sequence[Event]) -> tuple[Used, ...]:
+    """Each method with its standing and the labels of the checkpoints that it went into.
+
+    A checkpoint whose recorded standing is weaker than that of every method it names is a line of its own: it was made
+    with something that this version's table does not know.
+    """
+    found: dict[tuple[str, str, str], list[str]] = {}
     for one in bodies(events, "checkpoint"):
-        for method in one["methods"]:
-            found.setdefault((method, one["standing"]), []).append(one["label"])
-    return tuple((method, standing, tuple(labels)) for (method, standing), labels in found.items())
+        made_with = [(method, *_known(method, one["standing"])) for method in one["methods"]]
+        if _rank(one["standing"]) > max((_rank(standing) for _, _, standing in made_with), default=0):
+            made_with.append(("", one["label"], one["standing"]))
+        for key in made_with:
+            found.setdefault(key, []).append(one["label"])
+    return tuple(Used(*key, tuple(labels)) for key, labels in found.items())
 
 
-def unproven(events: Sequence[Event]) -> tuple[tuple[str, str], ...]:
-    """Label and standing of every checkpoint whose methods are not of production standing."""
-    checkpoints = bodies(events, "checkpoint")
-    return tuple((one["label"], one["standing"]) for one in checkpoints if one["standing"] != "production")
+def _known(method: str, recorded: str) -> tuple[str, str]:
+    """Name and standing of a method by the table; what the ledger recorded where the table does not know it."""
+    row = methods().get(method)
+    return (row.name, row.standing) if row is not None else (method, recorded)
+
+
+def _rank(standing: str) -> int:
+    """0 for production; the weaker, the higher. A word that nobody knows is as weak as any."""
+    known: tuple[str, ...] = STANDINGS
+    return known.index(standing) if standing in known else len(known) - 1
 
 
 def _distinct_tokens(stages: Sequence[Stage]) -> int:

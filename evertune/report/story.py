@@ -12,11 +12,11 @@ from evertune.report.stages import (
     Cost,
     Origin,
     Stage,
+    Used,
     methods_used,
     origins,
     round_costs,
     trained_stages,
-    unproven,
 )
 from evertune.report.text import in_unit, unit_word
 
@@ -25,9 +25,9 @@ from evertune.report.text import in_unit, unit_word
 class Report:
     """Everything the page shows.
 
-    `sentence` is the first thing read; `line` the labels from the base to the champion; `unproven` the checkpoints
-    whose methods are not of production standing; `stopped_by` the failures that nothing made good; `finished` the time
-    of the last event (Unix seconds), None when no event holds one.
+    `sentence` is the first thing read; `line` the labels from the base to the champion; `methods` what went into the
+    checkpoints; `stopped_by` the failures that nothing made good; `finished` the time of the last event (Unix seconds),
+    None when no event holds one.
     """
 
     name: str
@@ -42,8 +42,7 @@ class Report:
     stages: tuple[Stage, ...]
     costs: tuple[Cost, ...]
     lineage: tuple[Origin, ...]
-    methods: tuple[tuple[str, str, tuple[str, ...]], ...]
-    unproven: tuple[tuple[str, str], ...]
+    methods: tuple[Used, ...]
     failures: tuple[Body, ...]
     stopped_by: tuple[Body, ...]
     by_hand: tuple[Body, ...]
@@ -92,7 +91,6 @@ def build_report(events: Sequence[Event]) -> Report:
         costs=round_costs(events, stages, line),
         lineage=origins(events, rounds),
         methods=methods_used(events),
-        unproven=unproven(events),
         failures=tuple(bodies(events, "failure")),
         stopped_by=open_failures(events),
         by_hand=_by_hand(events),

@@ -18,6 +18,7 @@ from evertune.data.history import write_history
 from evertune.data.rows import read_rows
 from evertune.errors import RecipeError, TrainingError
 from evertune.hashing import digest_file, digest_json
+from evertune.methods import standing_of
 from evertune.model.checkpoint import Checkpoint
 from evertune.recipe.presets import ResolvedExternal
 from evertune.stages.place import Place
@@ -89,7 +90,7 @@ def order(place: Place) -> ExternalSpec:
     """
     settings, plan = place.resolved, place.plan
     assert isinstance(settings, ResolvedExternal), place.label
-    data = [plan.rows_ref(name) for name in settings.data or []]
+    data = [plan.rows_ref(name, without=place.without) for name in settings.data or []]
     files = {name: file_digest(plan.loaded.resolve(name), name) for name in settings.files or []}
     facts = {
         "kind": "external",
@@ -253,9 +254,8 @@ def _publish(
         facts = {
             "label": spec.label,
             "stage": "external",
-            # What another trainer does is for its user to validate.
-            "standing": "research",
-            "methods": [],
+            "standing": standing_of(["external"]),
+            "methods": ["external"],
             "form": checkpoint.form,
             "stands_on": checkpoint.stands_on.digest if checkpoint.stands_on else None,
             "start": spec.start.digest,

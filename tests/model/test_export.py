@@ -196,7 +196,12 @@ def test_the_card_says_what_hubs_read_and_escapes_what_data_says(stack: Checkpoi
 
 def test_a_method_without_production_standing_says_so_on_the_card(stack: Checkpoint) -> None:
     assert "Validate it yourself" not in model_card(stack, relation="adapter", card=CARD)
-    assert "**research**" in model_card(stack, relation="adapter", card={**CARD, "standing": "research"})
+    assert "**research**: no published" in model_card(stack, relation="adapter", card={**CARD, "standing": "research"})
+    academic = {**CARD, "methods": ["lora", "ewc", "their<own>"], "standing": "academic"}
+    text = model_card(stack, relation="adapter", card=academic)
+    assert "**academic**: not production-validated" in text
+    assert "| EWC (ewc) | academic | arXiv:1612.00796 |" in text
+    assert "| their&#60;own&#62; | research |  |" in text
 
 
 def test_show_says_what_is_in_a_checkpoint_what_it_stands_on_and_what_to_deploy(stack: Checkpoint) -> None:

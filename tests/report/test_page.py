@@ -110,7 +110,8 @@ def test_below_stands_how_it_came_about(page: Node, heading: str, words: list[st
 
 def test_standing_that_is_not_production_is_on_the_first_screen() -> None:
     header = parse(render(build_report(chain(everything())))).one("header").text
-    assert "Not production-validated: 1/1-sft (academic)" in header
+    assert "Academic, not production-validated: 1/1-sft" in header
+    assert "Of research standing: SFT with KL to frozen reference." in header
     assert "Stage 3/1-sft failed: loss is NaN at step 7" in header
     assert "Decided by hand: 1/1-sft promoted. Reason given: the release needs it" in header
 

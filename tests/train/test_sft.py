@@ -75,7 +75,7 @@ def test_the_loss_falls_and_the_facts_are_complete(tmp_path, tiny_model, workspa
     assert facts["anchor"] == {"kl": 0.1, "to": "start", "on": "replay", "direction": "forward", "cache": "off"}
     assert facts["drift"]["to_start"] == facts["drift"]["to_base"] > 0
     assert -1 <= facts["interference"]["end"] <= 1
-    assert facts["methods"] == ["lora", "replay", "dedup", "anchored_sft_kl"]
+    assert facts["methods"] == ["sft", "lora", "replay", "dedup", "anchored_sft_kl"]
     assert record["volatile"].keys() == {"time", "seconds", "tokens_per_second"}
     canonical_json(record)
 
