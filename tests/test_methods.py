@@ -32,6 +32,7 @@ NO_METHOD = {
     "Defaults.tune": "holds lora and full",
     "Recipe.defaults": "holds replay, anchor and tune",
     "Recipe.numerics": "how numbers are computed",
+    "Recipe.rescue_budget": "how much is tried",
     "Probe.verifier": "how an answer is checked",
     "VerifierPart.check": "how an answer is checked",
     "Merge.models": "what is merged",
