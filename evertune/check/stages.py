@@ -9,13 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from evertune.check.estimate import BYTES, Amounts, amounts, estimate, nearest_folder, resume_bytes
+from evertune.check.estimate import BYTES, Amounts, amounts, estimate, kept_weights, nearest_folder, resume_bytes
 from evertune.check.findings import Disk, Severity, StageEstimate
 from evertune.check.look import Look, sources_of
 from evertune.data.encode import EncodedRow, encode_rows
 from evertune.data.replay import drop_duplicates
 from evertune.data.rows import digest_rows
 from evertune.hashing import digest_file, digest_json
+from evertune.recipe.plugins import find_plugin
 from evertune.recipe.presets import ResolvedExternal, ResolvedTraining, resolve_stage
 from evertune.recipe.schema import REPLAYABLE, Recipe, Round, StageSettings, Training, new_sources
 
@@ -96,6 +97,7 @@ def look_at_training(view: StageView) -> Planned | None:
     weights = stage.data if isinstance(stage, Training) and isinstance(stage.data, dict) else None
     seen = amounts(new, replay, weights, settings)
     _look_at_amounts(view, settings, seen, sum(map(len, new.values())))
+    _look_at_plugins(view, settings, kept_weights(settings, shapes))
     found = estimate(view.label, seen, settings, shapes, look.recipe.numerics, done=_is_done(view))
     return Planned(found, resume_bytes(settings, shapes), rescue_bytes(view, found.disk_bytes))
 
@@ -133,6 +135,24 @@ def rescue_bytes(view: StageView, disk_bytes: int) -> int:
     rungs = view.round.rescue if view.round.rescue is not None else view.look.recipe.rescue
     may_rescue = view.index == len(view.round.stages) - 1 and any(rung.interpolate for rung in rungs)
     return disk_bytes * may_rescue
+
+
+def _look_at_plugins(view: StageView, settings: ResolvedTraining, trained: int) -> None:
+    """What the stage's plug-ins keep in memory, whether they can work with what is trained, and what they remember."""
+    assert isinstance(view.settings, Training)
+    for kind, name, options in view.settings.plugins:
+        plugin, place = find_plugin(kind, name), f".{kind}.{name}"
+        if settings.tune.kind not in plugin.tunes:
+            told = f"found tune: {settings.tune.kind}, expected {' or '.join(plugin.tunes)}, which {name} works on."
+            view.say("error", told, "Change tune, or leave it out.", at=place)
+        copies = plugin.copies
+        if copies:
+            megabytes = copies * trained * 4 / 1e6
+            told = f"keeps {copies:g} float32 copies of the trained weights: {megabytes:,.1f} MB of memory."
+            view.say("note", told, at=place)
+        sources = getattr(options, "sources", None)
+        if sources == ["history"] and view.round_index == 0:
+            view.say("note", "remembers nothing in the first round: there is no history yet.", at=place)
 
 
 def _look_at_command(view: StageView, settings: ResolvedExternal) -> None:

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
+from pydantic import BaseModel
+
 from evertune.recipe.schema import (
     Anchor,
     Config,
@@ -104,6 +106,8 @@ class ResolvedTraining(Resolved):
     gradient_checkpointing: bool
     ema: Ema | None
     save_steps: int
+    penalties: dict[str, Any]
+    gradient_rules: dict[str, Any]
 
     @property
     def replay_sources(self) -> list[str]:
@@ -192,4 +196,6 @@ def _layered(values: dict[str, Any], *layers: Config | None) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    return value.model_dump(mode="json", by_alias=True) if isinstance(value, Config) else value
+    if isinstance(value, dict):
+        return {name: _plain(one) for name, one in value.items()}
+    return value.model_dump(mode="json", by_alias=True) if isinstance(value, BaseModel) else value

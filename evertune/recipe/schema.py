@@ -6,10 +6,13 @@ Python build the same objects; `problems.py` adds file, line and "did you mean" 
 
 import shlex
 import string
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from evertune.methods import Method, methods, named
+from evertune.recipe.plugins import Kind, check_options, find_plugin
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
 Share = Annotated[float, Field(ge=0.0, lt=1.0, allow_inf_nan=False)]
@@ -266,6 +269,19 @@ class StageSettings(Config):
         """Names of the sources that the stage itself asks to replay."""
         return []
 
+    @property
+    def remembered_sources(self) -> list[str]:
+        """Names of the sources that its plug-ins remember, `history` among them."""
+        return []
+
+
+def _plugins_of(kind: Kind) -> BeforeValidator:
+    return BeforeValidator(lambda value: check_options(kind, value))
+
+
+Penalties = Annotated[dict[Name, Any], _plugins_of("penalties")]
+GradientRules = Annotated[dict[Name, Any], _plugins_of("gradient_rules")]
+
 
 class Training(StageSettings):
     """What the stages that train here have in common."""
@@ -307,6 +323,12 @@ class Training(StageSettings):
     anchor: Anchor | None = None
     """Anchor here; what it leaves out comes from `defaults.anchor`, then from the preset."""
 
+    penalties: Penalties = {}
+    """Further penalties, each with its options, such as `{ewc: {weight: 1.0}}`: plug-ins, with those of
+    docs/academic.md among them. `{}` takes the defaults."""
+    gradient_rules: GradientRules = {}
+    """Rules that change each step's gradient, each with its options, in this order: plug-ins as well."""
+
     @model_validator(mode="after")
     def _one_length(self) -> Self:
         if self.epochs is not None and self.steps is not None:
@@ -314,6 +336,18 @@ class Training(StageSettings):
         if self.micro_batch_rows > self.batch_rows:
             raise ValueError("'micro_batch_rows' is larger than 'batch_rows'")
         return self
+
+    @property
+    def plugins(self) -> Iterator[tuple[Kind, str, Any]]:
+        """Kind, name and options of every plug-in it names."""
+        for name, options in self.penalties.items():
+            yield "penalties", name, options
+        for name, options in self.gradient_rules.items():
+            yield "gradient_rules", name, options
+
+    @property
+    def remembered_sources(self) -> list[str]:
+        return list(dict.fromkeys(one for _, _, options in self.plugins for one in getattr(options, "sources", ())))
 
     @property
     def new_sources(self) -> list[str]:
@@ -500,6 +534,8 @@ class Recipe(Config):
     """Folder of this run's checkpoints, ledger and cache, relative to the recipe."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Seeds the order of rows, new adapters and dropout: the same recipe gives the same model."""
+    academic: Literal["refuse", "allow"] = "refuse"
+    """`allow` lets the recipe use academic methods, which nobody has validated in production (docs/methods.md)."""
     preset: Literal["gentle", "balanced", "full"] = "balanced"
     """Where values come from that neither a stage nor `defaults` gives: docs/recipe.md lists each number's source."""
     data: dict[Name, DataSource] = Field(min_length=1)
@@ -531,6 +567,12 @@ class Recipe(Config):
 def _check_references(recipe: Recipe) -> None:
     """Raise for names that name nothing, names that stand twice, and sources of the wrong format: one line each."""
     problems = [*_round_problems(recipe), *_source_problems(recipe)]
+    if recipe.academic == "refuse":
+        problems += [
+            f"{place}: found an academic method, {method}, which is not production-validated; expected "
+            "'academic: allow' at the top of the recipe, if that is what you want"
+            for place, method in academic_choices(recipe)
+        ]
     if "history" in recipe.data:
         problems.append("data.history: 'history' is a reserved name: the rows of promoted rounds")
     if problems:
@@ -557,12 +599,49 @@ def _source_problems(recipe: Recipe) -> Iterator[str]:
             place, settings = f"rounds[{i}].stages[{k}].{stage.kind}", stage.settings
             named += [(f"{place}.data", name, stage.kind, settings.formats) for name in settings.new_sources]
             named += [(f"{place}.replay.from", name, "replay", REPLAYABLE) for name in settings.replayed_sources]
+            named += [
+                (place, name, "a memory", REPLAYABLE) for name in settings.remembered_sources if name != "history"
+            ]
     for place, name, reader, formats in named:
         source = recipe.data.get(name)
         if source is None:
             yield f"{place}: no data source '{name}'; data has: {', '.join(recipe.data)}"
         elif source.format not in formats:
             yield f"{place}: '{name}' has format '{source.format}'; {reader} reads {' and '.join(formats)}"
+
+
+def academic_choices(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Place and method of everything academic that a recipe chooses: plug-ins, and keys of the table of methods."""
+    chosen = {key: one for one in methods().values() if one.standing == "academic" for key in one.keys}
+    yield from _chosen(recipe, chosen, "")
+    for i, one in enumerate(recipe.rounds):
+        for k, stage in enumerate(one.stages):
+            if isinstance(stage.settings, Training):
+                for kind, name, _ in stage.settings.plugins:
+                    plugin = find_plugin(kind, name)
+                    if plugin.standing == "academic":
+                        yield (
+                            f"rounds[{i}].stages[{k}].{stage.kind}.{kind}.{name}",
+                            named([plugin.method], "academic")[0],
+                        )
+
+
+def _chosen(value: Any, chosen: Mapping[str, Method], place: str) -> Iterator[tuple[str, str]]:
+    """Where a setting of the recipe is one of these keys: `Model.field`, or `Model.field=value`."""
+    if isinstance(value, list | tuple):
+        for i, one in enumerate(value):
+            yield from _chosen(one, chosen, f"{place}[{i}]")
+    elif isinstance(value, dict):
+        for key, one in value.items():
+            yield from _chosen(one, chosen, f"{place}.{key}".lstrip("."))
+    elif isinstance(value, Config):
+        owners = [one.__name__ for one in type(value).__mro__]
+        for name, one in value:
+            inner = f"{place}.{name}".lstrip(".")
+            keys = [key for owner in owners for key in (f"{owner}.{name}", f"{owner}.{name}={one}") if key in chosen]
+            if keys and one is not None:
+                yield inner, f"{chosen[keys[0]].name} ({chosen[keys[0]].id})"
+            yield from _chosen(one, chosen, inner)
 
 
 def _replayed(replay: Replay | None) -> list[str]:

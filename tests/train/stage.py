@@ -55,6 +55,7 @@ def make_spec(folder: Path, model: Path, **changes: Any) -> SftSpec:
         "ema_decay": None,
         "save_steps": 50,
         "anchor": None,
+        "plugins": [],
         "seed": 7,
         "dtype": "float32",
         "device": "cpu",
