@@ -26,8 +26,9 @@ $(VENV)/.dev: $(VENV)/.core requirements/dev.txt
 demo: $(VENV)/.core
 	$(BIN)/evertune demo
 
+# Two files at a time, one thread each: most tests wait for children or for one core.
 test: $(VENV)/.dev
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 check: lint types
 	$(BIN)/pytest tests/test_imports.py

@@ -135,6 +135,11 @@ class Display:
     def discarded(self, round_name: str, label: str, champion: str) -> None:
         self._console.print(f"  set aside {escape(label)}; champion stays {escape(champion)}, digest unchanged")
 
+    def warnings(self, label: str, warnings: Sequence[Mapping[str, str]]) -> None:
+        """What a person should know of how a stage ended."""
+        for one in warnings:
+            self._console.print(f"  [yellow]warning[/]  {escape(label)}: {escape(one['name'])}: {escape(one['text'])}")
+
     def line(self, text: str) -> None:
         """One plain line."""
         self._console.print(escape(text))

@@ -20,11 +20,15 @@ from evertune.probe.scores import ItemScores, check_paired
 Decision = Literal["PROMOTE", "HOLD", "INCONCLUSIVE"]
 Outcome = Literal["pass", "harm", "too_few", "undecided", "watch"]
 Reference = Literal["champion", "best"]
+# `whole`: all items, looked at once. `early`: some of them, with more to come. `last`: all, after early looks.
+Look = Literal["whole", "early", "last"]
 Unit = Literal["points", "percent", "score"]
 Scores = Mapping[str, ItemScores]
 
 # A model whose answers mostly ended (or had the form asked for) and now hardly ever do is broken: no statistics needed.
 HAD, LOST = 0.5, 0.1
+# Part of alpha that early looks may spend, all of them together; the last look has the rest.
+EARLY_SHARE = 0.2
 FORMS = (
     ("format", "valid", "the answer format has collapsed", "have the form that was asked for"),
     ("stop", "stopped", "the stop token is lost", "end by themselves"),
@@ -85,11 +89,13 @@ class Evidence:
         before, after: mean scores of reference and candidate.
         difference: better is positive; in score units, or relative to the reference's loss.
         unit: what 0.01 of it is: a `points`, a `percent` of the loss, or 0.01 of a `score` outside [0, 1].
-        lower_bound: one-sided, at the level that promotion uses; `ci90` is two-sided.
+        lower_bound, level: one-sided, at the level that promotion uses here; `ci90` is two-sided.
+        bootstrap_bound: at the same level, the check of a t bound that would do; else None, and where clusters are few.
         flip_share: share of items whose score changed.
         smallest_visible_drop: true drop that the harm test finds with power 80 %, before Holm.
         margin: drop that must be ruled out; None for a target or watched probe.
-        p_harm, p_holm: one-sided p-value of harm, plain and adjusted over the verdict; None where it is not tested.
+        p_harm, p_holm: one-sided p-value of harm, divided by the part of alpha that this look has, plain and adjusted
+            over the verdict; None where it is not tested.
         outcome: `watch` where nothing waits for it and no harm is shown.
         items_needed: items that would decide with power 80 % if the truth is what was seen; None when decided, or
             when no number would.
@@ -111,6 +117,8 @@ class Evidence:
     unit: Unit
     ci90: tuple[float, float]
     lower_bound: float
+    level: float
+    bootstrap_bound: float | None
     flip_share: float
     smallest_visible_drop: float
     margin: float | None
@@ -127,8 +135,13 @@ class Evidence:
 
     @property
     def is_within_margin(self) -> bool:
-        """A drop as large as the margin is ruled out."""
-        return self.margin is not None and self.lower_bound > -self.margin
+        """A drop as large as the margin is ruled out, by both bounds where there are two."""
+        return self.margin is not None and self.least_bound > -self.margin
+
+    @property
+    def least_bound(self) -> float:
+        """The lower of the bound and its check."""
+        return self.lower_bound if self.bootstrap_bound is None else min(self.lower_bound, self.bootstrap_bound)
 
 
 @dataclass(frozen=True)
@@ -167,6 +180,8 @@ def judge(
     *,
     tried: int = 1,
     hard: Sequence[str] = (),
+    shares: Mapping[str, float] | None = None,
+    look: Look = "whole",
 ) -> Verdict:
     """Judge a candidate by its item scores.
 
@@ -179,23 +194,37 @@ def judge(
         tried: candidates among which this one was picked by its scores (a rescue scan). Each bound is then taken at
             level alpha / tried, so that the chance of promoting any bad one of them stays alpha (Bonferroni).
         hard: broken hard rules found elsewhere, as sentences: each holds the candidate by itself.
+        shares: by probe, the share of alpha that is left for the bound against the best (`ratchet.py`); 1 when absent.
+        look: whether more items follow, or early looks went before. Early looks use bounds that hold at every number of
+            items, and have a fifth of alpha together; the last look has the rest. Losses are measured whole, once.
 
     Raises:
         ProbeError: a probe is missing on one side, or the sides differ in items or template. Scores that are not
             finite cannot get here: `ItemScores` refuses them.
     """
     _check_sides(candidate, champion, best, probes)
-    asked = [
-        *_ask_pooled(candidate, champion, probes, settings),
-        *(one for name in probes for one in _ask(candidate[name], champion[name], best[name], probes[name], settings)),
-    ]
+    left = {name: (shares or {}).get(name, 1.0) for name in probes}
+    asked = list(_ask_pooled(candidate, champion, best, probes, settings, left))
+    for name, facts in probes.items():
+        asked += _ask(candidate[name], champion[name], best[name], facts, settings, left[name])
     level = settings.alpha / tried
-    evidence = _adjust([_answer(one, settings, level) for one in asked], settings)
+    evidence = _adjust([_answer(one, settings, level, look) for one in asked], settings)
     broken = [*hard, *_collapses(candidate, champion, probes)]
     decision = _decide(evidence, broken)
     reasons = _reasons(decision, evidence, broken, level, tried)
     pooled = next((one for one in evidence if one.kind == "pooled" and one.role == "guard"), None)
     return Verdict(decision, tuple(reasons), pooled, tuple(one for one in evidence if one is not pooled))
+
+
+def shown_gain(after: ItemScores, before: ItemScores, level: float) -> float:
+    """Lower bound of the gain of one table of scores over another, in the unit the gate compares them in.
+
+    Raises:
+        ProbeError: the tables are not of the same items, asked alike.
+    """
+    check_paired(after, before)
+    pair = _pair(after, before)
+    return stats.compare_paired(pair.d, pair.clusters, level=level, bounded=pair.unit == "points").lower_bound
 
 
 @dataclass(frozen=True)
@@ -219,13 +248,14 @@ class _Pair:
 
 @dataclass(frozen=True)
 class _Question:
-    """A comparison to be made: what is compared, in which role, and the drop to rule out."""
+    """A comparison to be made: what is compared, in which role, the drop to rule out, at which share of the level."""
 
     pair: _Pair
     role: str
     margin: float | None
     reference: Reference = "champion"
     safety: bool = False
+    share: float = 1.0
 
 
 def _check_sides(candidate: Scores, champion: Scores, best: Scores, probes: Mapping[str, ProbeFacts]) -> None:
@@ -237,7 +267,12 @@ def _check_sides(candidate: Scores, champion: Scores, best: Scores, probes: Mapp
 
 
 def _ask(
-    after: ItemScores, before: ItemScores, best: ItemScores, facts: ProbeFacts, settings: GateSettings
+    after: ItemScores,
+    before: ItemScores,
+    best: ItemScores,
+    facts: ProbeFacts,
+    settings: GateSettings,
+    share: float,
 ) -> Iterator[_Question]:
     """A probe against the champion, a guard also against the best where that is another; and its answers' form."""
     if facts.role != "guard":
@@ -248,7 +283,7 @@ def _ask(
         if not np.array_equal(best.score, before.score):
             # The ratchet is in points; for a relative loss the probe's own margin is the cumulative one too.
             cumulative = max(own, settings.ratchet) if after.direction == "higher" else own
-            yield _Question(_pair(after, best), "guard", cumulative, "best", facts.safety)
+            yield _Question(_pair(after, best), "guard", cumulative, "best", facts.safety, share)
     if facts.role == "watch":
         return
     for label, column, _, _ in FORMS:
@@ -262,13 +297,23 @@ def _ask(
 
 
 def _ask_pooled(
-    candidate: Scores, champion: Scores, probes: Mapping[str, ProbeFacts], settings: GateSettings
+    candidate: Scores,
+    champion: Scores,
+    best: Scores,
+    probes: Mapping[str, ProbeFacts],
+    settings: GateSettings,
+    shares: Mapping[str, float],
 ) -> Iterator[_Question]:
-    """All guards scored in [0, 1] as one, every item with equal weight: the tight margin. And all answers' form."""
-    guards = [_pair(candidate[name], champion[name]) for name, facts in probes.items() if facts.role == "guard"]
-    guards = [one for one in guards if one.unit == "points"]
-    if guards:
-        yield _Question(_pool("all guards", guards), "guard", settings.pooled)
+    """All guards scored in [0, 1] as one, every item with equal weight: the tight margins. And all answers' form."""
+    names = [name for name, facts in probes.items() if facts.role == "guard"]
+    pairs = {name: _pair(candidate[name], champion[name]) for name in names}
+    names = [name for name in names if pairs[name].unit == "points"]
+    if names:
+        yield _Question(_pool("all guards", [pairs[name] for name in names]), "guard", settings.pooled)
+        if any(not np.array_equal(best[name].score, champion[name].score) for name in names):
+            against_best = _pool("all guards", [_pair(candidate[name], best[name]) for name in names])
+            cumulative, share = max(settings.pooled, settings.ratchet), min(shares[name] for name in names)
+            yield _Question(against_best, "guard", cumulative, "best", share=share)
     counted = [name for name, facts in probes.items() if facts.role != "watch"]
     for label, column, _, _ in FORMS:
         forms = [_form_pair(candidate[name], champion[name], label, column) for name in counted]
@@ -347,10 +392,18 @@ def _own_margin(scores: ItemScores, facts: ProbeFacts, settings: GateSettings) -
     return settings.probe if scores.direction == "higher" else settings.loss
 
 
-def _answer(asked: _Question, settings: GateSettings, level: float) -> Evidence:
+def _answer(asked: _Question, settings: GateSettings, level: float, look: Look) -> Evidence:
     """Compare, before any correction: `harm` is decided over all comparisons together, in `_adjust`."""
     pair, n = asked.pair, len(asked.pair.d)
-    found = stats.compare_paired(pair.d, pair.clusters, level=level, bounded=pair.unit == "points")
+    level *= asked.share
+    bounded, spent = pair.unit == "points", 1.0
+    if look == "early" and bounded:
+        spent = EARLY_SHARE
+        found = stats.compare_anytime(pair.d, pair.clusters, level=level * spent)
+    else:
+        spent = 1.0 if look == "whole" else 1 - EARLY_SHARE
+        found = stats.compare_paired(pair.d, pair.clusters, level=level * spent, bounded=bounded)
+    level *= spent
     clusters = len(set(pair.clusters))
     evidence = Evidence(
         probe=pair.probe,
@@ -368,20 +421,25 @@ def _answer(asked: _Question, settings: GateSettings, level: float) -> Evidence:
         unit=pair.unit,
         ci90=found.ci90,
         lower_bound=found.lower_bound,
+        level=level,
+        bootstrap_bound=None,
         flip_share=float(np.mean(pair.d != 0)),
         smallest_visible_drop=stats.smallest_visible_drop(found.variance, n, settings.alpha),
         margin=asked.margin,
-        p_harm=found.p_harm,
+        p_harm=min(1.0, found.p_harm / spent),
         p_holm=None,
         outcome="watch",
         items_needed=None,
         reason="",
     )
+    if found.is_normal and asked.role != "watch" and found.lower_bound > -(asked.margin or 0.0):
+        check = stats.bca_lower_bound(pair.d, pair.clusters, level)
+        evidence = replace(evidence, bootstrap_bound=check)
     if not evidence.is_awaited:
         return replace(evidence, outcome="pass" if evidence.is_within_margin else "watch")
     passed = evidence.is_within_margin
     if evidence.role == "target":
-        passed = evidence.lower_bound > 0 and evidence.difference >= settings.min_gain
+        passed = evidence.least_bound > 0 and evidence.difference >= settings.min_gain
     few = n < settings.min_items or clusters < settings.min_clusters
     if passed and not few:
         return replace(evidence, outcome="pass")
@@ -478,7 +536,10 @@ def _describe(one: Evidence, settings: GateSettings) -> str:
     against = "" if one.reference == "champion" else " against the best promoted score"
     p = "" if one.p_holm is None else f", Holm p {one.p_holm:.3f}" if one.p_holm >= 0.001 else ", Holm p < 0.001"
     more = ""
-    if one.outcome == "too_few":
+    if one.outcome == "undecided" and one.lower_bound > -(one.margin or 0.0) >= one.least_bound:
+        t_bound, check = (f"{bound * scale:+.2f}{sign}" for bound in (one.lower_bound, one.least_bound))
+        more = f"; the t bound of {t_bound} would do, the bootstrap's of {check} does not"
+    elif one.outcome == "too_few":
         more = "; too few to promote on" + (f" in {one.clusters} clusters" if one.clusters < one.n else "")
     elif one.outcome == "undecided" and one.margin is not None:
         more = f"; a drop of {one.margin * scale:.1f}{sign} is not ruled out"

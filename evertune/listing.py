@@ -34,7 +34,8 @@ def show_body(place: Path, label: str | None) -> dict[str, Any]:
 
     Shape: what `describe_for_humans` says of the folder (`path`, `digest`, `form`, `stack`, `deploy`, ...), and for a
     labelled checkpoint of a workspace also `label`, `round`, `methods`,
-    `standing`, `settings`, `data`, `probes`: {name: {value, ci90, n}}.
+    `standing`, `settings`, `data`, `probes`: {name: {value, ci90, n}} and, of a trained one, `final` and perhaps
+    `warnings`.
     """
     if not (place / "ledger.sqlite").is_file():
         return describe_for_humans(describe(place))
@@ -42,6 +43,7 @@ def show_body(place: Path, label: str | None) -> dict[str, Any]:
     event, checkpoint = find_checkpoint(opened, label)
     shown = ("label", "round", "stage", "methods", "standing", "settings", "data", "replay", "anchor")
     facts = {name: event.body[name] for name in shown}
+    facts |= {name: event.body[name] for name in ("final", "warnings") if event.body.get(name)}
     return {**describe_for_humans(checkpoint), **facts, "probes": _probe_values(opened, event.body["digest"])}
 
 

@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from evertune.data.cleaned import Cleaner, Given, OnBad
 from evertune.data.history import write_history
 from evertune.data.replay import reservoir
 from evertune.data.rows import digest_rows, read_rows
@@ -31,7 +32,7 @@ from evertune.train.spec import RowsRef
 from evertune.workspace import Workspace
 
 # Raised by hand when the meaning of the gate changes: verdicts are then made anew.
-GATE_VERSION = 1
+GATE_VERSION = 2
 HISTORY_ROWS = 10_000
 RECORDED_PACKAGES = ("evertune", "torch", "transformers", "accelerate", "peft", "tokenizers", "safetensors", "numpy")
 
@@ -128,17 +129,15 @@ class Plan:
         Rows of a format that is never replayed, such as preferences, are left out.
         """
         names = sorted(name for name in new_sources(one) if self.recipe.data[name].format in REPLAYABLE)
-        digests = {name: self.data_digest(name) for name in names}
+        refs = {name: self.rows_ref(name) for name in names}
+        digests = {name: ref.digest for name, ref in refs.items()}
         formats = {name: self.recipe.data[name].format for name in names}
         seed = self.recipe.seed
         key = digest_json({"kind": "history", "version": 1, "data": digests, "formats": formats, "seed": seed})
 
         def write(folder: Path) -> dict[str, Any]:
-            for name in names:
-                source = self.recipe.data[name]
-                rows = read_rows(
-                    self.loaded.resolve(source.path), format=source.format, source=name, limit=source.limit
-                )
+            for name, ref in refs.items():
+                rows = read_rows(Path(ref.path), format=ref.format, source=name, limit=ref.limit)
                 write_history(folder / f"{name}.jsonl", reservoir(rows, HISTORY_ROWS, seed))
             return {"round": one.name, "formats": formats}
 
@@ -150,14 +149,32 @@ class Plan:
         return digest_json({"files": files, "format": source.format, "limit": source.limit})
 
     def rows_ref(self, name: str) -> RowsRef:
+        """A source's rows without those that hold probe items.
+
+        Raises:
+            DataError: a row holds an item and the recipe calls that an error, or a row cannot be read.
+        """
         source = self.recipe.data[name]
+        path = self.loaded.resolve(source.path)
+        given = Given(name, path, source.format, source.limit, self.data_digest(name))
+        return self.clean(given, on_bad=source.bad_rows)
+
+    def clean(self, given: Given, *, on_bad: OnBad = "error") -> RowsRef:
+        """Any rows, without those that hold probe items."""
+        found = self._cleaner.clean(given, Workspace.open(self.workspace, create=True), on_bad=on_bad)
         return RowsRef(
-            source=name,
-            path=str(self.loaded.resolve(source.path)),
-            format=source.format,
-            limit=source.limit,
-            digest=self.data_digest(name),
+            source=given.source,
+            path=str(found.path),
+            format=given.format,
+            limit=found.limit,
+            digest=found.digest,
+            removed=found.removed,
         )
+
+    @cached_property
+    def _cleaner(self) -> Cleaner:
+        items = [text for probe in self.probes for text in probe.texts()]
+        return Cleaner(items, on_leak=self.recipe.leaks)
 
 
 def make_plan(loaded: LoadedRecipe) -> Plan:

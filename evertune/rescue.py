@@ -35,6 +35,7 @@ def choose(
     best: Scores,
     probes: Mapping[str, ProbeFacts],
     settings: GateSettings,
+    shares: Mapping[str, float] | None = None,
 ) -> Chosen:
     """The largest share of the update that passes the gate; if none does, the one that comes nearest.
 
@@ -45,7 +46,8 @@ def choose(
         scan: item scores by probe for each share tried, in (0, 1).
     """
     verdicts = {
-        alpha: judge(scores, champion, best, probes, settings, tried=len(scan)) for alpha, scores in scan.items()
+        alpha: judge(scores, champion, best, probes, settings, tried=len(scan), shares=shares)
+        for alpha, scores in scan.items()
     }
     alpha = min(verdicts, key=lambda one: (_rank(verdicts[one]), -one))
     return Chosen(
@@ -53,22 +55,6 @@ def choose(
         values={one: {name: scores.value for name, scores in scan[one].items()} for one in scan},
         passes={one: verdict.decision == "PROMOTE" for one, verdict in verdicts.items()},
     )
-
-
-def ratchet(best: Scores, promoted: Scores) -> dict[str, ItemScores]:
-    """Per probe, the better of the best so far and the newly promoted: what later candidates must not fall below."""
-    raised = dict(best)
-    for name, scores in promoted.items():
-        old = best.get(name)
-        same = old is not None and (old.items_digest, old.template_digest) == (
-            scores.items_digest,
-            scores.template_digest,
-        )
-        better = old is None or (scores.value > old.value if scores.direction == "higher" else scores.value < old.value)
-        # Other items or another template cannot be compared: the ratchet starts anew.
-        if better or not same:
-            raised[name] = scores
-    return raised
 
 
 def _rank(verdict: Verdict) -> tuple[int, int]:

@@ -24,6 +24,7 @@ from evertune.model.checkpoint import Checkpoint, describe
 from evertune.plan import GATE_VERSION, Plan, make_plan
 from evertune.probe.scores import ItemScores
 from evertune.process import Workers
+from evertune.ratchet import Ratchet
 from evertune.recipe.load import LoadedRecipe
 from evertune.recipe.schema import Round, Rung
 from evertune.report.text import next_command
@@ -47,13 +48,13 @@ class Position:
 
     Attributes:
         champion: the last promoted model; the base before any promotion.
-        best: item scores of the best promoted model, per probe: the reference that stops slow decay.
+        ratchet: the best promoted scores per probe: the reference that stops slow decay.
         history: keys of the objects that hold the training rows of promoted rounds.
         settled: key of the last verdict, `base` before the first.
     """
 
     champion: Model
-    best: Mapping[str, ItemScores]
+    ratchet: Ratchet
     history: tuple[str, ...] = ()
     settled: str = "base"
 
@@ -123,7 +124,7 @@ def begin(session: Session) -> Position:
     place = {"path": str(plan.base.path)}
     _record(session, "checkpoint", digest_json({"base": plan.base.digest}), plan.base_body(), place)
     base = probe(session, base)
-    return _after_settling(session, Position(champion=base, best=base.scores))
+    return _after_settling(session, Position(champion=base, ratchet=Ratchet.start(base.scores)))
 
 
 def run_round(session: Session, one: Round, position: Position) -> Position:
@@ -135,6 +136,7 @@ def run_round(session: Session, one: Round, position: Position) -> Position:
         made.append(probe(session, perform_stage(session, one, index, made, position)))
     candidate = made[-1]
     verdict, key = decide(session, one, candidate, position)
+    position = replace(position, ratchet=position.ratchet.judged(verdict.decision))
     by = "gate"
     if verdict.decision != "PROMOTE":
         rescued = rescue(session, one, candidate, start, verdict, position)
@@ -185,6 +187,7 @@ def perform_stage(session: Session, one: Round, index: int, made: Sequence[Model
         "stage_index": index,
         "settings": order.settings(),
     }
+    session.display.warnings(label, body.get("warnings", ()))
     event = digest_json({"label": label, "object": order.key})
     _record(session, "checkpoint", event, body, manifest.record["volatile"])
     session.display.academic(label, named(body["methods"], "academic"))
@@ -212,7 +215,13 @@ def decide(
     """Judge a candidate against the champion and the best, and record the verdict; returns it with its key."""
     plan = session.plan
     verdict = judge(
-        candidate.scores, position.champion.scores, position.best, plan.facts(one), plan.gate_settings, tried=tried
+        candidate.scores,
+        position.champion.scores,
+        position.ratchet.best,
+        plan.facts(one),
+        plan.gate_settings,
+        tried=tried,
+        shares=position.ratchet.shares,
     )
     key = digest_json(
         {
@@ -225,6 +234,7 @@ def decide(
             "probes": {each.name: [each.digest, plan.facts(one)[each.name].role] for each in plan.probes},
             "settings": plan.gate_body,
             "tried": tried,
+            "shares": dict(position.ratchet.shares),
         }
     )
     kind = "verdict" if rescue_facts is None else "rescue"
@@ -283,9 +293,9 @@ def promote(session: Session, one: Round, candidate: Model, position: Position, 
     }
     _record(session, "promotion", digest_json({**body, "after": position.settled}), body)
     history = session.plan.keep_history(one, session.workspace)
-    best = ladder.ratchet(position.best, candidate.scores)
+    ratchet = position.ratchet.climb(candidate.scores, alpha=session.plan.gate_settings.alpha)
     session.display.promoted(one.name, candidate.label)
-    return replace(position, champion=candidate, best=best, history=(*position.history, history))
+    return replace(position, champion=candidate, ratchet=ratchet, history=(*position.history, history))
 
 
 def _interpolate(
@@ -295,7 +305,14 @@ def _interpolate(
     plan = session.plan
     alphas = list(rung.interpolate.alphas) if rung.interpolate else []
     scan = _scan(session, one, alphas, candidate, start)
-    chosen = ladder.choose(scan, position.champion.scores, position.best, plan.facts(one), plan.gate_settings)
+    chosen = ladder.choose(
+        scan,
+        position.champion.scores,
+        position.ratchet.best,
+        plan.facts(one),
+        plan.gate_settings,
+        position.ratchet.shares,
+    )
     winner = probe(session, _write_interpolation(session, one, chosen.alpha, candidate, start))
     facts = {"rung": "interpolate", "alpha": chosen.alpha, "scan": chosen.scan_body()}
     verdict, key = decide(session, one, winner, position, tried=len(alphas), rescue_facts=facts)

@@ -9,6 +9,7 @@ import pytest
 from evertune.errors import ProbeError
 from evertune.gate import GateSettings, ProbeFacts, Verdict, judge
 from evertune.hashing import canonical_json
+from evertune.measure import stats
 from evertune.probe.scores import ItemScores
 from evertune.recipe.schema import Gate
 
@@ -360,22 +361,9 @@ def test_a_verdict_is_plain_json_with_every_field() -> None:
     body = ask({**before, "facts": scores("facts", flipped(FACTS, 20))}, before).to_json()
     canonical_json(body)
     assert set(body) == {"decision", "reasons", "pooled", "probes"}
-    wanted = {
-        "probe",
-        "role",
-        "safety",
-        "kind",
-        "reference",
-        "n",
-        "clusters",
-        "samples",
-        "noise_share",
-        "before",
-        "after",
-        "difference",
-        "ci90",
-    }
-    wanted |= {"lower_bound", "flip_share", "smallest_visible_drop", "margin", "p_harm", "p_holm", "outcome", "unit"}
+    wanted = {"probe", "role", "safety", "kind", "reference", "n", "clusters", "samples", "noise_share", "before"}
+    wanted |= {"after", "difference", "ci90", "lower_bound", "level", "bootstrap_bound", "flip_share", "unit"}
+    wanted |= {"smallest_visible_drop", "margin", "p_harm", "p_holm", "outcome"}
     assert all(set(one) == wanted | {"items_needed", "reason"} for one in (body["pooled"], *body["probes"]))
 
 
@@ -419,3 +407,32 @@ def test_five_unharmed_guards_are_held_at_most_once_in_twenty() -> None:
 def test_a_guard_that_lost_its_whole_margin_is_promoted_at_most_once_in_twenty() -> None:
     promoted = np.mean([one.decision == "PROMOTE" for one in _verdicts([0.05], 400, replace(WIDE, pooled=0.2))])
     assert promoted < 0.07
+
+
+def test_a_pass_needs_the_bootstrap_where_a_t_bound_is_all_there_is() -> None:
+    # A loss probe 0.2 % better but for three documents of 300 that are 40 % worse: the t bound rules out 0.5 %.
+    base = np.ones(300)
+    worse = base - np.full(300, 0.0043) + np.random.default_rng(3).normal(scale=0.001, size=300)
+    worse[[10, 100, 200]] = 1.4
+    verdict = ask({"prose": prose(worse)}, {"prose": prose(base)})
+    one = row(verdict, "prose")
+    assert one.bootstrap_bound is not None
+    assert one.lower_bound > -0.005 >= one.bootstrap_bound
+    assert one.outcome == "undecided"
+    assert "the t bound of -0.36%" in one.reason
+    assert "the bootstrap's of -0.52%" in one.reason
+
+
+def test_early_looks_spend_a_fifth_of_alpha_and_the_last_look_the_rest() -> None:
+    after, before = {"facts": scores("facts", flipped(FACTS, 3))}, {"facts": scores("facts", FACTS)}
+    early, last = (row(ask(after, before, look=look), "facts") for look in ("early", "last"))
+    assert (early.level, last.level) == (pytest.approx(0.01), pytest.approx(0.04))
+    assert last.lower_bound == pytest.approx(stats.tango_lower_bound(3, 0, 300, 0.04))
+    assert early.lower_bound < last.lower_bound
+    assert last.p_harm == pytest.approx(stats.mcnemar(3, 0) / 0.8)
+
+
+def test_a_large_loss_is_held_early_and_a_small_one_is_not() -> None:
+    before = {"facts": scores("facts", FACTS[:150])}
+    assert ask({"facts": scores("facts", flipped(FACTS[:150], 30))}, before, look="early").decision == "HOLD"
+    assert ask({"facts": scores("facts", flipped(FACTS[:150], 6))}, before, look="early").decision == "INCONCLUSIVE"

@@ -1,4 +1,4 @@
-"""The share of an update that a rescue keeps, and the ratchet."""
+"""The share of an update that a rescue keeps."""
 
 from dataclasses import replace
 
@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from evertune.gate import GateSettings, ProbeFacts, judge
-from evertune.rescue import choose, ratchet
-from tests.test_gate import BEFORE, FACTS, GUARD, TARGET, WIDE, flipped, ones, prose, scores
+from evertune.rescue import choose
+from tests.test_gate import BEFORE, FACTS, GUARD, TARGET, WIDE, flipped, ones, scores
 
 ROLES = {"facts": GUARD, "skill": TARGET}
 
@@ -65,17 +65,3 @@ def test_a_scan_rarely_finds_a_share_that_lost_its_whole_margin() -> None:
 def _wide_body() -> dict[str, object]:
     margin = {"pooled": 0.5, "probe": 0.5, "safety": 0.5, "loss": 0.5, "format": 0.5, "ratchet": 0.5}
     return {"alpha": 0.05, "margin": margin, "min_gain": 0.0, "min_items": 200, "min_clusters": 30}
-
-
-def test_the_ratchet_keeps_the_better_of_each_probe() -> None:
-    best = {"facts": scores("facts", ones(300, 200)), "prose": prose(np.full(300, 1.1))}
-    promoted = {"facts": scores("facts", ones(300, 190)), "prose": prose(np.full(300, 1.0))}
-    raised = ratchet(best, promoted)
-    assert raised["facts"] is best["facts"]
-    assert raised["prose"] is promoted["prose"]
-
-
-def test_the_ratchet_starts_anew_for_other_items_and_for_a_new_probe() -> None:
-    best = {"facts": scores("facts", ones(300, 200))}
-    changed = {"facts": scores("facts", ones(300, 100), items_digest="new"), "sums": scores("sums", ones(300, 5))}
-    assert ratchet(best, changed) == changed

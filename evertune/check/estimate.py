@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from evertune.check.findings import StageEstimate
-from evertune.data.encode import EncodedRow
+from evertune.data.encode import Item, counted_of, tokens_of
 from evertune.data.stream import Stream
 from evertune.model.checkpoint import Checkpoint, weight_files
 from evertune.model.header import read_header
-from evertune.recipe.presets import ResolvedTraining
+from evertune.recipe.presets import ResolvedDpo, ResolvedTraining
 from evertune.recipe.schema import Numerics
 
 # FLOP per second and core that training reaches on two AVX-512 cores with bfloat16 products: about half of what the
@@ -22,7 +22,7 @@ BYTES = {"bfloat16": 2, "float32": 4}
 # A float32 master and AdamW's two moments of each trained weight; two resume points are kept while a third is written.
 RESUME_BYTES = 3 * 12
 
-Rows = Mapping[str, Sequence[EncodedRow]]
+Rows = Mapping[str, Sequence[Item]]
 
 
 @dataclass(frozen=True)
@@ -132,13 +132,17 @@ def _flops(seen: Amounts, settings: ResolvedTraining, shapes: Shapes) -> float:
     """2 per weight and token and pass: forward, gradient of the input, and of the weights where they are trained."""
     tokens, counted = seen.new_tokens + seen.replay_tokens, seen.new_counted + seen.replay_counted
     passes = 2 if settings.tune.lora else 3
-    flops = 2 * (passes * shapes.body * tokens + passes * shapes.head * counted)
+    flops: float = 2 * (passes * shapes.body * tokens + passes * shapes.head * counted)
     anchor = settings.anchor
     if anchor.kl and anchor.cache == "off":
         # The reference runs forward beside the policy.
         new, replay = anchor.on in ("new", "both"), anchor.on in ("replay", "both")
         flops += 2 * shapes.body * (new * seen.new_tokens + replay * seen.replay_tokens)
         flops += 2 * shapes.head * (new * seen.new_counted + replay * seen.replay_counted)
+    if isinstance(settings, ResolvedDpo):
+        # The reference runs over each pair once, however often the pair is seen.
+        rounds_over = max(1.0, settings.epochs or 1.0)
+        flops += 2 * (shapes.body * seen.new_tokens + shapes.head * seen.new_counted) / rounds_over
     return flops
 
 
@@ -154,7 +158,7 @@ def _means(rows: Rows, shares: Mapping[str, float]) -> tuple[float, float]:
     if not total:
         return 0.0, 0.0
     means = {
-        name: (sum(len(one.ids) for one in each) / len(each), sum(int(one.counted.sum()) for one in each) / len(each))
+        name: (sum(map(tokens_of, each)) / len(each), sum(map(counted_of, each)) / len(each))
         for name, each in rows.items()
         if each
     }

@@ -5,14 +5,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from evertune.check.estimate import Shapes, nearest_folder, shapes_of
 from evertune.check.findings import Finding, Severity
+from evertune.data.cleaned import rows_by_probe
 from evertune.data.encode import Encoding
-from evertune.data.leak import find_leaks
+from evertune.data.leak import Leak, LeakFinder
 from evertune.data.replay import drop_duplicates
 from evertune.data.rows import Row, read_rows
+from evertune.data.sift import BadRows
 from evertune.errors import EvertuneError
 from evertune.ledger import Event, Ledger
 from evertune.model.bundled import home, resolve_base
@@ -39,7 +41,7 @@ class Look:
     probes: list[AnyProbe] = field(default_factory=list)
     base: Checkpoint | None = None
     codec: Codec | None = None
-    encodings: dict[tuple[str, int, str], Encoding | None] = field(default_factory=dict)
+    encodings: dict[tuple[str, int, str], Encoding[Any] | None] = field(default_factory=dict)
 
     @property
     def recipe(self) -> Recipe:
@@ -90,7 +92,12 @@ def read_data(look: Look) -> None:
     for name, source in look.recipe.data.items():
         place = f"data.{name}"
         path = look.loaded.resolve(source.path)
-        rows = look.attempt(place, read_rows, path, format=source.format, source=name, limit=source.limit)
+        bad = BadRows()
+        on_bad = bad if source.bad_rows == "quarantine" else None
+        rows = look.attempt(place, read_rows, path, format=source.format, source=name, limit=source.limit, bad=on_bad)
+        if bad.found:
+            first = f"{bad.found[0]['file']}:{bad.found[0]['line']}: {bad.found[0]['problem']}"
+            look.say("warning", place, f"{len(bad.found)} rows cannot be read and are left out, the first at {first}")
         if rows is None:
             continue
         look.rows[name] = rows
@@ -155,19 +162,46 @@ def _named_checkpoints(look: Look) -> Iterator[tuple[str, str]]:
 
 
 def look_at_leaks(look: Look) -> None:
-    """Rows that are trained on or replayed and hold an item of a probe."""
+    """Rows that are trained on or replayed and hold an item of a probe: errors, or left out from here on."""
     stages = [stage.settings for one in look.recipe.rounds for stage in one.stages]
-    texts = [text for probe in look.probes for text in probe.texts()]
+    finder = LeakFinder(text for probe in look.probes for text in probe.texts())
     for name in sorted({name for stage in stages for name in sources_of(look.recipe, stage)} & set(look.rows)):
-        leaks = find_leaks(look.rows[name], texts)
-        for leak in leaks[:LEAKS_SHOWN]:
-            told = (
-                f"{leak.file}:{leak.line} holds item {leak.item!r} of probe '{leak.probe}' ({leak.how}): a probe that "
-                "was trained on measures nothing."
-            )
-            look.say("error", f"data.{name}", told, "Remove the row or the item.")
-        if len(leaks) > LEAKS_SHOWN:
-            look.say("error", f"data.{name}", f"{len(leaks) - LEAKS_SHOWN} more rows hold items of probes.")
+        found = finder.find(look.rows[name])
+        leaks = [one for one in found if one.is_leak]
+        if leaks and look.recipe.leaks == "remove":
+            _leave_out(look, name, leaks)
+        else:
+            for leak in leaks[:LEAKS_SHOWN]:
+                told = (
+                    f"{leak.file}:{leak.line} holds item {leak.item!r} of probe '{leak.probe}' ({leak.how}): a probe "
+                    "that was trained on measures nothing."
+                )
+                look.say("error", f"data.{name}", told, "Remove the row or the item, or set 'leaks: remove'.")
+            if len(leaks) > LEAKS_SHOWN:
+                look.say("error", f"data.{name}", f"{len(leaks) - LEAKS_SHOWN} more rows hold items of probes.")
+        _tell_overlap(look, name, [one for one in found if not one.is_leak])
+
+
+def _leave_out(look: Look, name: str, leaks: Sequence[Leak]) -> None:
+    ids = {one.row_id for one in leaks}
+    probes = ", ".join(f"{count} of '{probe}'" for probe, count in rows_by_probe(leaks).items())
+    look.rows[name] = [row for row in look.rows[name] if row.id not in ids]
+    told = f"{len(ids)} rows hold items of probes ({probes}) and are left out"
+    if look.rows[name]:
+        look.say("warning", f"data.{name}", f"{told}, the first at {leaks[0].file}:{leaks[0].line} ({leaks[0].how}).")
+    else:
+        look.say("error", f"data.{name}", f"{told}: nothing is left.", "Train on other rows, or probe with others.")
+
+
+def _tell_overlap(look: Look, name: str, found: Sequence[Leak]) -> None:
+    if found:
+        rows, items = len({one.row_id for one in found}), len({(one.probe, one.item) for one in found})
+        one = max(found, key=lambda each: each.score)
+        told = (
+            f"{rows} rows share half or more of the words of {items} probe items, the most at {one.file}:{one.line} "
+            f"with item {one.item!r} of probe '{one.probe}' ({one.score:.0%}): the probe measures less than it seems."
+        )
+        look.say("note", f"data.{name}", told)
 
 
 def _events(path: Path) -> list[Event]:

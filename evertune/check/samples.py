@@ -1,9 +1,11 @@
 """Rows rendered through the chat template, with what carries loss told apart."""
 
+from collections.abc import Callable
 from itertools import groupby
+from typing import Any
 
 from evertune.check.findings import Sample
-from evertune.data.encode import EncodedRow, encode_rows
+from evertune.data.encode import EncodedRow, Encoding, encode_pairs, encode_rows
 from evertune.data.rows import read_rows
 from evertune.model.bundled import resolve_base
 from evertune.model.checkpoint import describe
@@ -15,7 +17,8 @@ NO_LIMIT = 1 << 30
 
 
 def render_samples(loaded: LoadedRecipe, count: int) -> list[Sample]:
-    """The first `count` rows of every source of new conversations or texts, in the order the rounds name them.
+    """The first `count` rows of every source of new conversations, texts or pairs, in the order the rounds name
+    them; of a pair both answers.
 
     Raises:
         DataError, CheckpointError: a file, the base or its template is not what it should be.
@@ -25,12 +28,17 @@ def render_samples(loaded: LoadedRecipe, count: int) -> list[Sample]:
     samples = []
     for name in dict.fromkeys(name for one in loaded.recipe.rounds for name in new_sources(one)):
         source = loaded.recipe.data[name]
-        if source.format not in REPLAYABLE:
-            continue
         limit = min(count, source.limit or count)
         rows = read_rows(loaded.resolve(source.path), format=source.format, source=name, limit=limit)
-        encoded = encode_rows(rows, codec, max_tokens=NO_LIMIT, too_long="drop")
-        samples += [sample_of(row, codec) for row in encoded.rows]
+        encode: Callable[..., Encoding[Any]]
+        if source.format in REPLAYABLE:
+            encode = encode_rows
+        elif source.format == "preference":
+            encode = encode_pairs
+        else:
+            continue
+        items = encode(rows, codec, max_tokens=NO_LIMIT, too_long="drop").rows
+        samples += [sample_of(row, codec) for item in items for row in item.rows]
     return samples
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from evertune.check.estimate import BYTES, Amounts, amounts, estimate, kept_weights, nearest_folder, resume_bytes
 from evertune.check.findings import Disk, Severity, StageEstimate
 from evertune.check.look import Look, sources_of
-from evertune.data.encode import EncodedRow, encode_rows
+from evertune.data.encode import Encoding, Item, encode_pairs, encode_rows
 from evertune.data.replay import drop_duplicates
 from evertune.data.rows import digest_rows
 from evertune.hashing import digest_file, digest_json
@@ -126,6 +126,7 @@ def look_at_external(view: StageView) -> Planned | None:
 
 LOOKS: dict[str, Callable[[StageView], Planned | None]] = {
     "sft": look_at_training,
+    "dpo": look_at_training,
     "external": look_at_external,
 }
 
@@ -166,13 +167,16 @@ def _look_at_command(view: StageView, settings: ResolvedExternal) -> None:
             view.say("error", f"{name}: found no file, expected one.", "Paths are relative to the recipe.", at=".files")
 
 
-def _encode(view: StageView, name: str, settings: ResolvedTraining) -> Sequence[EncodedRow] | None:
+def _encode(view: StageView, name: str, settings: ResolvedTraining) -> Sequence[Item] | None:
     """Rows of a source as a stage reads them; None, with an error, where one cannot be read."""
     look, place = view.look, view.place
+    encode: Callable[..., Encoding[Any]] = (
+        encode_pairs if look.recipe.data[name].format == "preference" else encode_rows
+    )
     key = (name, settings.max_tokens, settings.too_long)
     if key not in look.encodings and look.codec is not None:
         found = look.attempt(
-            f"{place} ({name})", encode_rows, look.rows[name], look.codec,
+            f"{place} ({name})", encode, look.rows[name], look.codec,
             max_tokens=settings.max_tokens, too_long=settings.too_long,
         )  # fmt: skip
         look.encodings[key] = found
@@ -188,8 +192,8 @@ def _encode(view: StageView, name: str, settings: ResolvedTraining) -> Sequence[
 
 
 def _replay_pool(
-    view: StageView, settings: ResolvedTraining, encoded: Mapping[str, Sequence[EncodedRow]]
-) -> dict[str, Sequence[EncodedRow]]:
+    view: StageView, settings: ResolvedTraining, encoded: Mapping[str, Sequence[Item]]
+) -> dict[str, Sequence[Item]]:
     """What a stage replays, less what is also new; of `history`, the new rows of all rounds before, as if promoted."""
     look, learnt = view.look, view.settings.new_sources
     if not settings.replay.share:

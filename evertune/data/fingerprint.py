@@ -49,7 +49,7 @@ def fingerprint(rows: Iterable[Row], *, part: Part = "both", width: int = WIDTH,
     Args:
         workers: processes that share the work; the result is the same for any number.
     """
-    batches = ([(row.value, row.format) for row in batch] for batch in _batched(rows))
+    batches = ([(row.value, row.format) for row in batch] for batch in batched(rows))
     if workers == 1:
         return join(_of_batch(batch, part, width) for batch in batches)
     context = multiprocessing.get_context("spawn")
@@ -94,7 +94,8 @@ def _bytes_of(value: dict[str, Any]) -> bytes:
     return json.dumps(value, sort_keys=True, ensure_ascii=False).encode()
 
 
-def _batched(rows: Iterable[Row]) -> Iterator[list[Row]]:
+def batched(rows: Iterable[Row], size: int = BATCH_ROWS) -> Iterator[list[Row]]:
+    """Rows in lists of `size`, the last one shorter."""
     iterator = iter(rows)
-    while batch := list(islice(iterator, BATCH_ROWS)):
+    while batch := list(islice(iterator, size)):
         yield batch

@@ -97,18 +97,28 @@ def common_hashes(shingles: Shingles, share: float) -> Hashes:
     return ordered[first[:-1][np.diff(first) > share * len(shingles)]]
 
 
+def runs(texts: Sequence[str], width: int = WIDTH) -> Shingles:
+    """As `shingle`, but every run of words in its place, repeats included: not ascending, not distinct."""
+    return concatenate([_runs_of_chunk(chunk, width) for chunk in _chunks(texts)])
+
+
 def _shingle_chunk(texts: Sequence[bytes], width: int) -> Shingles:
+    found = _runs_of_chunk(texts, width)
+    row = np.repeat(np.arange(len(texts), dtype=np.uint64), found.sizes)
+    keys = distinct((row << np.uint64(HASH_BITS)) | found.hashes)
+    sizes = np.bincount((keys >> np.uint64(HASH_BITS)).astype(np.int64), minlength=len(texts))
+    return Shingles(_starts(sizes), keys & np.uint64((1 << HASH_BITS) - 1))
+
+
+def _runs_of_chunk(texts: Sequence[bytes], width: int) -> Shingles:
     lengths = np.array([len(one) + 1 for one in texts], dtype=np.int64)
     bytes_N = np.frombuffer(b" ".join(texts) + b" ", dtype=np.uint8)
     is_word_N = (bytes_N != _SPACE) & (bytes_N != _NEWLINE)
     edges = np.flatnonzero(np.diff(np.concatenate([[False], is_word_N, [False]]).astype(np.int8)))
     first_W, end_W = edges[::2], edges[1::2]
     row_W = np.searchsorted(np.cumsum(lengths), first_W, side="right")
-    grams, row_G = _runs(_word_hashes(bytes_N, first_W, end_W), row_W, width)
-    keys = (row_G.astype(np.uint64) << np.uint64(HASH_BITS)) | (grams >> np.uint64(64 - HASH_BITS))
-    keys = distinct(keys)
-    sizes = np.bincount((keys >> np.uint64(HASH_BITS)).astype(np.int64), minlength=len(texts))
-    return Shingles(_starts(sizes), keys & np.uint64((1 << HASH_BITS) - 1))
+    hashes, row = _runs(_word_hashes(bytes_N, first_W, end_W), row_W, width)
+    return Shingles(_starts(np.bincount(row, minlength=len(texts))), hashes >> np.uint64(64 - HASH_BITS))
 
 
 def _word_hashes(bytes_N: NDArray[np.uint8], first_W: Indices, end_W: Indices) -> Hashes:

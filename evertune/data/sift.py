@@ -18,11 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from evertune.data.compared import Part
 from evertune.data.dedup import Earlier, Memory, Several, find_templates, resolve
-from evertune.data.fingerprint import Fingerprints, fingerprint, join
+from evertune.data.fingerprint import Fingerprints, batched, fingerprint, join
 from evertune.data.index import DedupIndex
+from evertune.data.leak import Leak, LeakFinder, ProbeText
+from evertune.data.quality import Rule, bounds_of, broken_rule, signals_of
 from evertune.data.rows import Row, detect_format, files_of, iter_rows
 from evertune.data.shingles import WIDTH
 from evertune.data.write import row_writer
@@ -33,6 +36,7 @@ from evertune.workspace.disk import write_atomically
 MANIFEST = "manifest.json"
 REMOVED = "removed.jsonl"
 QUARANTINE = "quarantine.jsonl"
+SCORED_ROWS = 512
 _OWN = {name.partition(".")[0] for name in (MANIFEST, REMOVED, QUARANTINE)}
 
 
@@ -187,6 +191,76 @@ def _prints(
         for one in sources
     ]
     return join(parts), np.repeat(np.arange(len(parts)), [len(one) for one in parts])
+
+
+# A signal that a model gives: a value for each of some rows, NaN where it cannot read one.
+Scorer = Callable[[Sequence[Row]], NDArray[np.float64]]
+
+
+def filter_rows(
+    sources: Sequence[Source],
+    rules: Sequence[Rule],
+    *,
+    scorers: Mapping[str, Scorer] | None = None,
+    bad: BadRows | None = None,
+) -> tuple[Decide, dict[str, dict[str, float]]]:
+    """Decide which rows break a rule; also the bounds of the rules by source, quantiles worked out.
+
+    Args:
+        scorers: signals beside those of `quality.py`.
+    """
+    scored = dict(scorers or {})
+    names = list(dict.fromkeys(rule.signal for rule in rules))
+    values: list[dict[str, NDArray[np.float64]]] = []
+    bounds: list[dict[Rule, float]] = []
+    for source in sources:
+        values.append(measure(rows_of(source, bad), names, scored))
+        bounds.append(bounds_of(rules, source.name, values[-1]))
+
+    def decide(source: int, number: int, row: Row) -> Mapping[str, Any] | None:
+        own = {name: float(each[number]) for name, each in values[source].items()}
+        broken = broken_rule(bounds[source], own)
+        if broken is None:
+            return None
+        rule, value = broken
+        return {"reason": str(rule), "value": value if np.isfinite(value) else None, "bound": bounds[source][rule]}
+
+    told = {
+        source.name: {str(rule): bound for rule, bound in each.items()}
+        for source, each in zip(sources, bounds, strict=True)
+    }
+    return decide, told
+
+
+def measure(rows: Iterable[Row], names: Sequence[str], scorers: Mapping[str, Scorer]) -> dict[str, NDArray[np.float64]]:
+    """The values of signals for rows, read once: (R,) each."""
+    plain = [name for name in names if name not in scorers]
+    found: dict[str, list[NDArray[np.float64]]] = {name: [np.zeros(0)] for name in names}
+    for batch in batched(rows, SCORED_ROWS):
+        columns = np.array([signals_of(row, plain) for row in batch]).reshape(len(batch), len(plain))
+        for i, name in enumerate(plain):
+            found[name].append(columns[:, i])
+        for name in names:
+            if name in scorers:
+                found[name].append(scorers[name](batch))
+    return {name: np.concatenate(each) for name, each in found.items()}
+
+
+def decontaminate(sources: Sequence[Source], items: Sequence[ProbeText], *, bad: BadRows | None = None) -> Decide:
+    """Decide which rows hold an item of a probe; what only overlaps stays."""
+    finder = LeakFinder(items)
+    found: list[dict[tuple[str, int], Leak]] = []
+    for source in sources:
+        leaks = [one for one in finder.find(rows_of(source, bad)) if one.is_leak]
+        found.append({(str(one.file), one.line): one for one in reversed(leaks)})
+
+    def decide(source: int, number: int, row: Row) -> Mapping[str, Any] | None:
+        leak = found[source].get((str(row.file), row.line))
+        if leak is None:
+            return None
+        return {"reason": f"{leak.how}: '{leak.probe}'", "probe": leak.probe, "item": leak.item, "score": leak.score}
+
+    return decide
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.utils import logging as transformers_logging
 
 from evertune.errors import CheckpointError, IntegrityError
@@ -76,6 +76,22 @@ def open_model(checkpoint: Checkpoint, *, dtype: str, device: str = "cpu", fold:
     return OpenModel(model=model, codec=codec, checkpoint=checkpoint, device=place, dtype=wanted)
 
 
+def open_classifier(folder: Path) -> tuple[Any, Codec]:
+    """A model that gives numbers for a text, such as a reward model, in float32 on the CPU, with its tokenizer.
+
+    Raises:
+        CheckpointError: the folder is not such a model, or not what it should be; names the file or tensor.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: found no folder, expected a model.", remedy="Check the path.")
+    codec = load_codec(folder)
+    model = _load(folder, torch.float32, AutoModelForSequenceClassification)
+    check_finite(model, place=str(folder))
+    model.requires_grad_(False)
+    model.eval()
+    return model, codec
+
+
 def check_finite(model: nn.Module, *, place: str) -> None:
     """Raise CheckpointError naming the first tensor, in the model's order, that holds NaN or Inf."""
     for name, tensor in model.state_dict().items():
@@ -111,10 +127,10 @@ def _check_sizes(folder: Path) -> None:
             )
 
 
-def _load(folder: Path, dtype: torch.dtype) -> Any:
+def _load(folder: Path, dtype: torch.dtype, kind: Any = AutoModelForCausalLM) -> Any:
     try:
         with quiet():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = kind.from_pretrained(
                 folder,
                 dtype=dtype,
                 local_files_only=True,

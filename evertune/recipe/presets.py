@@ -9,6 +9,7 @@ from pydantic import BaseModel
 from evertune.recipe.schema import (
     Anchor,
     Config,
+    Dpo,
     Ema,
     External,
     Lora,
@@ -24,12 +25,14 @@ from evertune.recipe.schema import (
 
 @dataclass(frozen=True)
 class Preset:
-    """One row of the table; `lora_lr` and `full_lr` apply by what is trained."""
+    """One row of the table; rates for `lora` and `full` apply by what is trained, those of `dpo` to such stages."""
 
     summary: str
     tune: Tune
     lora_lr: float
     full_lr: float
+    dpo_lora_lr: float
+    dpo_full_lr: float
     epochs: float
     replay_share: float
     anchor_kl: float
@@ -41,15 +44,18 @@ _FULL = Tune(full=NoOptions())
 PRESETS = {
     "gentle": Preset(
         "the smallest change: half the learning rate, one epoch, more replay, a stronger anchor",
-        _LORA, lora_lr=1e-4, full_lr=1e-5, epochs=1.0, replay_share=0.3, anchor_kl=0.1,
+        _LORA, lora_lr=1e-4, full_lr=1e-5, dpo_lora_lr=1e-5, dpo_full_lr=5e-7,
+        epochs=1.0, replay_share=0.3, anchor_kl=0.1,
     ),
     "balanced": Preset(
         "the recommendation: an adapter, two epochs, one replayed row in five",
-        _LORA, lora_lr=2e-4, full_lr=2e-5, epochs=2.0, replay_share=0.2, anchor_kl=0.05,
+        _LORA, lora_lr=2e-4, full_lr=2e-5, dpo_lora_lr=2e-5, dpo_full_lr=1e-6,
+        epochs=2.0, replay_share=0.2, anchor_kl=0.05,
     ),
     "full": Preset(
         "as balanced, but every weight is trained: for skills that an adapter cannot hold",
-        _FULL, lora_lr=2e-4, full_lr=2e-5, epochs=2.0, replay_share=0.2, anchor_kl=0.05,
+        _FULL, lora_lr=2e-4, full_lr=2e-5, dpo_lora_lr=2e-5, dpo_full_lr=1e-6,
+        epochs=2.0, replay_share=0.2, anchor_kl=0.05,
     ),
 }  # fmt: skip
 
@@ -60,6 +66,9 @@ SOURCES = {
     "lora_lr": "About ten times the rate of full fine-tuning (Schulman et al. 2025, LoRA Without Regret).",
     "full_lr": "The lower half of 1e-5 to 5e-5, for models below 2B parameters: a heuristic. From 8B on use 5e-6 and "
     "less, as Tulu 3 (arXiv:2411.15124).",
+    "dpo_lora_lr": "A tenth of the supervised rate: a heuristic; preferences need, and bear, far smaller steps.",
+    "dpo_full_lr": "5e-7 is Tulu 3's (arXiv:2411.15124) and Zephyr's (arXiv:2310.16944), for 7B and 8B models; twice "
+    "that for small ones: a heuristic. One epoch where none is given, as Tulu 3.",
     "epochs": "Two, as in Tulu 3 (arXiv:2411.15124), where longer did not help; one where little change is wanted.",
     "replay_share": "0.2 of the stream, to be swept over 0.05, 0.1, 0.2 and 0.3: a heuristic. That old data must come "
     "along is reported by Llama 2 (arXiv:2307.09288); the share is found by watching retention.",
@@ -124,6 +133,22 @@ class ResolvedSft(ResolvedTraining):
 
 
 @dataclass(frozen=True)
+class ResolvedDpo(ResolvedTraining):
+    """A dpo stage."""
+
+    loss: Literal["sigmoid", "sigmoid_norm", "ipo"]
+    beta: float
+    label_smoothing: float
+    nll: float
+    reference: str
+    replay_weight: float
+
+    @property
+    def references(self) -> dict[str, str]:
+        return {**super().references, "reference": self.reference}
+
+
+@dataclass(frozen=True)
 class ResolvedExternal(Resolved):
     """An external stage."""
 
@@ -141,7 +166,21 @@ def resolve_stage(recipe: Recipe, stage: StageSettings) -> Resolved:
 def resolve_sft(recipe: Recipe, stage: Sft) -> ResolvedSft:
     """Fill in what an sft stage leaves open."""
     preset = PRESETS[recipe.preset]
-    return ResolvedSft(**_training(recipe, stage, lora_lr=preset.lora_lr, full_lr=preset.full_lr))
+    return ResolvedSft(**_training(recipe, stage, lora_lr=preset.lora_lr, full_lr=preset.full_lr, epochs=preset.epochs))
+
+
+def resolve_dpo(recipe: Recipe, stage: Dpo) -> ResolvedDpo:
+    """Fill in what a dpo stage leaves open."""
+    preset = PRESETS[recipe.preset]
+    return ResolvedDpo(
+        **_training(recipe, stage, lora_lr=preset.dpo_lora_lr, full_lr=preset.dpo_full_lr, epochs=1.0),
+        loss=stage.loss,
+        beta=stage.beta,
+        label_smoothing=stage.label_smoothing,
+        nll=stage.nll,
+        reference=stage.reference,
+        replay_weight=stage.replay_weight,
+    )
 
 
 def resolve_external(recipe: Recipe, stage: External) -> ResolvedExternal:
@@ -151,6 +190,7 @@ def resolve_external(recipe: Recipe, stage: External) -> ResolvedExternal:
 
 RESOLVERS: dict[type[StageSettings], Callable[[Recipe, Any], Resolved]] = {
     Sft: resolve_sft,
+    Dpo: resolve_dpo,
     External: resolve_external,
 }
 
@@ -167,7 +207,7 @@ def resolve_recipe(recipe: Recipe) -> dict[str, Any]:
     return body
 
 
-def _training(recipe: Recipe, stage: Training, *, lora_lr: float, full_lr: float) -> dict[str, Any]:
+def _training(recipe: Recipe, stage: Training, *, lora_lr: float, full_lr: float, epochs: float) -> dict[str, Any]:
     """The fields of `ResolvedTraining`.
 
     `tune`, `lr` and `epochs` are taken whole. `replay` and `anchor` are filled field by field, so that
@@ -183,7 +223,7 @@ def _training(recipe: Recipe, stage: Training, *, lora_lr: float, full_lr: float
         "replay": Replay.model_validate(_layered({"share": preset.replay_share}, defaults.replay, stage.replay)),
         "anchor": Anchor.model_validate(_layered({"kl": preset.anchor_kl}, defaults.anchor, stage.anchor)),
         "lr": stage.lr if stage.lr is not None else (lora_lr if tune.lora else full_lr),
-        "epochs": stage.epochs if is_timed else preset.epochs,
+        "epochs": stage.epochs if is_timed else epochs,
     }
 
 

@@ -99,12 +99,16 @@ class DataSource(Config):
     """Training rows: JSONL or Parquet, one file or a glob."""
 
     path: PlaceText
-    """File or glob, relative to the recipe. `.jsonl`, `.jsonl.gz` or `.parquet`."""
+    """File or glob, relative to the recipe: `.jsonl`, `.jsonl.gz`, `.jsonl.zst`, `.parquet` or `.arrow`; or
+    `datasets:NAME` or `datasets:NAME:SPLIT` for what the `datasets` library keeps."""
     format: RowFormat = "messages"
     """Shape of a row: `{"messages"}`, `{"prompt","chosen","rejected"}`, `{"prompt"|"messages","answer"}`,
     `{"prompt","choices","answer"}` or `{"text"}`. An sft stage reads `messages` and `text`."""
     limit: int | None = Field(None, gt=0)
     """Use only the first rows of the source, in file order."""
+    bad_rows: Literal["error", "quarantine"] = "error"
+    """A row that cannot be read or has the wrong shape stops the run, or is left out, counted and kept with the reason.
+    """
 
 
 class Verifier(OneKey):
@@ -364,6 +368,34 @@ class Sft(Training):
     formats = REPLAYABLE
 
 
+class Dpo(Training):
+    """Direct preference optimisation (Rafailov et al. 2023, arXiv:2305.18290): the chosen answer gains on the rejected
+    one. A pair counts as one row, in batches and in the replay share."""
+
+    formats = ("preference",)
+
+    loss: Literal["sigmoid", "sigmoid_norm", "ipo"] = "sigmoid"
+    """`sigmoid` is DPO; `sigmoid_norm` the same on log-ratios per token, which takes a beta of about 5 (Tulu 3,
+    arXiv:2411.15124); `ipo` a squared loss that stops at a margin of 1 / (2 beta) per token (arXiv:2310.12036)."""
+    beta: Positive = 0.1
+    """How strongly the policy is held to the reference: a smaller one lets it move further."""
+    label_smoothing: float = Field(0.0, ge=0.0, lt=0.5)
+    """Share of the pairs that are taken to be the wrong way round. Not read by `ipo`."""
+    nll: NonNegative = 0.2
+    """Weight of the negative log-likelihood of the chosen answers, per token; it keeps their probability from falling
+    along. 0.2 is Llama 3's (arXiv:2407.21783)."""
+    reference: PlaceText = "start"
+    """What the log-probabilities are compared with: `start`, `sft`, `base`, `champion`, or the path of a checkpoint."""
+    replay_weight: NonNegative = 1.0
+    """Weight of the replayed rows' cross-entropy, per token, beside the mean preference loss."""
+
+    @model_validator(mode="after")
+    def _read_by_loss(self) -> Self:
+        if self.loss == "ipo" and self.label_smoothing:
+            raise ValueError("'label_smoothing' is read by sigmoid and sigmoid_norm only, this loss is ipo")
+        return self
+
+
 PLACEHOLDERS = ("model", "data", "output", "seed")
 
 
@@ -413,6 +445,8 @@ class Stage(OneKey):
 
     sft: Sft | None = None
     """Supervised fine-tuning."""
+    dpo: Dpo | None = None
+    """Direct preference optimisation."""
     external: External | None = None
     """Another trainer's command."""
 
@@ -542,6 +576,9 @@ class Recipe(Config):
     """Sources of training rows, by the name that stages use."""
     probes: dict[Name, Probe] = Field(min_length=1)
     """What every checkpoint is asked."""
+    leaks: Literal["error", "remove"] = "error"
+    """A training row that holds a probe item stops the run, or is left out of training, replay and history, and
+    counted. What holds an item: docs/data.md."""
     defaults: Defaults = Defaults()
     """What stages have in common."""
     gate: Gate = Gate()

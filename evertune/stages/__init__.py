@@ -1,6 +1,7 @@
 """The kinds of stages: how each is ordered and performed.
 
-    sft.py        supervised fine-tuning        external.py   another trainer's command
+    sft.py        supervised fine-tuning        dpo.py        preferences
+    external.py   another trainer's command
     place.py      where a stage stands          training.py   what trained kinds have in common
 
 To add a kind: a settings class and a key of `Stage` in recipe/schema.py, its resolver in recipe/presets.py, a file
@@ -11,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from evertune.stages import external, sft
+from evertune.stages import dpo, external, sft
 from evertune.stages.place import Order, Place
 from evertune.workspace import Workspace
 
@@ -37,5 +38,6 @@ class StageKind:
 
 KINDS: dict[str, StageKind] = {
     "sft": StageKind(sft.order, sft.perform, is_launched=True),
+    "dpo": StageKind(dpo.order, dpo.perform, is_launched=True),
     "external": StageKind(external.order, external.perform),
 }

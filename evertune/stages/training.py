@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from evertune.data.cleaned import Given
 from evertune.hashing import digest_file, digest_json
 from evertune.model.checkpoint import Checkpoint
 from evertune.plan import Plan
@@ -76,7 +77,7 @@ def _refs(plan: Plan, sources: Iterable[str], histories: Sequence[Path]) -> list
     refs = []
     for name in sources:
         if name == "history":
-            refs += [ref for folder in histories for ref in _history_refs(folder)]
+            refs += [ref for folder in histories for ref in _history_refs(plan, folder)]
         else:
             refs.append(plan.rows_ref(name))
     return refs
@@ -99,15 +100,17 @@ def _plugin_spec(place: Place, kind: Kind, name: str, options: Any) -> PluginSpe
     )
 
 
-def _history_refs(folder: Path) -> list[RowsRef]:
+def _history_refs(plan: Plan, folder: Path) -> list[RowsRef]:
     manifest = read_manifest(folder)
     return [
-        RowsRef(
-            source=f"history/{manifest.record['round']}/{Path(entry.path).stem}",
-            path=str(folder / entry.path),
-            format=manifest.record["formats"][Path(entry.path).stem],
-            limit=None,
-            digest=entry.sha256,
+        plan.clean(
+            Given(
+                source=f"history/{manifest.record['round']}/{Path(entry.path).stem}",
+                path=folder / entry.path,
+                format=manifest.record["formats"][Path(entry.path).stem],
+                limit=None,
+                digest=entry.sha256,
+            )
         )
         for entry in manifest.files
     ]

@@ -170,6 +170,74 @@ def head_loss(
     return HeadLoss(loss=loss, ce_sum=sums[0], term_sums=named)
 
 
+def target_log_probabilities(
+    hidden_NH: Tensor, targets_N: Tensor, *, head: Head, chunk_positions: int | None = None
+) -> Tensor:
+    """Log-probabilities (N,) float32 of the target words, for losses that are no plain sum over positions.
+
+    Differentiable in `hidden_NH` and, where it is trained, the head. The slope of each position's value is formed with
+    the value, so that a frozen head is applied once; for a trained one the backward pass applies it again.
+    """
+    step = chunk_positions or head.chunk_positions()
+    wants_grad = torch.is_grad_enabled()
+    logp_N: Tensor = _TargetLogProbabilities.apply(hidden_NH, head.weight_VH, head.bias_V, targets_N, step, wants_grad)
+    return logp_N
+
+
+class _TargetLogProbabilities(torch.autograd.Function):
+    """The slope of log p(target) in the logits is onehot(target) - p."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_NH: Tensor,
+        weight_VH: Tensor,
+        bias_V: Tensor | None,
+        targets_N: Tensor,
+        step: int,
+        wants_grad: bool,
+    ) -> Tensor:
+        wants_slope = wants_grad and ctx.needs_input_grad[0]
+        values, slopes = [], []
+        for start in range(0, len(hidden_NH), step):
+            targets = targets_N[start : start + step]
+            logp_nV = F.linear(hidden_NH[start : start + step], weight_VH, bias_V).float().log_softmax(dim=-1)
+            values.append(logp_nV.gather(1, targets.unsqueeze(1)).squeeze(1))
+            if wants_slope:
+                slopes.append(_logit_slopes(logp_nV, targets).to(weight_VH.dtype) @ weight_VH)
+        ctx.step = step
+        ctx.save_for_backward(hidden_NH, weight_VH, bias_V, targets_N, torch.cat(slopes) if slopes else None)
+        return torch.cat(values)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        hidden_NH, weight_VH, bias_V, targets_N, slopes_NH = ctx.saved_tensors
+        (grad_N,) = upstream
+        grads = _Gradients([False, *ctx.needs_input_grad[1:3]])
+        if any(ctx.needs_input_grad[1:3]):
+            for start in range(0, len(hidden_NH), ctx.step):
+                chosen = slice(start, start + ctx.step)
+                with torch.enable_grad():
+                    parts = [
+                        None if one is None else one.detach().requires_grad_(need)
+                        for one, need in zip(
+                            (hidden_NH[chosen], weight_VH, bias_V), (False, *ctx.needs_input_grad[1:3]), strict=True
+                        )
+                    ]
+                    logp_nV = F.linear(*parts).float().log_softmax(dim=-1)  # type: ignore[arg-type]
+                    taken_n = logp_nV.gather(1, targets_N[chosen].unsqueeze(1)).squeeze(1)
+                    loss = (taken_n * grad_N[chosen]).sum()
+                grads.add(loss, parts)
+        _, weight, bias = grads.finish(None, weight_VH, bias_V)
+        hidden = None if slopes_NH is None else (grad_N.unsqueeze(1) * slopes_NH).to(hidden_NH.dtype)
+        return hidden, weight, bias, None, None, None
+
+
+def _logit_slopes(logp_nV: Tensor, targets_n: Tensor) -> Tensor:
+    slopes_nV = logp_nV.exp().neg_()
+    return slopes_nV.scatter_add_(1, targets_n.unsqueeze(1), slopes_nV.new_ones(len(targets_n), 1))
+
+
 class _ChunkedLoss(torch.autograd.Function):
     """Loss over chunks of positions with the gradients formed on the way."""
 

@@ -1,13 +1,16 @@
-"""Losses as pure functions of tensors: cross-entropy, and the divergences of the anchor. All in nats, all float32.
+"""Losses as pure functions of tensors: cross-entropy, the divergences of the anchor, preferences. All float32, in nats.
 
 Per-position values come back unreduced or as sums, so that the caller divides once by the count of the whole step:
 a mean of micro-batch means would weigh tokens by the size of the micro-batch they fell into.
 """
 
-# N positions, V vocabulary (or buckets of it), K kept words, L = K + 1 buckets
+# N positions, V vocabulary (or buckets of it), K kept words, L = K + 1 buckets, P pairs
+
+from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def cross_entropy_sum(logp_NV: Tensor, targets_N: Tensor) -> Tensor:
@@ -67,3 +70,41 @@ def bucket(logp_NV: Tensor, ids_NK: Tensor) -> Tensor:
     """
     tail_N = logp_NV.scatter(1, ids_NK, -torch.inf).logsumexp(dim=1)
     return torch.cat([logp_NV.gather(1, ids_NK), tail_N.unsqueeze(1)], dim=1)
+
+
+PreferenceLoss = Literal["sigmoid", "sigmoid_norm", "ipo"]
+
+
+def preference_losses(
+    chosen_P: Tensor,
+    rejected_P: Tensor,
+    *,
+    chosen_tokens_P: Tensor,
+    rejected_tokens_P: Tensor,
+    loss: PreferenceLoss,
+    beta: float,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """The loss of each pair, (P,): small where the chosen answer has become likelier, against the rejected one, than
+    it was to the reference.
+
+    - `sigmoid`: -log sigmoid(beta * (chosen - rejected)), DPO (Rafailov et al. 2023, arXiv:2305.18290), ln 2 at the
+      start. With label smoothing e it is (1 - e) of that plus e of the loss of the pair turned round: the conservative
+      DPO of Mitchell 2023, for labels of which a share e is wrong.
+    - `sigmoid_norm`: the same on log-ratios per token, so that long answers do not count for more (as in Tulu 3,
+      arXiv:2411.15124, there with a beta of 5).
+    - `ipo`: (chosen - rejected - 1 / (2 beta))^2 on log-ratios per token (Azar et al. 2023, arXiv:2310.12036, eq. 17),
+      which stops pushing at a margin of 1 / (2 beta).
+
+    Args:
+        chosen_P, rejected_P: log-ratios log(policy / reference) in nats, summed over the answer's tokens.
+        chosen_tokens_P, rejected_tokens_P: numbers of these tokens, at least 1.
+        label_smoothing: in [0, 0.5); `ipo` does not read it.
+    """
+    if loss != "sigmoid":
+        chosen_P, rejected_P = chosen_P / chosen_tokens_P, rejected_P / rejected_tokens_P
+    margin_P = chosen_P - rejected_P
+    if loss == "ipo":
+        return (margin_P - 1.0 / (2.0 * beta)).square()
+    right_P, wrong_P = -F.logsigmoid(beta * margin_P), -F.logsigmoid(-beta * margin_P)
+    return (1.0 - label_smoothing) * right_P + label_smoothing * wrong_P

@@ -174,5 +174,6 @@ def _source_facts(ref: RowsRef, encoding: Encoding[Any]) -> dict[str, Any]:
         "sha256": ref.digest,
         "rows": len(encoding.rows),
         "dropped_long": len(encoding.dropped),
+        "removed": ref.removed,
         "tokens": sum(map(tokens_of, encoding.rows)),
     }

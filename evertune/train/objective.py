@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from evertune.data.encode import EncodedRow, Item
-from evertune.train.batch import MicroBatch, collate, counted_positions
+from evertune.train.batch import collate, counted_positions
 from evertune.train.head import Head, PositionTerm, head_loss
 from evertune.train.penalty import Penalty
 
@@ -85,7 +85,7 @@ class CrossEntropy:
         rows = [row for item in items for row in item.rows]
         batch = collate(rows, pad_id=policy.pad_id, device=policy.device)
         hidden_NH = policy.hidden(batch.ids_BT)[batch.predicts_BT]
-        terms = penalty_terms(penalties, rows, batch, counts)
+        terms = penalty_terms(penalties, rows, counts, device=policy.device)
         ce_weight = 1.0 / counts.divisors["loss"]
         found = head_loss(hidden_NH, batch.targets_N, head=policy.head, ce_weight=ce_weight, terms=terms)
         found.loss.backward()  # type: ignore[no-untyped-call]
@@ -93,16 +93,18 @@ class CrossEntropy:
 
 
 def penalty_terms(
-    penalties: Sequence[Penalty], rows: Sequence[EncodedRow], batch: MicroBatch, counts: StepCounts
+    penalties: Sequence[Penalty], rows: Sequence[EncodedRow], counts: StepCounts, *, device: torch.device
 ) -> list[PositionTerm]:
-    """The terms of the penalties that apply to some of these rows; `batch` holds exactly the rows."""
+    """The terms of the penalties that apply to some of these rows, over the rows' counted positions in order."""
     terms = []
+    lengths = torch.tensor([counted_positions(row) for row in rows])
     for penalty in penalties:
         chosen = [penalty.applies_to(row) for row in rows]
         if any(chosen):
             values = penalty.at_positions([row for row, is_chosen in zip(rows, chosen, strict=True) if is_chosen])
             weight = penalty.weight / counts.penalised[penalty.name]
-            terms.append(PositionTerm(penalty.name, batch.positions_of(chosen), weight, values))
+            mask_N = torch.tensor(chosen).repeat_interleave(lengths).to(device)
+            terms.append(PositionTerm(penalty.name, mask_N, weight, values))
     return terms
 
 

@@ -23,7 +23,7 @@ from evertune.model.checkpoint import Checkpoint
 from evertune.model.open import OpenModel, open_model
 from evertune.train.batch import collate
 from evertune.train.cache import ReferenceCache
-from evertune.train.head import Head, split_model
+from evertune.train.head import Head, split_model, target_log_probabilities
 from evertune.train.losses import DIVERGENCES, bucket, top_words
 from evertune.train.penalty import PositionValues
 
@@ -124,7 +124,8 @@ def reference_outputs(reference: LiveReference, kind: str) -> Callable[[EncodedR
     """What the cache stores of a row, as a function of the row alone: rows are run one at a time, so that the stored
     bits do not depend on the company a row was in.
 
-    `hidden`: (M, H) in the model's dtype. `top64`: ids (M, K) and float16 log-probabilities (M, L); 258 bytes a
+    `target`: float32 log-probabilities (M,) of the row's own next tokens, 4 bytes a position. `hidden`: (M, H) in the
+    model's dtype. `top64`: ids (M, K) and float16 log-probabilities (M, L); 258 bytes a
     position up to 65,536 words, 386 above.
     """
 
@@ -142,7 +143,12 @@ def reference_outputs(reference: LiveReference, kind: str) -> Callable[[EncodedR
         ids, logp = (torch.cat(each).cpu() for each in zip(*parts, strict=True))
         return {"ids": ids.to(narrow), "logp": logp.to(torch.float16)}
 
-    return {"hidden": hidden, "top64": top}[kind]
+    @torch.no_grad()
+    def target(row: EncodedRow) -> dict[str, Tensor]:
+        targets_M = torch.from_numpy(row.ids[1:][row.counted[1:]]).long().to(reference.head.weight_VH.device)
+        return {"logp": target_log_probabilities(reference.hidden([row]), targets_M, head=reference.head).cpu()}
+
+    return {"hidden": hidden, "top64": top, "target": target}[kind]
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The orders for trained stages: plain values, written as JSON for the child process that trains. Imports no torch."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, Self
 
 from evertune.model.checkpoint import Checkpoint
@@ -34,13 +34,15 @@ CARRIED = "carried"
 
 @dataclass(frozen=True)
 class RowsRef:
-    """Where one source's rows are, and the digest of their bytes."""
+    """Where one source's rows are, the digest of their bytes, and what was removed from them before (see
+    `data/cleaned.py`)."""
 
     source: str
     path: str
     format: str
     limit: int | None
     digest: str
+    removed: dict[str, Any] = field(default_factory=lambda: {"leaks": {}, "bad": 0})
 
     def to_json(self) -> dict[str, Any]:
         return _plain_fields(self)

@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -41,7 +42,8 @@ SECOND = """\
 def test_rows_and_steps_are_those_of_the_stream(
     new: list[int], pool: int, share: float, epochs: float | None, steps: int, batch_rows: int
 ) -> None:
-    row: Any = SimpleNamespace(ids=range(4), counted=SimpleNamespace(sum=lambda: 1))
+    row: Any = SimpleNamespace(ids=range(4), counted=np.array([False, False, False, True]))
+    row.rows = (row,)
     sizes = {f"s{i}": count for i, count in enumerate(new)}
     stage: Any = SimpleNamespace(
         replay=SimpleNamespace(share=share),

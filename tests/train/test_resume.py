@@ -50,7 +50,7 @@ def _tree(workspace: Workspace, spec: SftSpec) -> str:
     return manifest.tree
 
 
-def _interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch, *, after_update: bool) -> None:
+def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch, *, after_update: bool) -> None:
     """Throw in step number `step` (from 1), before or after the weights have changed."""
     update = Masters.update
     calls: list[int] = []
@@ -75,7 +75,7 @@ def _check(
     for step in steps:
         workspace = open_workspace(folder / f"broken-{step}")
         with monkeypatch.context() as patch:
-            _interrupt_at(step, patch, after_update=step % 2 == 0)
+            interrupt_at(step, patch, after_update=step % 2 == 0)
             with pytest.raises(Interruption):
                 run_sft(spec, workspace)
         torch.manual_seed(step)
@@ -148,7 +148,7 @@ def test_a_request_to_stop_is_answered_after_the_step_with_a_resume_point(
 def _stop_after(steps: int, spec: SftSpec, workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Train some steps and break off; returns the stage's working folder."""
     with monkeypatch.context() as patch:
-        _interrupt_at(steps + 1, patch, after_update=False)
+        interrupt_at(steps + 1, patch, after_update=False)
         with pytest.raises(Interruption):
             run_sft(spec, workspace)
     return workspace.work / spec.key

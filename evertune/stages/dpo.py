@@ -1,0 +1,34 @@
+"""Direct preference optimisation as a stage."""
+
+from typing import Any
+
+from evertune.recipe.presets import ResolvedDpo
+from evertune.stages.place import Place
+from evertune.stages.training import training_fields, training_key
+from evertune.train.spec import DpoSpec
+from evertune.workspace import Workspace
+
+VERSION = 1
+
+
+def order(place: Place) -> DpoSpec:
+    """The complete order for a dpo stage."""
+    settings = place.resolved
+    assert isinstance(settings, ResolvedDpo), place.label
+    fields = {
+        **training_fields(place, settings),
+        "loss": settings.loss,
+        "beta": settings.beta,
+        "label_smoothing": settings.label_smoothing,
+        "nll": settings.nll,
+        "replay_weight": settings.replay_weight,
+        "reference": place.reference(settings.reference),
+    }
+    unkeyed = DpoSpec(key="0" * 64, label=place.label, **fields)
+    return DpoSpec(key=training_key(VERSION, unkeyed), label=place.label, **fields)
+
+
+def perform(order: dict[str, Any], workspace: Workspace) -> dict[str, Any]:
+    from evertune.train.dpo import run_dpo
+
+    return run_dpo(DpoSpec.from_json(order), workspace)

@@ -1,0 +1,84 @@
+"""What is done to a recipe's rows before any of them is trained on."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from evertune.data.cleaned import Cleaner, Given
+from evertune.data.leak import ProbeText
+from evertune.data.rows import read_rows
+from evertune.errors import DataError
+from evertune.hashing import digest_file
+from evertune.workspace import Workspace
+
+ITEMS = [ProbeText("trains", "i1", "When does the train from Turin reach Milan?"), ProbeText("talk", "i2", "Hello")]
+LEAKY = ["fine", "When does the train from Turin reach Milan?", "also fine", "hello!"]
+
+
+def given(path: Path, texts: list[str]) -> Given:
+    path.write_text("".join(json.dumps({"text": one}) + "\n" for one in texts))
+    return Given("notes", path, "text", None, digest_file(path))
+
+
+def workspace(tmp_path: Path) -> Workspace:
+    return Workspace.open(tmp_path / "w", create=True)
+
+
+def test_a_source_without_leaks_is_used_as_it_lies(tmp_path: Path) -> None:
+    source = given(tmp_path / "rows.jsonl", ["fine", "also fine"])
+    found = Cleaner(ITEMS, on_leak="error").clean(source, workspace(tmp_path))
+    assert (found.path, found.digest) == (source.path, source.digest)
+    assert found.removed == {"leaks": {}, "bad": 0}
+
+
+def test_a_leak_is_an_error_before_anything_is_trained(tmp_path: Path) -> None:
+    source = given(tmp_path / "rows.jsonl", LEAKY)
+    with pytest.raises(DataError) as caught:
+        Cleaner(ITEMS, on_leak="error").clean(source, workspace(tmp_path))
+    assert "source 'notes': found 2 rows that hold items of probes" in str(caught.value)
+    assert f"{source.path}:2 holds item 'i1' of probe 'trains' (exact)" in str(caught.value)
+
+
+def test_a_leak_is_left_out_when_asked_and_told_by_probe(tmp_path: Path) -> None:
+    source = given(tmp_path / "rows.jsonl", LEAKY)
+    place = workspace(tmp_path)
+    found = Cleaner(ITEMS, on_leak="remove").clean(source, place)
+    assert [row.value["text"] for row in read_rows(found.path, format="text", source="s")] == ["fine", "also fine"]
+    assert found.removed == {"leaks": {"trains": 1, "talk": 1}, "bad": 0}
+    assert found.digest != source.digest
+    told = [json.loads(line) for line in (found.path.parent / "leaks.jsonl").read_text().splitlines()]
+    assert [(one["line"], one["probe"], one["item"], one["how"]) for one in told] == [
+        (2, "trains", "i1", "exact"),
+        (4, "talk", "i2", "normalised"),
+    ]
+    again = Cleaner(ITEMS, on_leak="remove").clean(source, place)
+    assert again == found
+
+
+def test_a_new_probe_is_looked_for_in_old_rows(tmp_path: Path) -> None:
+    source, place = given(tmp_path / "rows.jsonl", ["fine", "A question of tomorrow's probe."]), workspace(tmp_path)
+    Cleaner(ITEMS, on_leak="error").clean(source, place)
+    with pytest.raises(DataError, match="item 'i3' of probe 'new'"):
+        Cleaner([*ITEMS, ProbeText("new", "i3", "a question of tomorrow's probe")], on_leak="error").clean(
+            source, place
+        )
+
+
+def test_bad_rows_are_left_out_when_asked_and_counted(tmp_path: Path) -> None:
+    source = given(tmp_path / "rows.jsonl", ["fine", "also fine"])
+    with source.path.open("a") as file:
+        file.write('{"text": ""}\nnonsense\n')
+    cleaner = Cleaner(ITEMS, on_leak="error")
+    with pytest.raises(DataError, match=":3: found nothing in 'text'"):
+        cleaner.clean(source, workspace(tmp_path))
+    found = cleaner.clean(source, workspace(tmp_path), on_bad="quarantine")
+    assert found.removed == {"leaks": {}, "bad": 2}
+    kept = [json.loads(line) for line in (found.path.parent / "quarantine.jsonl").read_text().splitlines()]
+    assert [(one["line"], one["bytes"]) for one in kept] == [(3, '{"text": ""}'), (4, "nonsense\n")]
+
+
+def test_a_source_of_nothing_but_leaks_is_refused(tmp_path: Path) -> None:
+    source = given(tmp_path / "rows.jsonl", LEAKY[1:2])
+    with pytest.raises(DataError, match="each of its 1 rows holds an item"):
+        Cleaner(ITEMS, on_leak="remove").clean(source, workspace(tmp_path))
