@@ -25,6 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"model", "workspace"},
     "measure": set(),
     "train": {"data", "model", "workspace", "measure"},
+    "federated": {"model", "train", "workspace"},
     # Comes in by entry points: nothing here is imported by any other room.
     "academic": {"recipe", "data", "model", "train"},
     "probe": {"data", "model", "workspace", "verifiers", "measure"},
@@ -34,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ratchet": {"gate", "probe"},
     "report": {"ledger", "measure", "workspace"},
     "lineage": {"ledger", "model", "workspace"},
-    "stages": {"plan", "recipe", "data", "model", "train", "workspace"},
+    "stages": {"federated", "plan", "recipe", "data", "model", "train", "workspace"},
     "worker": {"stages", "merge", "probe", "model", "workspace"},
     "process": {"worker"},
     "plan": {"recipe", "data", "model", "probe", "train", "gate", "workspace"},

@@ -32,6 +32,7 @@ NO_METHOD = {
     "Defaults.tune": "holds lora and full",
     "Recipe.defaults": "holds replay, anchor and tune",
     "Recipe.numerics": "how numbers are computed",
+    "Stage.federated": "its aggregate is the method",
     "Probe.verifier": "how an answer is checked",
 }
 

@@ -18,7 +18,7 @@ from evertune.data.rows import digest_rows
 from evertune.hashing import digest_file, digest_json
 from evertune.recipe.plugins import find_plugin
 from evertune.recipe.presets import ResolvedExternal, ResolvedTraining, resolve_stage
-from evertune.recipe.schema import REPLAYABLE, Recipe, Round, StageSettings, Training, new_sources
+from evertune.recipe.schema import REPLAYABLE, Recipe, Round, StageSettings, Training, kept_sources
 
 
 @dataclass(frozen=True)
@@ -124,10 +124,35 @@ def look_at_external(view: StageView) -> Planned | None:
     return Planned(found, 0, rescue_bytes(view, found.disk_bytes))
 
 
+def look_at_federated(view: StageView) -> Planned | None:
+    """Rows of all clients, and what they train: an adapter each, in turn."""
+    look, settings = view.look, view.resolved
+    if look.shapes is None or any(name not in look.rows for name in view.settings.new_sources):
+        return None
+    rows = sum(len(look.rows[name]) for name in view.settings.new_sources)
+    clients = len(settings.clients)
+    # Client updates and the exchanges' models, in float32, and what is published.
+    adapters = settings.rank * look.shapes.sides * 4 * (settings.exchanges * (clients + 1) + 1)
+    found = StageEstimate(
+        label=view.label,
+        new_rows=rows * settings.exchanges,
+        replay_rows=0,
+        steps=0,
+        tokens=0,
+        counted_tokens=0,
+        seconds=0,
+        disk_bytes=adapters,
+        done=_is_done(view),
+        summary=f"{rows:,} rows with {clients} clients, {settings.exchanges} exchanges, {settings.aggregate}",
+    )
+    return Planned(found, 0, rescue_bytes(view, found.disk_bytes))
+
+
 LOOKS: dict[str, Callable[[StageView], Planned | None]] = {
     "sft": look_at_training,
     "dpo": look_at_training,
     "external": look_at_external,
+    "federated": look_at_federated,
 }
 
 
@@ -259,5 +284,5 @@ def _data_digest(look: Look, name: str) -> str:
 
 def _history(recipe: Recipe, i: int) -> list[str]:
     """Names of the sources of new rows of the rounds before, as far as they can be replayed."""
-    names = dict.fromkeys(name for one in recipe.rounds[:i] for name in new_sources(one))
+    names = dict.fromkeys(name for one in recipe.rounds[:i] for name in kept_sources(one))
     return [name for name in names if recipe.data[name].format in REPLAYABLE]

@@ -12,6 +12,7 @@ from evertune.recipe.schema import (
     Dpo,
     Ema,
     External,
+    Federated,
     Lora,
     NoOptions,
     Recipe,
@@ -158,6 +159,30 @@ class ResolvedExternal(Resolved):
     hours: float
 
 
+@dataclass(frozen=True)
+class ResolvedFederated(Resolved):
+    """A federated stage."""
+
+    clients: dict[str, list[str]]
+    exchanges: int
+    aggregate: str
+    rank: int
+    ranks: dict[str, int]
+    participation: float
+    weigh: str
+    proximal: float | None
+    norm_bound: float | None
+    too_large: str
+    trim: float
+    epochs: float | None
+    steps: int | None
+    lr: float
+    batch_rows: int
+    micro_batch_rows: int
+    max_tokens: int
+    too_long: str
+
+
 def resolve_stage(recipe: Recipe, stage: StageSettings) -> Resolved:
     """Fill in what a stage leaves open."""
     return RESOLVERS[type(stage)](recipe, stage)
@@ -188,10 +213,24 @@ def resolve_external(recipe: Recipe, stage: External) -> ResolvedExternal:
     return ResolvedExternal(stage.command, stage.data, stage.files, stage.hours)
 
 
+def resolve_federated(recipe: Recipe, stage: Federated) -> ResolvedFederated:
+    """Fill in what a federated stage leaves open: one pass over a client's rows, the preset's rate for adapters."""
+    given = {field.name: getattr(stage, field.name) for field in fields(ResolvedFederated)}
+    is_timed = stage.epochs is not None or stage.steps is not None
+    return ResolvedFederated(
+        **{
+            **given,
+            "epochs": stage.epochs if is_timed else 1.0,
+            "lr": stage.lr if stage.lr is not None else PRESETS[recipe.preset].lora_lr,
+        }
+    )
+
+
 RESOLVERS: dict[type[StageSettings], Callable[[Recipe, Any], Resolved]] = {
     Sft: resolve_sft,
     Dpo: resolve_dpo,
     External: resolve_external,
+    Federated: resolve_federated,
 }
 
 

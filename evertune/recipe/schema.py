@@ -262,6 +262,8 @@ class StageSettings(Config):
 
     formats: ClassVar[tuple[RowFormat, ...]] = ()
     """Formats of the sources of new rows it reads."""
+    is_private: ClassVar[bool] = False
+    """Its rows belong to others and are not kept for later replay."""
 
     @property
     def new_sources(self) -> list[str]:
@@ -438,6 +440,67 @@ class External(StageSettings):
         return self.data or []
 
 
+class Federated(StageSettings):
+    """Rounds over clients that keep their rows (docs/federated.md). Academic: needs `academic: allow`."""
+
+    formats = REPLAYABLE
+    is_private = True
+
+    clients: Annotated[dict[Name, Names], Field(min_length=1)]
+    """Clients by name, each with the names of its data sources. The rows are not kept for later replay."""
+    exchanges: int = Field(2, gt=0)
+    """Times that clients get the model, train, and send an update."""
+    aggregate: Literal["fedavg", "fedex", "fed_talora", "ffa", "flora", "flexlora", "median", "trimmed_mean"] = "flora"
+    """How updates become one. `flora`, `fedex`, `fed_talora` and `ffa` are the exact mean of the products; `flexlora`
+    is that mean cut back to `rank`; `fedavg` averages the factors, which is another thing; `median` and `trimmed_mean`
+    bound what one client can do."""
+    rank: int = Field(16, gt=0, le=1024)
+    """Rank of the clients' updates; their scale is 2."""
+    ranks: dict[Name, Annotated[int, Field(gt=0, le=1024)]] = {}
+    """Ranks of clients that differ, with a rule that averages products."""
+    participation: float = Field(1.0, gt=0.0, le=1.0)
+    """Share of the clients that are asked in each exchange, drawn by the seed; at least one."""
+    weigh: Literal["rows", "equal"] = "rows"
+    """Weight of a client in the mean: its rows, or 1."""
+    proximal: Positive | None = None
+    """Mu of FedProx: mu / 2 times the squared distance of a client's weights from what it got."""
+    norm_bound: Positive | None = None
+    """Largest norm of a client's update; any when not given."""
+    too_large: Literal["refuse", "clip"] = "refuse"
+    """What is done with an update above `norm_bound`."""
+    trim: float = Field(0.2, gt=0.0, lt=0.5)
+    """Share of the clients that `trimmed_mean` leaves out at each end of every entry."""
+    epochs: Positive | None = None
+    """Passes over a client's rows in each exchange; 1 when neither this nor `steps` is given."""
+    steps: int | None = Field(None, gt=0)
+    """Optimizer steps of a client in each exchange."""
+    lr: Annotated[float, Field(gt=0.0, le=1.0, allow_inf_nan=False)] | None = None
+    """Learning rate of the clients, constant; the preset's when not given."""
+    batch_rows: int = Field(16, gt=0)
+    """Rows in one optimizer step."""
+    micro_batch_rows: int = Field(4, gt=0)
+    """Rows in one forward pass."""
+    max_tokens: int = Field(1024, gt=1)
+    """Longest row in tokens."""
+    too_long: Literal["error", "drop"] = "error"
+    """Whether a row that is longer keeps a client from returning, or is left out."""
+
+    @model_validator(mode="after")
+    def _ranks_fit(self) -> Self:
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("give 'epochs' or 'steps', not both")
+        unknown = sorted(set(self.ranks) - set(self.clients))
+        if unknown:
+            raise ValueError(f"ranks: found no client '{unknown[0]}'; clients has: {', '.join(self.clients)}")
+        if self.ranks and self.aggregate in ("fedavg", "fedex", "fed_talora", "ffa"):
+            raise ValueError(f"'ranks' needs a rule that averages products, such as flora; found {self.aggregate}")
+        return self
+
+    @property
+    def new_sources(self) -> list[str]:
+        return list(dict.fromkeys(name for sources in self.clients.values() for name in sources))
+
+
 class Stage(OneKey):
     """One step that makes a checkpoint: exactly one key, the kind."""
 
@@ -449,6 +512,8 @@ class Stage(OneKey):
     """Direct preference optimisation."""
     external: External | None = None
     """Another trainer's command."""
+    federated: Federated | None = None
+    """Rounds over clients that keep their rows."""
 
     @property
     def settings(self) -> StageSettings:
@@ -539,6 +604,15 @@ class Round(Config):
 def new_sources(one: Round) -> list[str]:
     """Names of the sources that a round's stages learn from, each once, in order."""
     return list(dict.fromkeys(name for stage in one.stages for name in stage.settings.new_sources))
+
+
+def kept_sources(one: Round) -> list[str]:
+    """Names of the sources whose rows are kept once the round is promoted."""
+    return list(
+        dict.fromkeys(
+            name for stage in one.stages if not stage.settings.is_private for name in stage.settings.new_sources
+        )
+    )
 
 
 class Numerics(Config):

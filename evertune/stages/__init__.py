@@ -1,7 +1,7 @@
 """The kinds of stages: how each is ordered and performed.
 
     sft.py        supervised fine-tuning        dpo.py        preferences
-    external.py   another trainer's command
+    external.py   another trainer's command     federated.py  clients that keep their rows
     place.py      where a stage stands          training.py   what trained kinds have in common
 
 To add a kind: a settings class and a key of `Stage` in recipe/schema.py, its resolver in recipe/presets.py, a file
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from evertune.stages import dpo, external, sft
+from evertune.stages import dpo, external, federated, sft
 from evertune.stages.place import Order, Place
 from evertune.workspace import Workspace
 
@@ -40,4 +40,5 @@ KINDS: dict[str, StageKind] = {
     "sft": StageKind(sft.order, sft.perform, is_launched=True),
     "dpo": StageKind(dpo.order, dpo.perform, is_launched=True),
     "external": StageKind(external.order, external.perform),
+    "federated": StageKind(federated.order, federated.perform),
 }
