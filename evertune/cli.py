@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
+from evertune.commands.advise import app as advise_app
 from evertune.commands.data import app as data_app
 from evertune.commands.gate import EXIT_OF_DECISION, gate
 from evertune.commands.methods import methods
@@ -30,6 +31,7 @@ app.add_typer(model_app, name="model")
 app.command()(gate)
 app.add_typer(data_app, name="data")
 app.command()(methods)
+app.add_typer(advise_app, name="advise")
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe in YAML.")]
 WorkspacePath = Annotated[Path, typer.Argument(metavar="WORKSPACE", help="The folder of a run.")]

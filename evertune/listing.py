@@ -134,6 +134,8 @@ def _summary(kind: str, body: dict[str, Any]) -> str:
             return f"{body['decision']}  {body['label']}  {body['reasons'][0] if body['reasons'] else ''}"
         case "promotion":
             return f"{body['label']} by {body['by']}"
+        case "removal":
+            return f"{len(body['texts'])} texts, in {len(body['checkpoints'])} checkpoints: {body['reason']}"
         case "rollback":
             return f"to {body['label']}, from {body['from']}"
         case "settled":

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from evertune.data.cleaned import Cleaner, Given, OnBad
-from evertune.data.history import write_history
+from evertune.data.history import remember, write_history
 from evertune.data.replay import reservoir
 from evertune.data.rows import digest_rows, read_rows
 from evertune.gate import GateSettings, ProbeFacts
@@ -123,13 +123,13 @@ class Plan:
             if one.name in after
         }
 
-    def keep_history(self, one: Round, workspace: Workspace) -> str:
+    def keep_history(self, one: Round, workspace: Workspace, *, without: Sequence[str] = ()) -> str:
         """Store the new rows of a promoted round for replay, at most 10,000 of a source; returns the object's key.
 
         Rows of a format that is never replayed, such as preferences, are left out.
         """
         names = sorted(name for name in kept_sources(one) if self.recipe.data[name].format in REPLAYABLE)
-        refs = {name: self.rows_ref(name) for name in names}
+        refs = {name: self.rows_ref(name, without=without) for name in names}
         digests = {name: ref.digest for name, ref in refs.items()}
         formats = {name: self.recipe.data[name].format for name in names}
         seed = self.recipe.seed
@@ -138,6 +138,8 @@ class Plan:
         def write(folder: Path) -> dict[str, Any]:
             for name, ref in refs.items():
                 rows = read_rows(Path(ref.path), format=ref.format, source=name, limit=ref.limit)
+                # Before the object is whole: killed in between, the same rows are added once all the same.
+                remember(workspace.root / "dedup", rows, round_name=one.name)
                 write_history(folder / f"{name}.jsonl", reservoir(rows, HISTORY_ROWS, seed))
             return {"round": one.name, "formats": formats}
 
@@ -148,8 +150,8 @@ class Plan:
         files = digest_rows(self.loaded.resolve(source.path))
         return digest_json({"files": files, "format": source.format, "limit": source.limit})
 
-    def rows_ref(self, name: str) -> RowsRef:
-        """A source's rows without those that hold probe items.
+    def rows_ref(self, name: str, *, without: Sequence[str] = ()) -> RowsRef:
+        """A source's rows without those that hold probe items, and without those that someone asked to remove.
 
         Raises:
             DataError: a row holds an item and the recipe calls that an error, or a row cannot be read.
@@ -157,11 +159,12 @@ class Plan:
         source = self.recipe.data[name]
         path = self.loaded.resolve(source.path)
         given = Given(name, path, source.format, source.limit, self.data_digest(name))
-        return self.clean(given, on_bad=source.bad_rows)
+        return self.clean(given, on_bad=source.bad_rows, without=without)
 
-    def clean(self, given: Given, *, on_bad: OnBad = "error") -> RowsRef:
-        """Any rows, without those that hold probe items."""
-        found = self._cleaner.clean(given, Workspace.open(self.workspace, create=True), on_bad=on_bad)
+    def clean(self, given: Given, *, on_bad: OnBad = "error", without: Sequence[str] = ()) -> RowsRef:
+        """Any rows, likewise."""
+        workspace = Workspace.open(self.workspace, create=True)
+        found = self._cleaner.clean(given, workspace, on_bad=on_bad, without=without)
         return RowsRef(
             source=given.source,
             path=str(found.path),

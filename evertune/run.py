@@ -29,7 +29,7 @@ from evertune.recipe.load import LoadedRecipe
 from evertune.recipe.schema import Round, Rung
 from evertune.report.text import next_command
 from evertune.scoring import score_checkpoint
-from evertune.stages import KINDS, Place
+from evertune.stages import KINDS, Past, Place
 from evertune.workspace import Workspace
 
 
@@ -51,12 +51,18 @@ class Position:
         ratchet: the best promoted scores per probe: the reference that stops slow decay.
         history: keys of the objects that hold the training rows of promoted rounds.
         settled: key of the last verdict, `base` before the first.
+        made: every model of the run so far, in the order they were made; the base first.
+        promoted: the model that each promoted round has promoted.
+        without: digests of texts that a person asked to remove, in the rounds from here on.
     """
 
     champion: Model
     ratchet: Ratchet
     history: tuple[str, ...] = ()
     settled: str = "base"
+    made: tuple[Model, ...] = ()
+    promoted: Mapping[str, Model] = field(default_factory=dict)
+    without: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -124,7 +130,7 @@ def begin(session: Session) -> Position:
     place = {"path": str(plan.base.path)}
     _record(session, "checkpoint", digest_json({"base": plan.base.digest}), plan.base_body(), place)
     base = probe(session, base)
-    return _after_settling(session, Position(champion=base, ratchet=Ratchet.start(base.scores)))
+    return _after_settling(session, Position(champion=base, ratchet=Ratchet.start(base.scores), made=(base,)))
 
 
 def run_round(session: Session, one: Round, position: Position) -> Position:
@@ -143,6 +149,7 @@ def run_round(session: Session, one: Round, position: Position) -> Position:
         if rescued is not None:
             candidate, key = rescued
             by = "rescue"
+    position = replace(position, made=(*position.made, *made[1:]))
     promoted = verdict.decision == "PROMOTE" or by == "rescue"
     session.decisions[one.name] = "PROMOTE" if promoted else verdict.decision
     if promoted:
@@ -166,6 +173,8 @@ def perform_stage(session: Session, one: Round, index: int, made: Sequence[Model
         made=[model.checkpoint for model in made],
         champion=position.champion.checkpoint,
         histories=[workspace.path(key) for key in position.history],
+        past=_past(position, made[1:]),
+        without=position.without,
     )
     kind, label = KINDS[place.kind], place.label
     order = kind.order(place)
@@ -192,6 +201,22 @@ def perform_stage(session: Session, one: Round, index: int, made: Sequence[Model
     _record(session, "checkpoint", event, body, manifest.record["volatile"])
     session.display.academic(label, named(body["methods"], "academic"))
     return Model(checkpoint, label)
+
+
+def _past(position: Position, made: Sequence[Model]) -> Past:
+    """What a stage may look back on: the rounds before, and the stages of this one."""
+    models = (*position.made, *position.promoted.values(), *made)
+    return Past(
+        checkpoints={one.label: one.checkpoint for one in models},
+        promoted={name: one.label for name, one in position.promoted.items()},
+        values={
+            one.label: {
+                name: scores.value if scores.direction == "higher" else -scores.value
+                for name, scores in one.scores.items()
+            }
+            for one in models
+        },
+    )
 
 
 def probe(session: Session, model: Model) -> Model:
@@ -292,10 +317,16 @@ def promote(session: Session, one: Round, candidate: Model, position: Position, 
         "reason": f"round {one.name} passed the gate" if by == "gate" else f"a rescue of round {one.name} passed",
     }
     _record(session, "promotion", digest_json({**body, "after": position.settled}), body)
-    history = session.plan.keep_history(one, session.workspace)
+    history = session.plan.keep_history(one, session.workspace, without=position.without)
     ratchet = position.ratchet.climb(candidate.scores, alpha=session.plan.gate_settings.alpha)
     session.display.promoted(one.name, candidate.label)
-    return replace(position, champion=candidate, ratchet=ratchet, history=(*position.history, history))
+    return replace(
+        position,
+        champion=candidate,
+        ratchet=ratchet,
+        history=(*position.history, history),
+        promoted={**position.promoted, one.name: candidate},
+    )
 
 
 def _interpolate(
@@ -393,8 +424,12 @@ def _start(session: Session, one: Round, position: Position) -> Model:
 
 
 def _after_settling(session: Session, position: Position) -> Position:
-    """Apply what a person decided at this place: `evertune promote` and `rollback` name the verdict they follow."""
-    decided = [event for event in session.ledger.events() if event.body.get("after") == position.settled]
+    """Apply what a person decided here: `promote`, `rollback` and `data remove` name the verdict they follow."""
+    here = [event for event in session.ledger.events() if event.body.get("after") == position.settled]
+    texts = {text for event in here if event.kind == "removal" for text in event.body["texts"]}
+    if texts:
+        position = replace(position, without=tuple(sorted({*position.without, *texts})))
+    decided = [event for event in here if event.kind != "removal"]
     if not decided:
         return position
     event = decided[-1]

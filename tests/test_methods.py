@@ -34,6 +34,7 @@ NO_METHOD = {
     "Recipe.numerics": "how numbers are computed",
     "Stage.federated": "its aggregate is the method",
     "Probe.verifier": "how an answer is checked",
+    "Training.mix": "how the rows of several sources are counted",
 }
 
 

@@ -9,10 +9,11 @@ from typing import NamedTuple
 
 from evertune.check.findings import StageEstimate
 from evertune.data.encode import Item, counted_of, tokens_of
+from evertune.data.quotas import Mixing, quotas_of, warnings_of
 from evertune.data.stream import Stream
 from evertune.model.checkpoint import Checkpoint, weight_files
 from evertune.model.header import read_header
-from evertune.recipe.presets import ResolvedDpo, ResolvedTraining
+from evertune.recipe.presets import ResolvedDpo, ResolvedRl, ResolvedTraining
 from evertune.recipe.schema import Numerics
 
 # FLOP per second and core that training reaches on two AVX-512 cores with bfloat16 products: about half of what the
@@ -57,7 +58,7 @@ def shapes_of(base: Checkpoint, vocab_size: int) -> Shapes:
 
 
 class Amounts(NamedTuple):
-    """Rows and tokens seen in all steps of a stage."""
+    """Rows and tokens seen in all steps of a stage, and what is odd about how its sources are mixed."""
 
     steps: int
     new_rows: int
@@ -66,30 +67,37 @@ class Amounts(NamedTuple):
     new_counted: float
     replay_tokens: float
     replay_counted: float
+    odd: list[str]
 
 
-def amounts(new: Rows, replay: Rows, weights: Mapping[str, float] | None, settings: ResolvedTraining) -> Amounts:
+def amounts(new: Rows, replay: Rows, mixing: Mixing, settings: ResolvedTraining) -> Amounts:
     """Exact rows and steps of a stage; tokens as the mean of a source's rows, which is exact over whole epochs.
 
     Args:
         new, replay: encoded rows by source, replay without those that are also new.
-        weights: shares of the new sources, or None.
+        mixing: how the new sources are mixed.
     """
     pool = {name: len(rows) for name, rows in replay.items()}
     share = settings.replay.share if any(pool.values()) else 0.0
     sizes = {name: len(rows) for name, rows in new.items()}
-    stream = Stream(new=sizes, weights=weights, replay=pool, share=share, seed=0)
-    steps = settings.steps or max(1, math.ceil((settings.epochs or 0) * stream.rows_per_epoch / settings.batch_rows))
-    seen = steps * settings.batch_rows
+    quotas = quotas_of(mixing, sizes, {name: sum(map(tokens_of, rows)) for name, rows in new.items()})
+    stream = Stream(new=sizes, weights=None, replay=pool, share=share, seed=0, quotas=quotas)
+    passes = settings.iterations if isinstance(settings, ResolvedRl) else 1
+    epochs = settings.epochs or 0
+    steps = settings.steps or passes * max(1, math.ceil(epochs * stream.rows_per_epoch / settings.batch_rows))
+    seen = math.ceil(steps / passes) * settings.batch_rows
     replay_rows = seen * stream.replay_per_epoch // stream.rows_per_epoch
     new_rows = seen - replay_rows
-    of_new, of_replay = _means(new, weights or sizes), _means(replay, pool)
+    of_new, of_replay = _means(new, quotas), _means(replay, pool)
     return Amounts(
         steps,
         new_rows,
         replay_rows,
-        *(new_rows * one for one in of_new),
-        *(replay_rows * one for one in of_replay),
+        new_rows * of_new[0],
+        new_rows * of_new[1],
+        replay_rows * of_replay[0],
+        replay_rows * of_replay[1],
+        odd=warnings_of(quotas, sizes, new_rows / stream.new_per_epoch) if quotas != sizes else [],
     )
 
 
@@ -114,6 +122,12 @@ def estimate(
             f"{round(seen.new_tokens + seen.replay_tokens):,} tokens"
         ),
     )
+
+
+def forward_seconds(tokens: float, counted: float, shapes: Shapes, numerics: Numerics) -> float:
+    """Time of forward passes over so many tokens, with the head on the counted ones."""
+    cores = numerics.threads or os.cpu_count() or 1
+    return 2 * (shapes.body * tokens + shapes.head * counted) / (CORE_FLOPS[numerics.dtype] * cores)
 
 
 def resume_bytes(settings: ResolvedTraining, shapes: Shapes) -> int:
@@ -143,6 +157,12 @@ def _flops(seen: Amounts, settings: ResolvedTraining, shapes: Shapes) -> float:
         # The reference runs over each pair once, however often the pair is seen.
         rounds_over = max(1.0, settings.epochs or 1.0)
         flops += 2 * (shapes.body * seen.new_tokens + shapes.head * seen.new_counted) / rounds_over
+    if isinstance(settings, ResolvedRl):
+        # Every answer is taken to be as long as it may be: written token by token, then read to be trained on.
+        answers = seen.new_rows * settings.group
+        written, read = answers * settings.max_new_tokens, answers * seen.new_tokens / max(1, seen.new_rows)
+        readings = passes * settings.iterations + bool(settings.kl) + (settings.rollout_steps * settings.iterations > 1)
+        flops += 2 * (shapes.body + shapes.head) * written * (1 + readings) + 2 * shapes.body * read * readings
     return flops
 
 

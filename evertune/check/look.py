@@ -41,7 +41,7 @@ class Look:
     probes: list[AnyProbe] = field(default_factory=list)
     base: Checkpoint | None = None
     codec: Codec | None = None
-    encodings: dict[tuple[str, int, str], Encoding[Any] | None] = field(default_factory=dict)
+    encodings: dict[tuple[str, str, int, str], Encoding[Any] | None] = field(default_factory=dict)
 
     @property
     def recipe(self) -> Recipe:

@@ -5,7 +5,7 @@ from itertools import groupby
 from typing import Any
 
 from evertune.check.findings import Sample
-from evertune.data.encode import EncodedRow, Encoding, encode_pairs, encode_rows
+from evertune.data.encode import EncodedRow, Encoding, encode_pairs, encode_prompts, encode_rows
 from evertune.data.rows import read_rows
 from evertune.model.bundled import resolve_base
 from evertune.model.checkpoint import describe
@@ -17,8 +17,8 @@ NO_LIMIT = 1 << 30
 
 
 def render_samples(loaded: LoadedRecipe, count: int) -> list[Sample]:
-    """The first `count` rows of every source of new conversations, texts or pairs, in the order the rounds name
-    them; of a pair both answers.
+    """The first `count` rows of every source of new conversations, texts, pairs or questions, in the order the
+    rounds name them; of a pair both answers.
 
     Raises:
         DataError, CheckpointError: a file, the base or its template is not what it should be.
@@ -36,7 +36,7 @@ def render_samples(loaded: LoadedRecipe, count: int) -> list[Sample]:
         elif source.format == "preference":
             encode = encode_pairs
         else:
-            continue
+            encode = encode_prompts
         items = encode(rows, codec, max_tokens=NO_LIMIT, too_long="drop").rows
         samples += [sample_of(row, codec) for item in items for row in item.rows]
     return samples

@@ -6,19 +6,52 @@
 import shlex
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from evertune.check.estimate import BYTES, Amounts, amounts, estimate, kept_weights, nearest_folder, resume_bytes
+from evertune.check.estimate import (
+    BYTES,
+    Amounts,
+    amounts,
+    estimate,
+    forward_seconds,
+    kept_weights,
+    nearest_folder,
+    resume_bytes,
+)
 from evertune.check.findings import Disk, Severity, StageEstimate
-from evertune.check.look import Look, sources_of
-from evertune.data.encode import Encoding, Item, encode_pairs, encode_rows
+from evertune.check.look import Look, digest_cache, sources_of
+from evertune.data.encode import (
+    Encoding,
+    Item,
+    counted_of,
+    encode_pairs,
+    encode_prompts,
+    encode_rows,
+    question_of,
+    tokens_of,
+)
+from evertune.data.quotas import Mixing
 from evertune.data.replay import drop_duplicates
-from evertune.data.rows import digest_rows
+from evertune.data.rows import Row, digest_rows
 from evertune.hashing import digest_file, digest_json
+from evertune.model.checkpoint import describe, vocabulary_of
 from evertune.recipe.plugins import find_plugin
-from evertune.recipe.presets import ResolvedExternal, ResolvedTraining, resolve_stage
-from evertune.recipe.schema import REPLAYABLE, Recipe, Round, StageSettings, Training, kept_sources
+from evertune.recipe.presets import ResolvedDistill, ResolvedExternal, ResolvedTraining, resolve_stage
+from evertune.recipe.schema import (
+    NAMED_REFERENCES,
+    OF_ROUND,
+    OF_STAGE,
+    REPLAYABLE,
+    RUN,
+    Recipe,
+    Round,
+    StageSettings,
+    Training,
+    kept_sources,
+)
+from evertune.train.distill_spec import check_teacher, check_words
+from evertune.verifiers import validate
 
 
 @dataclass(frozen=True)
@@ -95,11 +128,58 @@ def look_at_training(view: StageView) -> Planned | None:
         return None
     replay = _replay_pool(view, settings, {name: rows for name, rows in encoded.items() if rows})
     weights = stage.data if isinstance(stage, Training) and isinstance(stage.data, dict) else None
-    seen = amounts(new, replay, weights, settings)
+    mixing = Mixing(weights=weights, **(settings.mix.model_dump(exclude_none=True) if settings.mix else {}))
+    seen = amounts(new, replay, mixing, settings)
     _look_at_amounts(view, settings, seen, sum(map(len, new.values())))
     _look_at_plugins(view, settings, kept_weights(settings, shapes))
     found = estimate(view.label, seen, settings, shapes, look.recipe.numerics, done=_is_done(view))
     return Planned(found, resume_bytes(settings, shapes), rescue_bytes(view, found.disk_bytes))
+
+
+def look_at_rewards(view: StageView) -> Planned | None:
+    """A stage with verifiable rewards: as any that trains here, and whether its answers can be checked."""
+    look, settings = view.look, view.resolved
+    for name in view.settings.new_sources:
+        verifier = look.recipe.data[name].verifier
+        rule = verifier.model_dump(exclude_none=True) if verifier else {}
+        for row in look.rows.get(name, ()):
+            if look.attempt(f"data.{name}", _can_be_checked, rule, row) is None:
+                break
+    if not settings.kl:
+        told = "'kl' is 0: nothing holds the policy to what it was before this stage."
+        view.say("warning", told, "Leave 'kl' out for 0.01 to the sft stage, or anchor the answers.")
+    return look_at_training(view)
+
+
+def _can_be_checked(rule: dict[str, Any], row: Row) -> bool:
+    validate(rule, question_of(row)[1], place=row.place)
+    return True
+
+
+def look_at_distill(view: StageView) -> Planned | None:
+    """A student's training, and what its teachers answer before it: their words must be its words."""
+    _look_at_teachers(view, view.resolved)
+    planned = look_at_training(view)
+    if planned is None or view.look.shapes is None:
+        return planned
+    look, settings, found = view.look, view.resolved, planned.estimate
+    asked = {name: (members, _encode(view, name, settings) or ()) for name, members in settings.members.items()}
+    # Only rows that the student sees are asked about, each once.
+    share = min(1.0, found.new_rows / sum(len(rows) for _, rows in asked.values()))
+    answers = sum(members * len(rows) for members, rows in asked.values())
+    tokens = sum(members * tokens_of(row) for members, rows in asked.values() for row in rows)
+    counted = sum(members * counted_of(row) for members, rows in asked.values() for row in rows)
+    seconds = forward_seconds(share * tokens, share * counted, view.look.shapes, look.recipe.numerics)
+    # A kept word is an id and a number in half precision; each member of an ensemble keeps the words of all.
+    exact = look.codec.vocab_size if look.codec else 0
+    width = exact if settings.words == "all" else settings.words * max(settings.members.values())
+    told = replace(
+        found,
+        seconds=found.seconds + round(seconds),
+        disk_bytes=found.disk_bytes + round(share * counted * width * 4),
+        summary=f"{found.summary}, after about {round(share * answers):,} answers of teachers",
+    )
+    return replace(planned, estimate=told)
 
 
 def look_at_external(view: StageView) -> Planned | None:
@@ -151,9 +231,15 @@ def look_at_federated(view: StageView) -> Planned | None:
 LOOKS: dict[str, Callable[[StageView], Planned | None]] = {
     "sft": look_at_training,
     "dpo": look_at_training,
+    "rl": look_at_rewards,
+    "distill": look_at_distill,
     "external": look_at_external,
     "federated": look_at_federated,
 }
+
+
+# How a kind reads its new rows, where it is not as conversations and texts.
+ENCODERS: dict[str, Callable[..., Encoding[Any]]] = {"dpo": encode_pairs, "rl": encode_prompts}
 
 
 def rescue_bytes(view: StageView, disk_bytes: int) -> int:
@@ -181,6 +267,24 @@ def _look_at_plugins(view: StageView, settings: ResolvedTraining, trained: int) 
             view.say("note", "remembers nothing in the first round: there is no history yet.", at=place)
 
 
+def _look_at_teachers(view: StageView, settings: ResolvedDistill) -> None:
+    look = view.look
+    if look.base is None:
+        return
+    vocabulary = look.attempt("base", vocabulary_of, look.base)
+    if vocabulary is None:
+        return
+    kept = None if settings.words == "all" else settings.words
+    look.attempt(f"{view.place}.words", check_words, kept, max(settings.members.values()), vocabulary)
+    for j, teacher in enumerate(settings.teachers):
+        written, place = teacher.checkpoint, f"{view.place}.teachers[{j}]"
+        if written in (*NAMED_REFERENCES, RUN) or written.startswith((OF_ROUND, OF_STAGE)):
+            continue
+        found = look.attempt(place, describe, look.loaded.resolve(written), cache=digest_cache())
+        if found is not None:
+            look.attempt(place, check_teacher, written, found, look.base)
+
+
 def _look_at_command(view: StageView, settings: ResolvedExternal) -> None:
     folder = view.look.loaded.folder
     program = shlex.split(settings.command)[0]
@@ -195,10 +299,8 @@ def _look_at_command(view: StageView, settings: ResolvedExternal) -> None:
 def _encode(view: StageView, name: str, settings: ResolvedTraining) -> Sequence[Item] | None:
     """Rows of a source as a stage reads them; None, with an error, where one cannot be read."""
     look, place = view.look, view.place
-    encode: Callable[..., Encoding[Any]] = (
-        encode_pairs if look.recipe.data[name].format == "preference" else encode_rows
-    )
-    key = (name, settings.max_tokens, settings.too_long)
+    encode = ENCODERS.get(view.kind, encode_rows) if name in view.settings.new_sources else encode_rows
+    key = (name, encode.__name__, settings.max_tokens, settings.too_long)
     if key not in look.encodings and look.codec is not None:
         found = look.attempt(
             f"{place} ({name})", encode, look.rows[name], look.codec,
@@ -252,6 +354,8 @@ def _look_at_amounts(view: StageView, settings: ResolvedTraining, seen: Amounts,
     if settings.anchor.kl and settings.anchor.on == "replay" and not seen.replay_rows:
         told = "the anchor is on replayed rows, and there are none here: nothing is anchored."
         view.say("note", told, "Set 'anchor.on: new', or replay something.")
+    for told in seen.odd:
+        view.say("warning", told, "Change the weights, 'mix' or the number of steps.")
     if seen.new_rows < new_rows:
         view.say("note", f"{seen.steps} steps show {seen.new_rows} of {new_rows} new rows; the others are not seen.")
 

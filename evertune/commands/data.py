@@ -170,6 +170,307 @@ def _items_of(path: Path) -> list[Any]:
     return items
 
 
+@app.command()
+def inspect(
+    files: Files,
+    model: Annotated[
+        str | None, typer.Option(help="Count tokens with this model's tokenizer and chat template.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=0, help="Rows at random to show.")] = 3,
+    seed: Annotated[int, typer.Option(help="Chooses the samples.")] = 0,
+    format: Format = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what the rows are: counts, lengths, repeats, scripts, templates, outliers, rows at random."""
+    from dataclasses import replace
+
+    from evertune.data import sift
+    from evertune.data.inspect import inspect_rows
+
+    count_tokens = _token_counter(model)
+    found = []
+    for source in sift.sources_of(files, format):
+        bad = sift.BadRows()
+        rows = sift.rows_of(source, bad)
+        one = inspect_rows(source.name, source.format, rows, samples=samples, seed=seed, count_tokens=count_tokens)
+        found.append((replace(one, quarantined=len(bad.found)), bad))
+    if as_json:
+        typer.echo(json.dumps([one.to_json() for one, _ in found], indent=2, ensure_ascii=False))
+        return
+    for one, bad in found:
+        for line in _inspection_lines(one.to_json(), bad.found):
+            typer.echo(line)
+
+
+@app.command()
+def mix(
+    sources: Annotated[
+        list[str], typer.Argument(metavar="FILE[=WEIGHT]", help="New rows; a weight is a share of the new rows.")
+    ],
+    out: Annotated[Path | None, typer.Option("--out", help="A new file, .jsonl (.gz, .zst) or .parquet.")] = None,
+    replay: Annotated[list[Path] | None, typer.Option(help="Old rows to mix in.")] = None,
+    share: Annotated[float, typer.Option(min=0.0, max=0.99, help="Share of all rows that is replay.")] = 0.2,
+    by: Annotated[Literal["rows", "tokens"], typer.Option(help="What weights are shares of.")] = "rows",
+    temperature: Annotated[
+        float | None, typer.Option(help="Instead of weights: above 1 small sources get more.")
+    ] = None,
+    passes: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=N", help="Instead of weights: how often a source is shown.")
+    ] = None,
+    epochs: Annotated[float, typer.Option(min=0.0, help="How much is written.")] = 1.0,
+    rows: Annotated[int | None, typer.Option(min=1, help="How many rows are written, in place of --epochs.")] = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same file.")] = 0,
+    model: Annotated[str | None, typer.Option(help="Tokenizer and template for --by tokens.")] = None,
+    format: Format = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write rows in the order in which a stage would see them, for any trainer."""
+    from evertune.data import sift
+    from evertune.data.mixed import mix as write_mix
+    from evertune.data.quotas import Mixing
+    from evertune.errors import RecipeError
+
+    weighted = [_weighted(one) for one in sources]
+    given = [weight for _, weight in weighted if weight is not None]
+    if given and len(given) < len(weighted):
+        raise RecipeError("found weights for some files, expected them for all or for none.")
+    if by == "tokens" and model is None:
+        raise RecipeError("--by tokens needs --model: whose tokens are counted.")
+    every = sift.sources_of([*(path for path, _ in weighted), *(replay or [])], format)
+    new, old = every[: len(weighted)], every[len(weighted) :]
+    mixing = Mixing(
+        weights={one.name: weight for one, (_, weight) in zip(new, weighted, strict=True) if weight is not None}
+        or None,
+        by=by,
+        temperature=temperature,
+        passes=dict(map(_named, passes or [])) or None,
+    )
+    found = write_mix(
+        new,
+        out,
+        mixing=mixing,
+        replay=old,
+        share=share if old else 0.0,
+        epochs=epochs,
+        rows=rows,
+        seed=seed,
+        count_tokens=_token_counter(model if by == "tokens" else None),
+    )
+    if as_json:
+        typer.echo(json.dumps(found.to_json(), indent=2, ensure_ascii=False))
+        return
+    for name, count in found.rows.items():
+        typer.echo(f"{count:>9} rows  {found.passes[name]:>6.2f} passes  {name}")
+    typer.echo(f"replay is {found.share:.1%} of {sum(found.rows.values())} rows")
+    for warning in found.warnings:
+        typer.echo(f"warning: {warning}")
+    if found.quarantined:
+        typer.echo(f"{found.quarantined} rows could not be read" + (f": see {out}.quarantine.jsonl" if out else ""))
+    typer.echo(f"wrote {out}" if out else "Nothing was written: give --out FILE.")
+
+
+@app.command()
+def select(
+    files: Files,
+    rows: Annotated[int, typer.Option(min=1, help="Rows to keep of each source.")],
+    policy: Annotated[
+        Literal["reservoir", "class_balanced", "coverage", "highest_loss"], typer.Option(help="Which rows are kept.")
+    ] = "reservoir",
+    class_field: Annotated[
+        str, typer.Option("--class", help="Field with the class; the answer where 'answer'.")
+    ] = "answer",
+    model: Annotated[str | None, typer.Option(help="Under which the loss is taken, for highest_loss.")] = None,
+    seed: Annotated[int, typer.Option(help="The same seed keeps the same rows.")] = 0,
+    out: Out = None,
+    format: Format = None,
+    written_as: As = "jsonl",
+    as_json: AsJson = False,
+) -> None:
+    """Keep a budget of rows for replay, by one of four policies."""
+    from evertune.data import sift
+    from evertune.errors import RecipeError
+
+    scorer = None
+    if policy == "highest_loss":
+        if model is None:
+            raise RecipeError("--policy highest_loss needs --model: the candidate whose loss counts.")
+        from evertune.probe.rows import answer_bits
+
+        scorer = answer_bits(model)
+    sources = sift.sources_of(files, format)
+    bad = sift.BadRows()
+    decide = sift.select_rows(sources, rows, policy=policy, class_field=class_field, scorer=scorer, seed=seed, bad=bad)
+    asked = {"rows": rows, "policy": policy, "class": class_field, "model": model, "seed": seed}
+    told = sift.sift(sources, decide, out, operation="select", settings=asked, bad=bad, suffix=f".{written_as}")
+    _tell(told.to_json(), out, as_json)
+
+
+@app.command()
+def record(
+    files: Files,
+    model: Annotated[str, typer.Option(help="Whose answers are recorded: a bundled name or a folder.")],
+    out: Annotated[Path, typer.Option("--out", help="A new file, .jsonl (.gz, .zst) or .parquet.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer; one that does not end is dropped.")] = 256,
+    verifier: Annotated[
+        Literal["exact", "contains", "math"] | None,
+        typer.Option(help="Keep answers that pass against the row's answer."),
+    ] = None,
+    keep_likely: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of answers kept, the likeliest.")] = 1.0,
+    format: Format = None,
+) -> None:
+    """Write a model's own answers to stored prompts, for replay without stored answers (research: validate it)."""
+    from evertune.data import sift
+    from evertune.data.write import row_writer
+    from evertune.errors import DataError
+    from evertune.probe.recordings import record_answers
+
+    if out.exists():
+        raise DataError(f"{out}: found something there, expected a new file.", remedy="Choose another --out.")
+    bad = sift.BadRows()
+    rows = [row for source in sift.sources_of(files, format) for row in sift.rows_of(source, bad)]
+    found = record_answers(
+        model,
+        rows,
+        max_new_tokens=max_new_tokens,
+        verifier={verifier: {}} if verifier else None,
+        keep_likely=keep_likely,
+    )
+    with row_writer(out) as writer:
+        for one in found.rows:
+            writer.add(one)
+    typer.echo(f"{len(found.rows)} of {len(rows)} prompts answered, written to {out}")
+    for reason, count in found.dropped.items():
+        typer.echo(f"  {count:>8}  {reason}")
+    if bad.found:
+        typer.echo(f"{len(bad.found)} rows could not be read, the first: {bad.found[0]['problem']}")
+    typer.echo("Self-synthesised rehearsal is a research method: compare it with stored rows on your own probes.")
+
+
+@app.command()
+def trace(
+    workspace: Annotated[Path, typer.Argument(metavar="WORKSPACE", help="The folder of a run.")],
+    text: Annotated[str, typer.Argument(help="A turn or text of the row, or the whole row as JSON.")],
+    as_json: AsJson = False,
+) -> None:
+    """Say which stages were given a row, and which checkpoints stand on those."""
+    from evertune.lineage import open_workspace
+    from evertune.provenance import trace as find
+
+    found = find(open_workspace(workspace), text)
+    if as_json:
+        typer.echo(json.dumps(found.to_json(), indent=2, ensure_ascii=False))
+        return
+    for line in _trace_lines(found.to_json()):
+        typer.echo(line)
+
+
+@app.command()
+def remove(
+    workspace: Annotated[Path, typer.Argument(metavar="WORKSPACE", help="The folder of a run.")],
+    text: Annotated[list[str] | None, typer.Option("--text", help="A turn or text of the rows to remove.")] = None,
+    rows: Annotated[Path | None, typer.Option("--rows", help="A file of rows to remove.")] = None,
+    reason: Annotated[str, typer.Option(help="Why: it is kept in the ledger.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Leave rows out of every round from the next one on, and name what was trained on them."""
+    from evertune.data.rows import detect_format
+    from evertune.lineage import open_workspace
+    from evertune.provenance import remove as record
+    from evertune.provenance import texts_of_file
+
+    texts = [*(text or []), *(texts_of_file(rows, detect_format(rows)) if rows else ())]
+    event, traces = record(open_workspace(workspace), texts, reason=reason)
+    if as_json:
+        typer.echo(json.dumps({**event.body, "traces": [one.to_json() for one in traces]}, indent=2))
+        return
+    typer.echo(f"{len(texts)} texts are left out of every round from the next one on.")
+    trained = event.body["checkpoints"]
+    typer.echo(f"trained on them, or standing on what was: {', '.join(trained) or 'no checkpoint'}")
+    if trained:
+        typer.echo("A checkpoint cannot unlearn them: retrain from one that is not named, or from the base.")
+    for file in sorted({file for one in traces for file in one.files}):
+        typer.echo(f"still holds them: {file}")
+
+
+def _trace_lines(body: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for one in body["sightings"]:
+        numbers = ", ".join(map(str, one["lines"][:5])) + (", ..." if len(one["lines"]) > 5 else "")
+        lines.append(f"{one['label']}: {one['role']}, '{one['source']}' line {numbers}, shown {one['shown']:g} times")
+    lines += [f"left out of '{one}'" for one in body["kept_out"]]
+    if not lines:
+        return ["No stage of this workspace was given it, as a whole turn, text or row."]
+    if body["standing"]:
+        lines.append(f"trained on it, or standing on what was: {', '.join(body['standing'])}")
+    return [*lines, *(f"held in {one}" for one in body["files"])]
+
+
+def _weighted(text: str) -> tuple[Path, float | None]:
+    """A file and its weight, where `=` and a number stand behind it."""
+    path, sign, _ = text.rpartition("=")
+    if not sign or Path(text).exists():
+        return Path(text), None
+    return Path(path), _named(text)[1]
+
+
+def _named(text: str) -> tuple[str, float]:
+    from evertune.errors import RecipeError
+
+    name, _, value = text.rpartition("=")
+    try:
+        return name, float(value)
+    except ValueError:
+        raise RecipeError(f"found {text!r}, expected a name, '=' and a number.") from None
+
+
+def _token_counter(model: str | None) -> Any:
+    """Tokens of a row through a model's chat template; None without a model."""
+    if model is None:
+        return None
+    from evertune.data.encode import encode_rows
+    from evertune.data.quality import asked_and_said
+    from evertune.model.bundled import resolve_base
+    from evertune.model.checkpoint import describe
+    from evertune.model.codec import load_codec
+
+    codec = load_codec(describe(resolve_base(model, folder=Path())).base.path)
+
+    def count(row: Any) -> int:
+        if row.format in ("messages", "text"):
+            return len(encode_rows([row], codec, max_tokens=1 << 30, too_long="drop").rows[0].ids)
+        return len(codec.encode("\n".join(asked_and_said(row))))
+
+    return count
+
+
+def _inspection_lines(one: Mapping[str, Any], bad: list[dict[str, Any]]) -> list[str]:
+    from evertune.data.inspect import bars
+
+    tokens = f", {one['tokens']:,} tokens" if one["tokens"] is not None else ""
+    lines = [f"{one['name']}: {one['rows']:,} rows of format {one['format']}, {one['characters']:,} characters{tokens}"]
+    for problem in bad[:3]:
+        lines.append(f"  cannot be read: {problem['file']}:{problem['line']}: {problem['problem']}")
+    if len(bad) > 3:
+        lines.append(f"  cannot be read: {len(bad) - 3} more rows")
+    exact, near = one["duplicates"]["exact"], one["duplicates"]["near"]
+    lines.append(f"  duplicates   {exact} exact, {near} near (Jaccard 0.8)")
+    lines.append("  turns        " + ", ".join(f"{name} {count}" for name, count in one["turns"].items()))
+    lines.append("  scripts      " + ", ".join(f"{name.lower()} {share:.1%}" for name, share in one["scripts"].items()))
+    if one["starts"]:
+        lines.append("  begin alike  " + ", ".join(f"'{start}' {count}" for start, count in one["starts"].items()))
+    lines.append(f"  {'signal':<14}{'mean':>10}{'min':>10}{'5 %':>10}{'50 %':>10}{'95 %':>10}{'max':>10}")
+    for name, each in one["signals"].items():
+        lines.append(f"  {name:<14}" + "".join(f"{value:>10.4g}" for value in each.values()))
+    edges, counts = one["histogram"]["edges"], one["histogram"]["counts"]
+    lines.append("  words of what is said")
+    for low, high, count, bar in zip(edges, edges[1:], counts, bars(counts), strict=False):
+        lines.append(f"  {int(low):>7} to {int(high) - 1:<7} {count:>8} {bar}")
+    for name, places in one["outliers"].items():
+        lines.append(f"  {name:<13}" + ", ".join(places))
+    lines += [f"  at random    {_short(value)}" for value in one["samples"]]
+    return [*lines, ""]
+
+
 def _tell(body: Mapping[str, Any], out: Path | None, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(body, indent=2, ensure_ascii=False))
@@ -181,7 +482,8 @@ def _tell(body: Mapping[str, Any], out: Path | None, as_json: bool) -> None:
             typer.echo(f"  {count:>8}  {reason}")
     if body["quarantined"]:
         typer.echo(f"{body['quarantined']} rows could not be read" + (": see quarantine.jsonl" if out else ""))
-    for reason, examples in body["examples"].items():
+    shown = {reason: examples for reason, examples in body["examples"].items() if examples}
+    for reason, examples in shown.items():
         typer.echo(f"\n{reason}, for example:")
         for one in examples:
             facts = ", ".join(
@@ -192,5 +494,10 @@ def _tell(body: Mapping[str, Any], out: Path | None, as_json: bool) -> None:
 
 
 def _short(row: Mapping[str, Any], width: int = 160) -> str:
-    text = " ".join(json.dumps(row, ensure_ascii=False).split())
+    """A row on one line: what is said by whom, or its fields."""
+    if isinstance(row.get("messages"), list):
+        text = "  ".join(f"{one['role']}: {one['content']}" for one in row["messages"])
+    else:
+        text = json.dumps({name: value for name, value in row.items() if name != "id"}, ensure_ascii=False)
+    text = " ".join(text.split())
     return text if len(text) <= width else text[: width - 3] + "..."

@@ -5,7 +5,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,10 +63,47 @@ class EncodedPair:
         return (self.chosen, self.rejected)
 
 
-Item = EncodedRow | EncodedPair
-"""What the stream is made of."""
+@dataclass(frozen=True, eq=False)
+class EncodedPrompt:
+    """A question that the model will answer, with what its answer is checked against.
 
-AnyItem = TypeVar("AnyItem", EncodedRow, EncodedPair)
+    Attributes:
+        prompt: the conversation up to where the assistant is to speak; nothing in it counts.
+        answer: what a verifier compares with; None where it reads none.
+    """
+
+    source: str
+    id: str
+    prompt: EncodedRow
+    answer: Any
+
+    @property
+    def is_replay(self) -> bool:
+        return False
+
+    @property
+    def rows(self) -> tuple[EncodedRow, ...]:
+        """The prompt, which is all that is known before the model speaks."""
+        return (self.prompt,)
+
+
+class Item(Protocol):
+    """What the stream is made of: one or more rows that belong together."""
+
+    @property
+    def source(self) -> str: ...
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def is_replay(self) -> bool: ...
+
+    @property
+    def rows(self) -> tuple[EncodedRow, ...]: ...
+
+
+AnyItem = TypeVar("AnyItem", EncodedRow, EncodedPair, EncodedPrompt)
 
 
 def tokens_of(item: Item) -> int:
@@ -134,16 +171,54 @@ def encode_pairs(
     return _within(found, max_tokens, too_long)
 
 
+def encode_prompts(
+    rows: Sequence[Row], codec: Codec, *, max_tokens: int, too_long: Literal["error", "drop"]
+) -> Encoding[EncodedPrompt]:
+    """Encode questions: `verifiable` rows, `choice` rows (the answer is the right choice's text), and `messages` rows
+    (the last turn is the answer).
+
+    Args:
+        max_tokens: of the longest prompt that is kept.
+        too_long: as for `encode_rows`.
+
+    Raises:
+        DataError: as for `encode_rows`.
+        CheckpointError: as for `encode_rows`.
+    """
+    found = [(row, _prompt(row, codec)) for row in rows]
+    return _within(found, max_tokens, too_long, counts=False)
+
+
+def question_of(row: Row) -> tuple[list[dict[str, str]], Any]:
+    """The turns of a question, and the answer that a verifier compares with.
+
+    Raises:
+        DataError: the row is no question.
+    """
+    if row.format == "messages":
+        turns = messages_of(row.value)
+        return turns[:-1], turns[-1]["content"]
+    if row.format == "choice":
+        answer = row.value["answer"]
+        return messages_of(row.value), answer if isinstance(answer, str) else row.value["choices"][answer]
+    if row.format == "verifiable":
+        return messages_of(row.value), row.value["answer"]
+    raise DataError(
+        f"{row.place}: found a row of format '{row.format}', expected verifiable, choice or messages.",
+        remedy="Name a source of such rows.",
+    )
+
+
 def _within(
-    found: Sequence[tuple[Row, AnyItem]], max_tokens: int, too_long: Literal["error", "drop"]
+    found: Sequence[tuple[Row, AnyItem]], max_tokens: int, too_long: Literal["error", "drop"], *, counts: bool = True
 ) -> Encoding[AnyItem]:
-    """The items that are short enough, each with something that counts."""
+    """The items that are short enough, each with something that counts where that is asked."""
     kept, dropped = [], []
     for row, item in found:
         length = max(len(one.ids) for one in item.rows)
         if length > max_tokens:
             dropped.append(DroppedRow(row.source, row.place, length))
-        elif not all(one.counted[1:].any() for one in item.rows):
+        elif counts and not all(one.counted[1:].any() for one in item.rows):
             raise DataError(
                 f"{row.place}: found no token that carries loss among {length}, expected one or more.",
                 remedy="The row is too short, or the chat template hides what the assistant says.",
@@ -203,6 +278,15 @@ def _pair(row: Row, codec: Codec) -> EncodedPair:
             remedy="Remove the row: nothing can be preferred.",
         )
     return EncodedPair(row.source, row.id, chosen, rejected)
+
+
+def _prompt(row: Row, codec: Codec) -> EncodedPrompt:
+    turns, answer = question_of(row)
+    try:
+        ids = codec.encode_prompt(turns)
+    except (CheckpointError, DataError) as error:
+        raise type(error)(f"{row.place}: {error.message}", remedy=error.remedy) from error
+    return EncodedPrompt(row.source, row.id, _encoded(row, ids, [False] * len(ids)), answer)
 
 
 def _encoded(row: Row, ids: list[int], counted: list[bool]) -> EncodedRow:

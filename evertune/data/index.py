@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evertune.data.dedup import Several, by_text, find_texts
+from evertune.data.dedup import THRESHOLD, Several, by_text, find_texts
 from evertune.data.fingerprint import Fingerprints, join
-from evertune.data.shingles import Hashes, Indices, Shingles, distinct
+from evertune.data.shingles import WIDTH, Hashes, Indices, Shingles, distinct
 from evertune.data.similar import MAX_ROWS, Pairs, Postings, Rarity, pairs_between, postings_of
 from evertune.errors import DataError, IntegrityError, WorkspaceError
 from evertune.hashing import digest_bytes
@@ -44,6 +44,9 @@ class IndexSettings:
     part: str
     width: int
     threshold: float
+
+
+DEFAULT = IndexSettings("both", WIDTH, THRESHOLD)
 
 
 class Segment:

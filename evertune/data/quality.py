@@ -86,14 +86,15 @@ def _symbols(text: str) -> float:
 
 def _other_script(text: str, beside: str) -> float:
     """Share of letters in another script than the one that the text and what stands beside it are mostly in."""
-    own = _scripts(text)
+    own = scripts_of(text)
     if own.total() < 20:
         return 0.0
-    main = (_scripts(beside) or own).most_common(1)[0][0]
+    main = (scripts_of(beside) or own).most_common(1)[0][0]
     return 1 - own[main] / own.total()
 
 
-def _scripts(text: str) -> Counter[str]:
+def scripts_of(text: str) -> Counter[str]:
+    """Letters of a text by the script they are of."""
     return Counter(_script_of(one) for one in text if one.isalpha())
 
 

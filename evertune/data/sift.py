@@ -25,8 +25,10 @@ from evertune.data.dedup import Earlier, Memory, Several, find_templates, resolv
 from evertune.data.fingerprint import Fingerprints, batched, fingerprint, join
 from evertune.data.index import DedupIndex
 from evertune.data.leak import Leak, LeakFinder, ProbeText
-from evertune.data.quality import Rule, bounds_of, broken_rule, signals_of
+from evertune.data.quality import Rule, asked_and_said, bounds_of, broken_rule, signals_of
+from evertune.data.replay import reservoir
 from evertune.data.rows import Row, detect_format, files_of, iter_rows
+from evertune.data.select import class_balanced, coverage, highest_score
 from evertune.data.shingles import WIDTH
 from evertune.data.write import row_writer
 from evertune.errors import DataError
@@ -261,6 +263,54 @@ def decontaminate(sources: Sequence[Source], items: Sequence[ProbeText], *, bad:
         return {"reason": f"{leak.how}: '{leak.probe}'", "probe": leak.probe, "item": leak.item, "score": leak.score}
 
     return decide
+
+
+def select_rows(
+    sources: Sequence[Source],
+    size: int,
+    *,
+    policy: str,
+    class_field: str = "answer",
+    scorer: Scorer | None = None,
+    seed: int = 0,
+    bad: BadRows | None = None,
+) -> Decide:
+    """Decide which rows of each source are kept for replay; see `select.py`.
+
+    Raises:
+        DataError: a row lacks the field that holds its class.
+    """
+    kept = []
+    for source in sources:
+        rows = rows_of(source, bad)
+        if policy == "reservoir":
+            kept.append({i for i, _ in reservoir(enumerate(rows), size, seed)})
+        elif policy == "class_balanced":
+            named = ((i, class_of(row, class_field)) for i, row in enumerate(rows))
+            kept.append({i for i, _ in class_balanced(named, size, class_of=lambda one: one[1], seed=seed)})
+        elif policy == "coverage":
+            kept.append(set(coverage(fingerprint(rows).shingles, size)))
+        else:
+            assert scorer is not None, "the highest loss needs a model"
+            kept.append(set(highest_score(measure(rows, ["loss"], {"loss": scorer})["loss"].tolist(), size)))
+
+    def decide(source: int, number: int, row: Row) -> Mapping[str, Any] | None:
+        return None if number in kept[source] else {"reason": f"not among the {size} of {policy}"}
+
+    return decide
+
+
+def class_of(row: Row, field: str) -> str:
+    """The class of a row: a field of its own, or what is said where the field is `answer`.
+
+    Raises:
+        DataError: the row lacks the field.
+    """
+    if field in row.value:
+        return str(row.value[field])
+    if field == "answer":
+        return asked_and_said(row)[1]
+    raise DataError(f"{row.place}: found no field '{field}', expected the row's class.", remedy="Name another --class.")
 
 
 @dataclass(frozen=True)

@@ -89,6 +89,7 @@ def client_order(spec: FederatedSpec, client: str, exchange: int, start: Checkpo
         "base": spec.base,
         "new": spec.clients[client],
         "weights": None,
+        "mix": None,
         "replay": [],
         "share": 0.0,
         "dedup": False,

@@ -187,6 +187,17 @@ def attach(model: nn.Module, factors: Factors, name: str, *, dropout: float = 0.
     model.train(model.training)  # PEFT makes its layers in training mode, and their dropout with them
 
 
+def detach(model: nn.Module, name: str) -> None:
+    """Take an adapter off the stack again: the model computes what it would without it, bit for bit."""
+    for _, layer in _layers(model):
+        if name in layer.lora_A:
+            layer.delete_adapter(name)
+            del layer.evertune_scale[name]
+        layer._active_adapter = list(layer.lora_A)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+
+
 def read_factors(folder: Path) -> dict[str, Factor]:
     """The factors of a PEFT LoRA folder.
 

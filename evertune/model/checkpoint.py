@@ -115,6 +115,23 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
+def vocabulary_of(checkpoint: Checkpoint) -> int:
+    """Words of a model's vocabulary: the length of its logits, which may exceed the tokenizer's tokens.
+
+    Raises:
+        CheckpointError: its config.json does not say.
+    """
+    config = read_json(checkpoint.base.path / "config.json")
+    text = config.get("text_config")
+    found = config.get("vocab_size") or (text.get("vocab_size") if isinstance(text, dict) else None)
+    if not isinstance(found, int):
+        raise CheckpointError(
+            f"{checkpoint.base.path / 'config.json'}: vocab_size is {found!r}, expected a number.",
+            remedy="Fetch or copy the folder again.",
+        )
+    return found
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of a checkpoint.
 

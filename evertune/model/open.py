@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.utils import logging as transformers_logging
 
 from evertune.errors import CheckpointError, IntegrityError
-from evertune.model.adapter import Factors, attach, fold_stack, read_factors
+from evertune.model.adapter import Factors, attach, detach, fold_stack, read_factors
 from evertune.model.checkpoint import Checkpoint, describe
 from evertune.model.codec import Codec, load_codec
 from evertune.workspace import read_manifest
@@ -56,7 +56,7 @@ def open_model(checkpoint: Checkpoint, *, dtype: str, device: str = "cpu", fold:
         IntegrityError: the files are no longer those that the checkpoint's digest names.
         CheckpointError: the model is not what it should be; names the file or tensor.
     """
-    _check_digest(checkpoint)
+    check_digest(checkpoint)
     base = checkpoint.base
     codec = load_codec(base.path)
     stack = [read_factors(adapter.path) for adapter in checkpoint.stack[1:]]
@@ -92,6 +92,32 @@ def open_classifier(folder: Path) -> tuple[Any, Codec]:
     return model, codec
 
 
+@contextmanager
+def stacked(opened: OpenModel, checkpoint: Checkpoint) -> Iterator[None]:
+    """Inside, an open base computes what a stack of adapters over it computes, bit for bit as if opened by itself.
+
+    So that many adapters of one base need its weights once.
+
+    Args:
+        opened: the base of the checkpoint's stack, without adapters, not folded.
+
+    Raises:
+        IntegrityError: the checkpoint's files have changed.
+        CheckpointError: an adapter is not what it should be.
+    """
+    if checkpoint.base.digest != opened.checkpoint.digest:
+        raise AssertionError(f"{checkpoint.path} stands on another base than {opened.checkpoint.path}")
+    check_digest(checkpoint)
+    names = [f"s{i}" for i in range(len(checkpoint.stack) - 1)]
+    try:
+        for name, one in zip(names, checkpoint.stack[1:], strict=True):
+            attach(opened.model, read_factors(one.path), name, place=str(one.path))
+        yield
+    finally:
+        for name in names:
+            detach(opened.model, name)
+
+
 def check_finite(model: nn.Module, *, place: str) -> None:
     """Raise CheckpointError naming the first tensor, in the model's order, that holds NaN or Inf."""
     for name, tensor in model.state_dict().items():
@@ -103,7 +129,8 @@ def check_finite(model: nn.Module, *, place: str) -> None:
             )
 
 
-def _check_digest(checkpoint: Checkpoint) -> None:
+def check_digest(checkpoint: Checkpoint) -> None:
+    """Raise IntegrityError when the files are no longer those that the checkpoint's digest names."""
     for one in checkpoint.stack:
         if (one.path / MANIFEST).is_file():
             _check_sizes(one.path)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from evertune.probe.forward import BATCH_TOKENS, Forward, batches
+from evertune.model.forward import BATCH_TOKENS, Forward, batches
 
 
 @dataclass(frozen=True)

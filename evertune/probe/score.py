@@ -14,8 +14,8 @@ import numpy as np
 
 from evertune.errors import CheckpointError, ProbeError
 from evertune.model.codec import Codec
+from evertune.model.forward import BATCH_TOKENS, Forward, Tokens, score_branches, score_rows
 from evertune.model.open import OpenModel
-from evertune.probe.forward import BATCH_TOKENS, Forward, Tokens, score_branches, score_rows
 from evertune.probe.generate import generate_answers
 from evertune.probe.scores import ItemScores
 from evertune.probe.suite import Probe, ProbeItem

@@ -9,16 +9,21 @@ from pydantic import BaseModel
 from evertune.recipe.schema import (
     Anchor,
     Config,
+    Distill,
     Dpo,
     Ema,
     External,
     Federated,
     Lora,
+    Mix,
     NoOptions,
+    OnPolicy,
     Recipe,
     Replay,
+    Rl,
     Sft,
     StageSettings,
+    Teacher,
     Training,
     Tune,
 )
@@ -26,7 +31,7 @@ from evertune.recipe.schema import (
 
 @dataclass(frozen=True)
 class Preset:
-    """One row of the table; rates for `lora` and `full` apply by what is trained, those of `dpo` to such stages."""
+    """One row of the table. Rates for `lora` and `full` apply by what is trained, those of `dpo` and `rl` there."""
 
     summary: str
     tune: Tune
@@ -34,6 +39,8 @@ class Preset:
     full_lr: float
     dpo_lora_lr: float
     dpo_full_lr: float
+    rl_lora_lr: float
+    rl_full_lr: float
     epochs: float
     replay_share: float
     anchor_kl: float
@@ -45,17 +52,17 @@ _FULL = Tune(full=NoOptions())
 PRESETS = {
     "gentle": Preset(
         "the smallest change: half the learning rate, one epoch, more replay, a stronger anchor",
-        _LORA, lora_lr=1e-4, full_lr=1e-5, dpo_lora_lr=1e-5, dpo_full_lr=5e-7,
+        _LORA, lora_lr=1e-4, full_lr=1e-5, dpo_lora_lr=1e-5, dpo_full_lr=5e-7, rl_lora_lr=1e-5, rl_full_lr=5e-7,
         epochs=1.0, replay_share=0.3, anchor_kl=0.1,
     ),
     "balanced": Preset(
         "the recommendation: an adapter, two epochs, one replayed row in five",
-        _LORA, lora_lr=2e-4, full_lr=2e-5, dpo_lora_lr=2e-5, dpo_full_lr=1e-6,
+        _LORA, lora_lr=2e-4, full_lr=2e-5, dpo_lora_lr=2e-5, dpo_full_lr=1e-6, rl_lora_lr=2e-5, rl_full_lr=1e-6,
         epochs=2.0, replay_share=0.2, anchor_kl=0.05,
     ),
     "full": Preset(
         "as balanced, but every weight is trained: for skills that an adapter cannot hold",
-        _FULL, lora_lr=2e-4, full_lr=2e-5, dpo_lora_lr=2e-5, dpo_full_lr=1e-6,
+        _FULL, lora_lr=2e-4, full_lr=2e-5, dpo_lora_lr=2e-5, dpo_full_lr=1e-6, rl_lora_lr=2e-5, rl_full_lr=1e-6,
         epochs=2.0, replay_share=0.2, anchor_kl=0.05,
     ),
 }  # fmt: skip
@@ -70,6 +77,8 @@ SOURCES = {
     "dpo_lora_lr": "A tenth of the supervised rate: a heuristic; preferences need, and bear, far smaller steps.",
     "dpo_full_lr": "5e-7 is Tulu 3's (arXiv:2411.15124) and Zephyr's (arXiv:2310.16944), for 7B and 8B models; twice "
     "that for small ones: a heuristic. One epoch where none is given, as Tulu 3.",
+    "rl_lora_lr": "About ten times the rate of full training (Schulman et al. 2025, LoRA Without Regret): a heuristic.",
+    "rl_full_lr": "1e-6 is GRPO's (arXiv:2402.03300), for a 7B model; one epoch where none is given.",
     "epochs": "Two, as in Tulu 3 (arXiv:2411.15124), where longer did not help; one where little change is wanted.",
     "replay_share": "0.2 of the stream, to be swept over 0.05, 0.1, 0.2 and 0.3: a heuristic. That old data must come "
     "along is reported by Llama 2 (arXiv:2307.09288); the share is found by watching retention.",
@@ -100,6 +109,7 @@ class ResolvedTraining(Resolved):
     """
 
     tune: Tune
+    mix: Mix | None
     replay: Replay
     anchor: Anchor
     lr: float
@@ -147,6 +157,53 @@ class ResolvedDpo(ResolvedTraining):
     @property
     def references(self) -> dict[str, str]:
         return {**super().references, "reference": self.reference}
+
+
+@dataclass(frozen=True)
+class ResolvedRl(ResolvedTraining):
+    """An rl stage."""
+
+    group: int
+    max_new_tokens: int
+    temperature: float
+    rollout_steps: int
+    iterations: int
+    scale: bool
+    average: Literal["answers", "tokens", "constant"]
+    ratio: Literal["token", "sequence"]
+    clip_low: float
+    clip_high: float
+    kl: float
+    kl_to: str
+    replay_weight: float
+    max_kl: float | None
+    min_entropy: float | None
+
+    @property
+    def references(self) -> dict[str, str]:
+        return {**super().references, **({"kl_to": self.kl_to} if self.kl else {})}
+
+
+@dataclass(frozen=True)
+class ResolvedDistill(ResolvedTraining):
+    """A distill stage; every teacher's `sources` are given."""
+
+    teachers: list[Teacher]
+    route: Literal["sources", "best"]
+    skills: dict[str, str]
+    loss: Literal["forward_kl", "reverse_kl", "jsd"]
+    beta: float
+    temperature: float
+    weight: float
+    words: int | Literal["all"]
+    compress: bool
+    on_policy: OnPolicy | None
+
+    @property
+    def members(self) -> dict[str, int]:
+        """At most how many teachers answer for a row of each source."""
+        taught = [name for one in self.teachers for name in one.sources or []]
+        return {name: 1 if self.route == "best" else taught.count(name) for name in dict.fromkeys(taught)}
 
 
 @dataclass(frozen=True)
@@ -208,6 +265,28 @@ def resolve_dpo(recipe: Recipe, stage: Dpo) -> ResolvedDpo:
     )
 
 
+def resolve_rl(recipe: Recipe, stage: Rl) -> ResolvedRl:
+    """Fill in what an rl stage leaves open."""
+    preset = PRESETS[recipe.preset]
+    shared = {field.name for field in fields(ResolvedTraining)}
+    own = {field.name: getattr(stage, field.name) for field in fields(ResolvedRl) if field.name not in shared}
+    rates = {"lora_lr": preset.rl_lora_lr, "full_lr": preset.rl_full_lr}
+    return ResolvedRl(**_training(recipe, stage, **rates, epochs=1.0), **own)
+
+
+def resolve_distill(recipe: Recipe, stage: Distill) -> ResolvedDistill:
+    """Fill in what a distill stage leaves open."""
+    preset = PRESETS[recipe.preset]
+    sources = list(stage.data)
+    own = ("route", "loss", "beta", "temperature", "weight", "words", "compress", "on_policy")
+    return ResolvedDistill(
+        **_training(recipe, stage, lora_lr=preset.lora_lr, full_lr=preset.full_lr, epochs=preset.epochs),
+        **{name: getattr(stage, name) for name in own},
+        teachers=[one.model_copy(update={"sources": one.sources or sources}) for one in stage.teachers],
+        skills={name: stage.skill(name) for name in sources} if stage.route == "best" else {},
+    )
+
+
 def resolve_external(recipe: Recipe, stage: External) -> ResolvedExternal:
     """An external stage leaves nothing open."""
     return ResolvedExternal(stage.command, stage.data, stage.files, stage.hours)
@@ -229,6 +308,8 @@ def resolve_federated(recipe: Recipe, stage: Federated) -> ResolvedFederated:
 RESOLVERS: dict[type[StageSettings], Callable[[Recipe, Any], Resolved]] = {
     Sft: resolve_sft,
     Dpo: resolve_dpo,
+    Rl: resolve_rl,
+    Distill: resolve_distill,
     External: resolve_external,
     Federated: resolve_federated,
 }
@@ -237,12 +318,13 @@ RESOLVERS: dict[type[StageSettings], Callable[[Recipe, Any], Resolved]] = {
 def resolve_recipe(recipe: Recipe) -> dict[str, Any]:
     """The recipe as plain JSON values with nothing left open. It is itself a recipe, and resolves to itself."""
     body = recipe.model_dump(mode="json", by_alias=True)
+    for source in body["data"].values():
+        if source["verifier"] is None:
+            del source["verifier"]
     for one, written in zip(recipe.rounds, body["rounds"], strict=True):
         for stage, inner in zip(one.stages, written["stages"], strict=True):
             resolved: Any = resolve_stage(recipe, stage.settings)
             inner[stage.kind] |= {name: _plain(value) for name, value in asdict(resolved).items()}
-            for kind in inner.keys() - {stage.kind}:
-                del inner[kind]
     return body
 
 
@@ -275,6 +357,8 @@ def _layered(values: dict[str, Any], *layers: Config | None) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
     if isinstance(value, dict):
         return {name: _plain(one) for name, one in value.items()}
     return value.model_dump(mode="json", by_alias=True) if isinstance(value, BaseModel) else value

@@ -95,7 +95,7 @@ def _told(one: _Problem, alternatives: Sequence[_Problem]) -> str:
         return f"{one.context['error']}."
     found = f"found {_found(one.found)}"
     if one.kind in _LIMITS:
-        return f"{found}, expected a number {_LIMITS[one.kind]} {next(iter(one.context.values()))}."
+        return f"{found}, expected {_expected(one)}."
     if one.kind == "string_pattern_mismatch":
         return f"{found}, expected a name of at most 64 small letters, digits, '-' and '_'."
     if one.kind in ("too_short", "string_too_short"):
@@ -107,6 +107,8 @@ def _told(one: _Problem, alternatives: Sequence[_Problem]) -> str:
 def _expected(one: _Problem) -> str:
     if one.kind == "literal_error":
         return str(one.context["expected"])
+    if one.kind in _LIMITS:
+        return f"a number {_LIMITS[one.kind]} {next(iter(one.context.values()))}"
     return _TYPES[one.kind]
 
 

@@ -9,7 +9,16 @@ import string
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from evertune.methods import Method, methods, named
 from evertune.recipe.plugins import Kind, check_options, find_plugin
@@ -23,6 +32,8 @@ Points = Annotated[float, Field(gt=0.0, lt=1.0, allow_inf_nan=False)]
 
 # Checkpoints that a setting may name by a word; anything else is a path.
 NAMED_REFERENCES = ("start", "sft", "base", "champion")
+# What a teacher may be beside those: `round:NAME`, `stage:KIND` or `stage:LABEL`, and every checkpoint of the run.
+OF_ROUND, OF_STAGE, RUN = "round:", "stage:", "run"
 
 PlaceText = Annotated[str, Field(min_length=1)]
 
@@ -67,6 +78,11 @@ class OneKey(Config):
             raise ValueError(f"{self.noun} has exactly one key of: {known}; found {', '.join(given) or 'none'}")
         return self
 
+    @model_serializer(mode="wrap")
+    def _given_key(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Only the key that is given: what a resolved recipe says does not change when another key comes to exist."""
+        return {name: value for name, value in handler(self).items() if getattr(self, name) is not None}
+
     @property
     def kind(self) -> str:
         return next(name for name in type(self).model_fields if getattr(self, name) is not None)
@@ -109,12 +125,14 @@ class DataSource(Config):
     bad_rows: Literal["error", "quarantine"] = "error"
     """A row that cannot be read or has the wrong shape stops the run, or is left out, counted and kept with the reason.
     """
+    verifier: "Verifier | None" = None
+    """How answers to the source's questions are checked, where an rl stage learns from it."""
 
 
 class Verifier(OneKey):
     """How a generated answer is checked: exactly one key."""
 
-    bare_names = ("exact", "contains", "math")
+    bare_names = ("exact", "contains", "math", "ifeval", "python")
     noun = "a verifier"
 
     exact: NoOptions | None = None
@@ -123,6 +141,12 @@ class Verifier(OneKey):
     """The item's `answer` occurs in the output."""
     math: NoOptions | None = None
     """The final number or expression equals the item's `answer` (math-verify)."""
+    ifeval: NoOptions | None = None
+    """The output meets every constraint of the item's `answer`, `{"instruction_id_list", "kwargs"}` (IFEval,
+    arXiv:2311.07911)."""
+    python: NoOptions | None = None
+    """The output's program passes the tests of the item's `answer`, `{"tests": [assert statements], "setup"}`, in a
+    sandbox. Linux only; without confinement nothing is run."""
     regex: str | None = None
     """A pattern that must match the whole trimmed output. The item's `answer` is not read."""
     json_schema: dict[str, Any] | None = None
@@ -289,11 +313,31 @@ Penalties = Annotated[dict[Name, Any], _plugins_of("penalties")]
 GradientRules = Annotated[dict[Name, Any], _plugins_of("gradient_rules")]
 
 
+class Mix(Config):
+    """How several sources of new rows are mixed; without it each row comes once an epoch, or by the weights of `data`
+    as shares of rows."""
+
+    by: Literal["rows", "tokens"] = "rows"
+    """What the weights of `data` are shares of."""
+    temperature: Positive | None = None
+    """Shares in proportion to rows ** (1 / temperature): above 1 smaller sources get more (arXiv:1901.07291)."""
+    passes: dict[Name, Positive] | None = None
+    """How often each source is shown in an epoch; a source that is not named once."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if self.temperature is not None and self.passes is not None:
+            raise ValueError("give 'temperature' or 'passes', not both")
+        return self
+
+
 class Training(StageSettings):
     """What the stages that train here have in common."""
 
     data: Names | Annotated[dict[Name, Positive], Field(min_length=1)]
     """Names of new-data sources, each seen once an epoch, or `name: weight` for shares of the new rows."""
+    mix: Mix | None = None
+    """How the sources of `data` are mixed."""
     epochs: Positive | None = None
     """Passes over the new rows. Give `epochs` or `steps`; the preset's epochs when neither is given."""
     steps: int | None = Field(None, gt=0)
@@ -339,9 +383,28 @@ class Training(StageSettings):
     def _one_length(self) -> Self:
         if self.epochs is not None and self.steps is not None:
             raise ValueError("give 'epochs' or 'steps', not both")
-        if self.micro_batch_rows > self.batch_rows:
+        if self.micro_batch_rows > self.most_rows:
             raise ValueError("'micro_batch_rows' is larger than 'batch_rows'")
         return self
+
+    @model_validator(mode="after")
+    def _mix_fits(self) -> Self:
+        if self.mix is None:
+            return self
+        has_weights = isinstance(self.data, dict)
+        if self.mix.by == "tokens" and not has_weights:
+            raise ValueError("'mix.by: tokens' needs weights: write 'data' as 'name: weight'")
+        if has_weights and (self.mix.temperature is not None or self.mix.passes is not None):
+            raise ValueError("'mix' has 'temperature' or 'passes', and 'data' has weights: give one of them")
+        unknown = sorted(set(self.mix.passes or ()) - set(self.data))
+        if unknown:
+            raise ValueError(f"'mix.passes' names '{unknown[0]}', which is not in 'data'")
+        return self
+
+    @property
+    def most_rows(self) -> int:
+        """The most rows that one step can show the model."""
+        return self.batch_rows
 
     @property
     def plugins(self) -> Iterator[tuple[Kind, str, Any]]:
@@ -396,6 +459,165 @@ class Dpo(Training):
         if self.loss == "ipo" and self.label_smoothing:
             raise ValueError("'label_smoothing' is read by sigmoid and sigmoid_norm only, this loss is ipo")
         return self
+
+
+class Rl(Training):
+    """Reinforcement learning with verifiable rewards (GRPO, Shao et al. 2024, arXiv:2402.03300). A question counts as
+    one row of `batch_rows` and of the replay share, an answer one of `micro_batch_rows`; `max_tokens` bounds the
+    question."""
+
+    formats = ("verifiable", "choice", "messages")
+
+    group: int = Field(8, ge=2, le=1024)
+    """Answers sampled to each question; each is compared with the others of its group."""
+    max_new_tokens: int = Field(256, gt=0, le=16384)
+    """The longest answer, in tokens."""
+    temperature: Positive = 1.0
+    """Of sampling, which is from the whole distribution, and of the log-probabilities that are trained."""
+    rollout_steps: int = Field(1, gt=0)
+    """Steps of questions that are answered at once: above 1 the later ones train on answers of an older policy."""
+    iterations: int = Field(1, gt=0)
+    """Passes over each rollout. `steps` counts optimizer steps, all passes included."""
+    scale: bool = True
+    """Divide a group's advantages by its standard deviation, as GRPO; false is Dr. GRPO's (arXiv:2503.20783), with
+    `average: constant`."""
+    average: Literal["answers", "tokens", "constant"] = "tokens"
+    """Of the loss: over tokens (DAPO, arXiv:2503.14476); over answers, each the mean of its tokens (GRPO), which makes
+    long wrong answers cheap; or over answers, each its sum by `max_new_tokens` (Dr. GRPO)."""
+    ratio: Literal["token", "sequence"] = "token"
+    """What is clipped: each token's probability ratio, or the mean one of an answer (GSPO, arXiv:2507.18071)."""
+    clip_low: float = Field(0.2, gt=0.0, lt=1.0)
+    """The ratio's lower bound is 1 - clip_low (PPO, arXiv:1707.06347)."""
+    clip_high: Positive = 0.28
+    """Its upper bound is 1 + clip_high; above clip_low unlikely words have room to grow (DAPO's clip-higher)."""
+    kl: NonNegative = 0.01
+    """Weight of the KL to the reference, per token, estimated on the sampled tokens (k3, its gradient unbiased). Exact,
+    over the whole vocabulary, it is the anchor: `{kl: 0.01, to: sft, on: both, direction: reverse}`."""
+    kl_to: PlaceText = "sft"
+    """The reference: `sft` (what this round's newest sft stage has made), `start`, `base`, `champion`, or a path."""
+    replay_weight: NonNegative = 1.0
+    """Weight of the replayed rows' cross-entropy, per token, beside the mean loss of the answers."""
+    max_kl: Positive | None = None
+    """Budget of drift: the stage ends after a step in which the KL to the reference is above, in nats per token."""
+    min_entropy: NonNegative | None = None
+    """The stage ends after a step in which the entropy of the answers' tokens is below, in nats."""
+
+    @property
+    def most_rows(self) -> int:
+        return self.batch_rows * self.group
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.max_kl is not None and not self.kl:
+            raise ValueError("'max_kl' needs 'kl' above 0: without a reference there is no KL to bound")
+        if self.anchor is not None and self.anchor.on != "replay" and self.anchor.cache != "off":
+            raise ValueError("an anchor on answers needs 'cache: off': no answer comes twice")
+        return self
+
+
+class Teacher(Config):
+    """A frozen checkpoint that the student learns from."""
+
+    checkpoint: PlaceText
+    """What teaches: the path of a model or adapter folder; `round:NAME`, what an earlier round promoted; `stage:KIND`,
+    what the newest stage of that kind made in this round, or `stage:LABEL`, such as `stage:2026-10/1-sft`, any stage
+    before this one; `start`, `base` or `champion`; or, for `route: best`, `run`: every checkpoint that this run has
+    made so far, the base included. A teacher has the student's tokenizer and vocabulary."""
+    sources: Names | None = None
+    """The sources of this stage whose rows it teaches; all when not given. Teachers of one source are an ensemble: the
+    mean of their probabilities."""
+    weight: Positive = 1.0
+    """Its weight in an ensemble, relative to the others'."""
+
+
+def _as_teachers(value: Any) -> Any:
+    written = [value] if isinstance(value, str | dict) else value
+    if not isinstance(written, list):
+        return value
+    return [{"checkpoint": one} if isinstance(one, str) else one for one in written]
+
+
+class OnPolicy(Config):
+    """Rows that the student answers by itself; its teachers say at each of its tokens what they would have said there
+    (GKD, arXiv:2306.13649)."""
+
+    share: float = Field(0.5, gt=0.0, le=1.0)
+    """Share of the new rows that the student answers, drawn for each step."""
+    max_new_tokens: int = Field(64, gt=0, le=4096)
+    """The longest answer, in tokens."""
+    temperature: float = Field(1.0, ge=0.1, le=2.0)
+    """At which the student answers."""
+    steps: int = Field(4, gt=0)
+    """Steps whose rows are answered at once: an answer is at most so much older than the weights that learn from it.
+    Resume points lie between them."""
+
+
+class Distill(Training):
+    """Distillation: the student learns the token distributions of one or more teachers (Hinton et al. 2015,
+    arXiv:1503.02531), mixed with cross-entropy on the rows' own answers."""
+
+    formats = REPLAYABLE
+
+    teachers: Annotated[
+        list[Teacher],
+        BeforeValidator(_as_teachers, json_schema_input_type=PlaceText | list[PlaceText | Teacher]),
+        Field(min_length=1),
+    ]
+    """Who teaches: checkpoints, or `{checkpoint, sources, weight}` where not every teacher teaches every row. Each is
+    asked once for each row, before training, one after the other; its answers are kept in the workspace's cache."""
+    route: Literal["sources", "best"] = "sources"
+    """`sources`: each teacher teaches the rows of its `sources`. `best`: of those teachers, the one with the best score
+    on the row's skill does, as the run has measured it; of equals the last."""
+    skills: dict[Name, Name] = {}
+    """For `route: best`: the probe that measures the skill of a source's rows; where not given, the probe that has the
+    source's name."""
+    loss: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
+    """Divergence at each counted token. `forward_kl` is KL(teacher || student): cover all that the teacher says.
+    `reverse_kl` is KL(student || teacher): say only what the teacher would. `jsd` lies between (arXiv:2306.13649)."""
+    beta: float = Field(0.5, gt=0.0, lt=1.0)
+    """For `jsd`: the teacher's weight in the mixture that both are compared with."""
+    temperature: float = Field(1.0, ge=0.1, le=20.0)
+    """Divides the logits of both before they are compared; the divergence counts its square. Above 1 shows more of what
+    the teacher finds unlikely."""
+    weight: float = Field(0.5, gt=0.0, le=1.0)
+    """Weight of the divergence; cross-entropy with the rows' own answers has the rest. 1 leaves the answers unread."""
+    words: Literal["all"] | Annotated[int, Field(gt=0, le=4096)] = 64
+    """How many of a teacher's most likely words are kept at each token, all others being one bucket: a lower bound of
+    the divergence. The checkpoint's `covered_mass` says how much of the probability they hold. `all` is exact, for
+    vocabularies of at most 16384 words."""
+
+    compress: bool = False
+    """Make one adapter of `tune.lora.rank` out of the whole stack of adapters that the stage starts from: it begins as
+    near to the stack as its rank allows, over the model under the stack, and is taught from there. Name `start` as a
+    teacher to keep what the stack can do."""
+
+    on_policy: OnPolicy | None = None
+    """Let the student answer some rows; only their divergence counts. Needs rows of format `messages`, and memory for
+    one teacher beside the student while it trains."""
+
+    @model_validator(mode="after")
+    def _routes(self) -> Self:
+        unknown = [name for one in self.teachers for name in one.sources or [] if name not in self.data]
+        unknown += [name for name in self.skills if name not in self.data]
+        if unknown:
+            raise ValueError(f"found '{unknown[0]}', expected a source of this stage's 'data': {', '.join(self.data)}")
+        if self.skills and self.route != "best":
+            raise ValueError("'skills' goes with 'route: best' only")
+        if self.route != "best" and any(one.checkpoint == RUN for one in self.teachers):
+            raise ValueError("the teacher 'run' goes with 'route: best' only, which chooses among its checkpoints")
+        if self.compress and self.tune is not None and self.tune.lora is None:
+            raise ValueError("'compress' makes an adapter: it goes with 'tune: lora' only")
+        untaught = [name for name in self.data if not any(name in (one.sources or self.data) for one in self.teachers)]
+        if untaught:
+            raise ValueError(
+                f"no teacher teaches the rows of '{untaught[0]}': name it in a teacher's 'sources', or leave it out of "
+                "'data'"
+            )
+        return self
+
+    def skill(self, source: str) -> str:
+        """The probe that measures the skill of a source's rows."""
+        return self.skills.get(source, source)
 
 
 PLACEHOLDERS = ("model", "data", "output", "seed")
@@ -510,6 +732,10 @@ class Stage(OneKey):
     """Supervised fine-tuning."""
     dpo: Dpo | None = None
     """Direct preference optimisation."""
+    rl: Rl | None = None
+    """Reinforcement learning with verifiable rewards."""
+    distill: Distill | None = None
+    """Distillation from one or more teachers."""
     external: External | None = None
     """Another trainer's command."""
     federated: Federated | None = None
@@ -677,7 +903,7 @@ class Recipe(Config):
 
 def _check_references(recipe: Recipe) -> None:
     """Raise for names that name nothing, names that stand twice, and sources of the wrong format: one line each."""
-    problems = [*_round_problems(recipe), *_source_problems(recipe)]
+    problems = [*_round_problems(recipe), *_source_problems(recipe), *_teacher_problems(recipe)]
     if recipe.academic == "refuse":
         problems += [
             f"{place}: found an academic method, {method}, which is not production-validated; expected "
@@ -719,6 +945,48 @@ def _source_problems(recipe: Recipe) -> Iterator[str]:
             yield f"{place}: no data source '{name}'; data has: {', '.join(recipe.data)}"
         elif source.format not in formats:
             yield f"{place}: '{name}' has format '{source.format}'; {reader} reads {' and '.join(formats)}"
+        elif reader == "rl" and source.verifier is None:
+            yield f"{place}: '{name}' has no verifier; rl needs data.{name}.verifier, such as 'exact' or 'math'"
+
+
+def _teacher_problems(recipe: Recipe) -> Iterator[str]:
+    for i, one in enumerate(recipe.rounds):
+        for k, stage in enumerate(one.stages):
+            if stage.distill is None:
+                continue
+            place, settings = f"rounds[{i}].stages[{k}].distill", stage.distill
+            for j, teacher in enumerate(settings.teachers):
+                known = known_teachers(recipe, i, k)
+                if teacher.checkpoint.startswith((OF_ROUND, OF_STAGE)) and teacher.checkpoint not in known:
+                    told = ", ".join(known) or "nothing comes before this stage"
+                    yield f"{place}.teachers[{j}].checkpoint: found '{teacher.checkpoint}', expected one of: {told}"
+            for source in settings.data if settings.on_policy else ():
+                if source in recipe.data and recipe.data[source].format != "messages":
+                    found = recipe.data[source].format
+                    yield f"{place}.on_policy: '{source}' has format '{found}', expected messages: a question to answer"
+            for source in settings.data if settings.route == "best" else ():
+                if settings.skill(source) not in recipe.probes:
+                    yield (
+                        f"{place}.skills: no probe '{settings.skill(source)}' measures '{source}'; probes has: "
+                        f"{', '.join(recipe.probes)}"
+                    )
+
+
+def known_teachers(recipe: Recipe, round_index: int, stage_index: int) -> list[str]:
+    """What `round:` and `stage:` may name at a stage: what comes before it in this recipe."""
+    earlier, own = recipe.rounds[:round_index], recipe.rounds[round_index].stages[:stage_index]
+    labels = [label for one in earlier for label in stage_labels(one)]
+    labels += stage_labels(recipe.rounds[round_index])[:stage_index]
+    kinds = dict.fromkeys(stage.kind for stage in own)
+    return [
+        *(f"{OF_ROUND}{one.name}" for one in earlier),
+        *(f"{OF_STAGE}{name}" for name in (*kinds, *labels)),
+    ]
+
+
+def stage_labels(one: Round) -> list[str]:
+    """What people call the checkpoints of a round's stages."""
+    return [f"{one.name}/{k + 1}-{stage.kind}" for k, stage in enumerate(one.stages)]
 
 
 def academic_choices(recipe: Recipe) -> Iterator[tuple[str, str]]:

@@ -1,6 +1,7 @@
 """The kinds of stages: how each is ordered and performed.
 
     sft.py        supervised fine-tuning        dpo.py        preferences
+    rl.py         verifiable rewards            distill.py    teachers into a student
     external.py   another trainer's command     federated.py  clients that keep their rows
     place.py      where a stage stands          training.py   what trained kinds have in common
 
@@ -12,11 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from evertune.stages import dpo, external, federated, sft
-from evertune.stages.place import Order, Place
+from evertune.stages import distill, dpo, external, federated, rl, sft
+from evertune.stages.place import Order, Past, Place
 from evertune.workspace import Workspace
 
-__all__ = ["KINDS", "Order", "Place", "StageKind"]
+__all__ = ["KINDS", "Order", "Past", "Place", "StageKind"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class StageKind:
 KINDS: dict[str, StageKind] = {
     "sft": StageKind(sft.order, sft.perform, is_launched=True),
     "dpo": StageKind(dpo.order, dpo.perform, is_launched=True),
+    "rl": StageKind(rl.order, rl.perform, is_launched=True),
+    "distill": StageKind(distill.order, distill.perform, is_launched=True),
     "external": StageKind(external.order, external.perform),
     "federated": StageKind(federated.order, federated.perform),
 }

@@ -90,7 +90,7 @@ def order(place: Place) -> ExternalSpec:
     """
     settings, plan = place.resolved, place.plan
     assert isinstance(settings, ResolvedExternal), place.label
-    data = [plan.rows_ref(name) for name in settings.data or []]
+    data = [plan.rows_ref(name, without=place.without) for name in settings.data or []]
     files = {name: file_digest(plan.loaded.resolve(name), name) for name in settings.files or []}
     facts = {
         "kind": "external",

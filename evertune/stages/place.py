@@ -1,6 +1,6 @@
 """Where a stage stands in a run, and the order made from it: everything a child needs, under a key of its inputs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,6 +12,21 @@ from evertune.recipe.schema import Round, StageSettings
 
 
 @dataclass(frozen=True)
+class Past:
+    """What the run has made so far.
+
+    Attributes:
+        checkpoints: by label, the base first, in the order they were made.
+        promoted: label of what each promoted round has promoted.
+        values: by label, the value on each probe, turned so that higher is better.
+    """
+
+    checkpoints: Mapping[str, Checkpoint] = field(default_factory=dict)
+    promoted: Mapping[str, str] = field(default_factory=dict)
+    values: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Place:
     """One stage of one round, with the checkpoints it may name.
 
@@ -19,6 +34,8 @@ class Place:
         made: what the round starts from, then what each stage before this one has made.
         champion: the last promoted checkpoint, or the base.
         histories: folders with the training rows of promoted rounds.
+        past: what the run has made before this stage, earlier stages of this round included.
+        without: digests of texts that must not be used again (`evertune data remove`).
     """
 
     plan: Plan
@@ -27,6 +44,8 @@ class Place:
     made: Sequence[Checkpoint]
     champion: Checkpoint
     histories: Sequence[Path] = field(default=())
+    past: Past = field(default_factory=Past)
+    without: Sequence[str] = field(default=())
 
     @property
     def kind(self) -> str:

@@ -1,13 +1,12 @@
 """What the orders of trained stages have in common: rows, replay, anchor, numerics, and the key."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from evertune.data.cleaned import Given
 from evertune.hashing import digest_file, digest_json
 from evertune.model.checkpoint import Checkpoint
-from evertune.plan import Plan
 from evertune.recipe.plugins import Kind, find_plugin
 from evertune.recipe.presets import ResolvedTraining
 from evertune.recipe.schema import Training
@@ -20,12 +19,13 @@ def training_fields(place: Place, settings: ResolvedTraining) -> dict[str, Any]:
     """The fields of an order that do not depend on the objective."""
     plan, stage = place.plan, place.settings
     assert isinstance(stage, Training), place.label
-    replay = _replay_refs(plan, settings, place.histories)
+    replay = _replay_refs(place, settings)
     return {
         "start": place.start,
         "base": plan.base,
-        "new": [plan.rows_ref(name) for name in stage.new_sources],
+        "new": [plan.rows_ref(name, without=place.without) for name in stage.new_sources],
         "weights": dict(stage.data) if isinstance(stage.data, dict) else None,
+        "mix": settings.mix.model_dump(exclude_none=True) if settings.mix else None,
         "replay": replay,
         "share": settings.replay.share if replay else 0.0,
         "dedup": settings.replay.dedup,
@@ -60,6 +60,8 @@ def training_key(version: int, spec: TrainingSpec) -> str:
     for name in ("key", "label", "threads", "track", "save_steps"):
         del facts[name]
     facts |= {name: one.digest for name, one in vars(spec).items() if isinstance(one, Checkpoint)}
+    if spec.mix is None:
+        del facts["mix"]
     facts["new"] = [[ref.source, ref.digest] for ref in spec.new]
     facts["replay"] = [[ref.source, ref.digest] for ref in spec.replay]
     if spec.anchor is not None:
@@ -68,18 +70,18 @@ def training_key(version: int, spec: TrainingSpec) -> str:
     return digest_json({"kind": spec.kind, "version": version, **facts})
 
 
-def _replay_refs(plan: Plan, settings: ResolvedTraining, histories: Sequence[Path]) -> list[RowsRef]:
-    return _refs(plan, settings.replay_sources, histories)
+def _replay_refs(place: Place, settings: ResolvedTraining) -> list[RowsRef]:
+    return _refs(place, settings.replay_sources)
 
 
-def _refs(plan: Plan, sources: Iterable[str], histories: Sequence[Path]) -> list[RowsRef]:
+def _refs(place: Place, sources: Iterable[str]) -> list[RowsRef]:
     """Where the rows of these sources are; `history` is every source of every promoted round."""
     refs = []
     for name in sources:
         if name == "history":
-            refs += [ref for folder in histories for ref in _history_refs(plan, folder)]
+            refs += [ref for folder in place.histories for ref in _history_refs(place, folder)]
         else:
-            refs.append(plan.rows_ref(name))
+            refs.append(place.plan.rows_ref(name, without=place.without))
     return refs
 
 
@@ -94,23 +96,24 @@ def _plugin_spec(place: Place, kind: Kind, name: str, options: Any) -> PluginSpe
         make=plugin.make,
         version=plugin.version,
         options=options.model_dump(mode="json"),
-        memory=_refs(place.plan, getattr(options, "sources", ()), place.histories),
+        memory=_refs(place, getattr(options, "sources", ())),
         carried=str(carried) if is_there else None,
         carried_digest=digest_file(carried) if is_there else None,
     )
 
 
-def _history_refs(plan: Plan, folder: Path) -> list[RowsRef]:
+def _history_refs(place: Place, folder: Path) -> list[RowsRef]:
     manifest = read_manifest(folder)
     return [
-        plan.clean(
+        place.plan.clean(
             Given(
                 source=f"history/{manifest.record['round']}/{Path(entry.path).stem}",
                 path=folder / entry.path,
                 format=manifest.record["formats"][Path(entry.path).stem],
                 limit=None,
                 digest=entry.sha256,
-            )
+            ),
+            without=place.without,
         )
         for entry in manifest.files
     ]

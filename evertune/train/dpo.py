@@ -25,7 +25,7 @@ from evertune.train.objective import Objective, Policy, StepCounts, penalty_sums
 from evertune.train.penalty import Penalty
 from evertune.train.sink import Metrics
 from evertune.train.spec import DpoSpec
-from evertune.train.stage import Setting, mean_of, run_training
+from evertune.train.stage import Lesson, Setting, mean_of, run_training
 from evertune.workspace import Workspace
 
 REFERENCE = "target"
@@ -145,7 +145,7 @@ def _sums_of(values_N: Tensor, lengths_R: Tensor) -> Tensor:
     return values_N.new_zeros(len(lengths_R)).index_add(0, rows_N, values_N)
 
 
-class _Preferring:
+class _Preferring(Lesson):
     def __init__(self, spec: DpoSpec) -> None:
         self._spec = spec
 
@@ -165,7 +165,7 @@ class _Preferring:
     def final(self, last: Sequence[Metrics]) -> dict[str, float]:
         return {name: mean_of(last, name) for name in FINAL if any(name in one for one in last)}
 
-    def warnings(self, last: Sequence[Metrics]) -> list[dict[str, str]]:
+    def warnings(self, first: Sequence[Metrics], last: Sequence[Metrics]) -> list[dict[str, str]]:
         chosen, rejected = (mean_of(last, f"{name}_shift") for name in ("chosen", "rejected"))
         if max(chosen, rejected) > -DISPLACEMENT_NATS:
             return []

@@ -119,6 +119,11 @@ def _try_on_a_few_tokens(model: Any, decoder: Any, head: Head) -> None:
     logits = model(input_ids=ids_BT, use_cache=False).logits.float()
     hidden = decoder(input_ids=ids_BT, use_cache=False).last_hidden_state
     model.train(was_training)
+    if not torch.isfinite(logits).all():
+        raise CheckpointError(
+            f"{type(model).__name__}: its logits are NaN or Inf, though its weights are finite: they overflow.",
+            remedy="Go back to an earlier checkpoint, or try 'numerics: {dtype: float32}'.",
+        )
     difference = (F.linear(hidden, head.weight_VH, head.bias_V).float() - logits).abs().max()
     # Half a per cent is what the last bit of a bfloat16 is worth; a scale or a cap differs by far more.
     if not difference <= 0.02 * logits.abs().max():
@@ -171,16 +176,26 @@ def head_loss(
 
 
 def target_log_probabilities(
-    hidden_NH: Tensor, targets_N: Tensor, *, head: Head, chunk_positions: int | None = None
+    hidden_NH: Tensor,
+    targets_N: Tensor,
+    *,
+    head: Head,
+    temperature: float = 1.0,
+    chunk_positions: int | None = None,
 ) -> Tensor:
     """Log-probabilities (N,) float32 of the target words, for losses that are no plain sum over positions.
+
+    Args:
+        temperature: what the logits are divided by.
 
     Differentiable in `hidden_NH` and, where it is trained, the head. The slope of each position's value is formed with
     the value, so that a frozen head is applied once; for a trained one the backward pass applies it again.
     """
     step = chunk_positions or head.chunk_positions()
     wants_grad = torch.is_grad_enabled()
-    logp_N: Tensor = _TargetLogProbabilities.apply(hidden_NH, head.weight_VH, head.bias_V, targets_N, step, wants_grad)
+    logp_N: Tensor = _TargetLogProbabilities.apply(
+        hidden_NH, head.weight_VH, head.bias_V, targets_N, step, temperature, wants_grad
+    )
     return logp_N
 
 
@@ -195,17 +210,19 @@ class _TargetLogProbabilities(torch.autograd.Function):
         bias_V: Tensor | None,
         targets_N: Tensor,
         step: int,
+        temperature: float,
         wants_grad: bool,
     ) -> Tensor:
         wants_slope = wants_grad and ctx.needs_input_grad[0]
         values, slopes = [], []
         for start in range(0, len(hidden_NH), step):
             targets = targets_N[start : start + step]
-            logp_nV = F.linear(hidden_NH[start : start + step], weight_VH, bias_V).float().log_softmax(dim=-1)
+            logits_nV = F.linear(hidden_NH[start : start + step], weight_VH, bias_V).float()
+            logp_nV = (logits_nV / temperature).log_softmax(dim=-1)
             values.append(logp_nV.gather(1, targets.unsqueeze(1)).squeeze(1))
             if wants_slope:
-                slopes.append(_logit_slopes(logp_nV, targets).to(weight_VH.dtype) @ weight_VH)
-        ctx.step = step
+                slopes.append((_logit_slopes(logp_nV, targets) / temperature).to(weight_VH.dtype) @ weight_VH)
+        ctx.step, ctx.temperature = step, temperature
         ctx.save_for_backward(hidden_NH, weight_VH, bias_V, targets_N, torch.cat(slopes) if slopes else None)
         return torch.cat(values)
 
@@ -224,13 +241,14 @@ class _TargetLogProbabilities(torch.autograd.Function):
                             (hidden_NH[chosen], weight_VH, bias_V), (False, *ctx.needs_input_grad[1:3]), strict=True
                         )
                     ]
-                    logp_nV = F.linear(*parts).float().log_softmax(dim=-1)  # type: ignore[arg-type]
+                    logits_nV = F.linear(*parts).float()  # type: ignore[arg-type]
+                    logp_nV = (logits_nV / ctx.temperature).log_softmax(dim=-1)
                     taken_n = logp_nV.gather(1, targets_N[chosen].unsqueeze(1)).squeeze(1)
                     loss = (taken_n * grad_N[chosen]).sum()
                 grads.add(loss, parts)
         _, weight, bias = grads.finish(None, weight_VH, bias_V)
         hidden = None if slopes_NH is None else (grad_N.unsqueeze(1) * slopes_NH).to(hidden_NH.dtype)
-        return hidden, weight, bias, None, None, None
+        return hidden, weight, bias, None, None, None, None
 
 
 def _logit_slopes(logp_nV: Tensor, targets_n: Tensor) -> Tensor:

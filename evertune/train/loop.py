@@ -10,7 +10,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Protocol
@@ -30,7 +30,22 @@ from evertune.train.sink import Metrics, Sink
 
 
 class Feed(Protocol):
-    """The stream of rows, as pure functions of the place: nothing remembers where it was."""
+    """The stream of rows, as functions of the place and, where the model itself makes rows, of its weights."""
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps in all."""
+
+    @property
+    def micro_steps(self) -> int:
+        """Forward passes of one process in a step."""
+
+    @property
+    def save_every(self) -> int:
+        """Resume points may lie after multiples of this many steps only."""
+
+    def prepare(self, step: int) -> None:
+        """Make ready what the step will show. Called once before each step."""
 
     def micro_batch(self, step: int, micro_step: int, rank: int) -> Sequence[Item]:
         """The items of one forward pass of one process; may be empty."""
@@ -91,6 +106,7 @@ class Trainer:
         Raises:
             TrainingError: loss or gradient is NaN or Inf; the weights are then as they were before the step.
         """
+        self.feed.prepare(step)
         counts = self.count(step)
         rank = self.accelerator.process_index
         sums = torch.zeros(len(counts.divisors) + len(self.penalties), device=self.policy.device)
@@ -177,30 +193,48 @@ class Trainer:
         return losses
 
 
-def train(trainer: Trainer, points: ResumePoints, sink: Sink, *, first: int, save_steps: int) -> None:
-    """Perform the steps from `first` on, with a resume point every `save_steps`.
+def train(
+    trainer: Trainer,
+    points: ResumePoints,
+    sink: Sink,
+    *,
+    first: int,
+    save_steps: int,
+    brake: Callable[[Metrics], str | None] = lambda metrics: None,
+) -> None:
+    """Perform the steps from `first` on, with a resume point about every `save_steps`, where the feed allows one.
 
-    After SIGINT or SIGTERM the step under way is finished and saved, and KeyboardInterrupt raised.
+    After SIGINT or SIGTERM the steps up to the next place for a resume point are finished and saved, and
+    KeyboardInterrupt raised.
+
+    Args:
+        brake: says of a step's metrics why the stage should end there, or None.
 
     Raises:
         TrainingError: NaN or Inf in loss, gradient or weights.
         KeyboardInterrupt: the run was asked to stop; the same order goes on from where it stopped.
     """
+    every = trainer.feed.save_every
+    is_over = bool(sink.history) and brake(sink.history[-1]) is not None
     with stop_requests() as requests:
-        for step in range(first, trainer.pace.steps):
+        for step in range(first, first if is_over else trainer.pace.steps):
             began = time.monotonic()
             metrics = trainer.step(step)
             seconds = time.monotonic() - began
             sink.log({**metrics, "seconds": seconds, "tokens_per_second": metrics["tokens"] / max(seconds, 1e-9)})
-            is_stopping = _any_process(trainer.accelerator, bool(requests))
-            if (step + 1) % save_steps == 0 or is_stopping:
-                trainer.masters.check_finite(step=step + 1)
+            if brake(metrics) is not None:
+                break
+            done = step + 1
+            may_save = done % every == 0
+            is_stopping = may_save and _any_process(trainer.accelerator, bool(requests))
+            if may_save and (done // save_steps > (done - every) // save_steps or is_stopping):
+                trainer.masters.check_finite(step=done)
                 if trainer.accelerator.is_main_process:
-                    points.save(step + 1, trainer.state(), sink.history)
+                    points.save(done, trainer.state(), sink.history)
                 trainer.accelerator.wait_for_everyone()
             if is_stopping:
                 raise KeyboardInterrupt
-    trainer.masters.check_finite(step=trainer.pace.steps)
+    trainer.masters.check_finite(step=len(sink.history))
 
 
 def gradient_of(trainer: Trainer, items: Sequence[Item]) -> dict[str, Tensor]:

@@ -108,3 +108,49 @@ def preference_losses(
         return (margin_P - 1.0 / (2.0 * beta)).square()
     right_P, wrong_P = -F.logsigmoid(beta * margin_P), -F.logsigmoid(-beta * margin_P)
     return (1.0 - label_smoothing) * right_P + label_smoothing * wrong_P
+
+
+def group_advantages(rewards_AG: Tensor, *, scale: bool) -> Tensor:
+    """How much better each answer is than its group's mean, (A, G): prompts by answers of one prompt.
+
+    With `scale`, divided by the group's standard deviation plus 1e-4, as GRPO (Shao et al. 2024, arXiv:2402.03300)
+    does, unbiased as in its common implementations; without, as Dr. GRPO (Liu et al. 2025, arXiv:2503.20783), which
+    shows that the division favours groups that nearly all fail or nearly all succeed.
+
+    Args:
+        rewards_AG: float32; NaN where a verifier failed: such an answer has the advantage 0 and is in no mean.
+    """
+    known_AG = ~rewards_AG.isnan()
+    counts_A1 = known_AG.sum(dim=1, keepdim=True)
+    mean_A1 = rewards_AG.nansum(dim=1, keepdim=True) / counts_A1.clamp(min=1)
+    centred_AG = torch.where(known_AG, rewards_AG - mean_A1, 0.0)
+    if not scale:
+        return centred_AG
+    variance_A1 = centred_AG.square().sum(dim=1, keepdim=True) / (counts_A1 - 1).clamp(min=1)
+    return centred_AG / (variance_A1.sqrt() + 1e-4)
+
+
+def clipped_surrogate(log_ratio_N: Tensor, advantages_N: Tensor, *, clip_low: float, clip_high: float) -> Tensor:
+    """The policy-gradient loss of each token, (N,): -min(r A, clip(r, 1 - low, 1 + high) A), r = exp(log ratio).
+
+    PPO's objective (Schulman et al. 2017, arXiv:1707.06347); a higher upper bound is DAPO's (arXiv:2503.14476), which
+    leaves unlikely words room to grow.
+
+    Args:
+        log_ratio_N: log(policy / policy that sampled), with gradient.
+        advantages_N: of the answer that a token belongs to.
+    """
+    ratio_N = log_ratio_N.exp()
+    clipped_N = ratio_N.clamp(1.0 - clip_low, 1.0 + clip_high)
+    return -torch.minimum(ratio_N * advantages_N, clipped_N * advantages_N)
+
+
+def sampled_kl(logp_N: Tensor, ref_logp_N: Tensor) -> Tensor:
+    """An estimate of KL(policy || reference) at each sampled token, (N,) in nats, never below 0: k3 of Schulman 2020.
+
+    Unbiased where the tokens were sampled from the policy. Its gradient is not; multiplied by the ratio of the policy
+    to the one that sampled, with the ratio's own gradient, value and gradient are those of the divergence on average
+    (DeepSeek-V3.2, arXiv:2512.02556).
+    """
+    log_ratio_N = ref_logp_N - logp_N
+    return log_ratio_N.exp() - log_ratio_N - 1.0

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from evertune.data.encode import EncodedRow, Encoding, Item, counted_of, encode_rows, tokens_of
+from evertune.data.quotas import Mixing, quotas_of
 from evertune.data.replay import drop_duplicates
 from evertune.data.rows import Row, read_rows
 from evertune.data.stream import Pick, Stream, lengths_of
@@ -46,6 +47,14 @@ class Material:
         return self.stream.micro_steps(
             batch_rows=self.batch_rows, micro_batch_rows=self.micro_batch_rows, world_size=self.world_size
         )
+
+    @property
+    def save_every(self) -> int:
+        """A resume point may lie after any step."""
+        return 1
+
+    def prepare(self, step: int) -> None:
+        """Nothing has to be made ready."""
 
     def micro_batch(self, step: int, micro_step: int, rank: int) -> list[Item]:
         """The items of one micro-batch, a pure function of its place; empty when the step has none left for it."""
@@ -131,9 +140,12 @@ def load_material(spec: TrainingSpec, codec: Codec, *, world_size: int, encode: 
         for source, rows in replay_rows.items()
         if rows
     }
+    sizes = {source: len(encoding.rows) for source, encoding in new.items()}
+    tokens = {source: sum(map(tokens_of, encoding.rows)) for source, encoding in new.items()}
     stream = Stream(
-        new={source: len(encoding.rows) for source, encoding in new.items()},
-        weights=spec.weights,
+        new=sizes,
+        weights=None,
+        quotas=quotas_of(Mixing(weights=spec.weights, **(spec.mix or {})), sizes, tokens),
         replay={source: len(rows) for source, rows in replay.items()},
         share=spec.share if replay else 0.0,
         seed=spec.seed,

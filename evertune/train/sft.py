@@ -1,14 +1,12 @@
 """Supervised fine-tuning: cross-entropy on completion tokens, with replay and a KL anchor."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from evertune.model.codec import Codec
 from evertune.train.material import Material, load_material
 from evertune.train.objective import CrossEntropy, Objective
-from evertune.train.sink import Metrics
 from evertune.train.spec import SftSpec
-from evertune.train.stage import Setting, run_training
+from evertune.train.stage import Lesson, Setting, run_training
 from evertune.workspace import Workspace
 
 
@@ -17,7 +15,7 @@ def run_sft(spec: SftSpec, workspace: Workspace) -> dict[str, Any]:
     return run_training(spec, workspace, _Supervised(spec))
 
 
-class _Supervised:
+class _Supervised(Lesson):
     def __init__(self, spec: SftSpec) -> None:
         self._spec = spec
 
@@ -29,9 +27,3 @@ class _Supervised:
 
     def methods(self) -> dict[str, bool]:
         return {"sft": True}
-
-    def final(self, last: Sequence[Metrics]) -> dict[str, float]:
-        return {}
-
-    def warnings(self, last: Sequence[Metrics]) -> list[dict[str, str]]:
-        return []

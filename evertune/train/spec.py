@@ -120,6 +120,7 @@ class TrainingSpec:
     base: Checkpoint
     new: list[RowsRef]
     weights: dict[str, float] | None
+    mix: dict[str, Any] | None
     replay: list[RowsRef]
     share: float
     dedup: bool
@@ -210,6 +211,58 @@ class DpoSpec(TrainingSpec):
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Self:
         return super().from_json({**value, "reference": Checkpoint.from_json(value["reference"])})
+
+
+@dataclass(frozen=True)
+class RlSpec(TrainingSpec):
+    """A stage with verifiable rewards.
+
+    `verifiers` has one for each source of new rows, as a recipe writes it. `rollout_steps` steps of prompts are
+    answered at once and passed over `iterations` times; `steps` counts optimizer steps.
+    """
+
+    verifiers: dict[str, dict[str, Any]]
+    group: int
+    max_new_tokens: int
+    temperature: float
+    rollout_steps: int
+    iterations: int
+    scale: bool
+    average: Literal["answers", "tokens", "constant"]
+    ratio: Literal["token", "sequence"]
+    clip_low: float
+    clip_high: float
+    kl: float
+    kl_to: Checkpoint
+    replay_weight: float
+    max_kl: float | None
+    min_entropy: float | None
+
+    kind: ClassVar[str] = "rl"
+    own_settings: ClassVar[tuple[str, ...]] = (
+        "verifiers",
+        "group",
+        "max_new_tokens",
+        "temperature",
+        "rollout_steps",
+        "iterations",
+        "scale",
+        "average",
+        "ratio",
+        "clip_low",
+        "clip_high",
+        "kl",
+        "replay_weight",
+        "max_kl",
+        "min_entropy",
+    )
+
+    def to_json(self) -> dict[str, Any]:
+        return {**super().to_json(), "kl_to": self.kl_to.to_json()}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Self:
+        return super().from_json({**value, "kl_to": Checkpoint.from_json(value["kl_to"])})
 
 
 def _plain_fields(value: Any) -> dict[str, Any]:

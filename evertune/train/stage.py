@@ -4,10 +4,11 @@ door; what differs between kinds is a `Lesson`.
 
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -24,7 +25,7 @@ from evertune.model.open import OpenModel, open_model
 from evertune.train.anchor import Anchor, anchors
 from evertune.train.distance import stage_drift
 from evertune.train.head import split_model
-from evertune.train.loop import Pace, Trainer, cosine, gradient_of, make_accelerator, train
+from evertune.train.loop import Feed, Pace, Trainer, cosine, gradient_of, make_accelerator, train
 from evertune.train.material import Material
 from evertune.train.objective import Objective, Policy
 from evertune.train.optimizer import Masters, warmup_steps
@@ -40,23 +41,50 @@ FINAL_STEPS = 10
 LOSS_POINTS = 100
 
 
-class Lesson(Protocol):
+class Lesson(ABC):
     """What differs between the kinds of trained stages. An instance belongs to one performance of a stage."""
 
+    can_compare = True
+    """Whether the gradients of new and replayed rows can be compared before anything is trained."""
+
+    @abstractmethod
     def load(self, codec: Codec, *, world_size: int) -> Material:
         """What the stage trains on."""
 
+    @abstractmethod
     def objective(self, setting: "Setting") -> Objective:
         """What it minimises."""
 
+    def begin(self, trained: Mapping[str, nn.Parameter]) -> None:  # noqa: B027 - most begin at the start
+        """Change the trained parameters before the first step, where they begin elsewhere than at the start."""
+
+    def feed(self, setting: "Setting", policy: Policy) -> Feed:
+        """What each step shows."""
+        return setting.material
+
+    def brake(self, metrics: Metrics) -> str | None:
+        """Why the stage should end after a step with these metrics, or None. A function of the metrics alone."""
+        return None
+
     def methods(self) -> dict[str, bool]:
         """Ids in the table of methods, and whether the stage uses them."""
+        return {}
 
     def final(self, last: Sequence[Metrics]) -> dict[str, float]:
         """Facts of the end of the stage beside loss and kl, from its last steps."""
+        return {}
 
-    def warnings(self, last: Sequence[Metrics]) -> list[dict[str, str]]:
+    def warnings(self, first: Sequence[Metrics], last: Sequence[Metrics]) -> list[dict[str, str]]:
         """What a person should know of the end of the stage: `{"name", "text"}`."""
+        return []
+
+    def parents(self) -> list[str]:
+        """Digests of what went into the checkpoint beside its start."""
+        return []
+
+    def volatile(self) -> dict[str, Any]:
+        """Facts of this performance that the result does not depend on."""
+        return {}
 
 
 @dataclass(frozen=True)
@@ -86,6 +114,19 @@ class Setting:
         self.accelerator.wait_for_everyone()
 
 
+def gatherer(setting: Setting) -> Callable[[list[Any]], list[Any]]:
+    """Joins what each process has made; the same in every process."""
+    if setting.accelerator.num_processes == 1:
+        return lambda one: one
+    from accelerate.utils import gather_object
+
+    def gather(one: list[Any]) -> list[Any]:
+        found: list[Any] = gather_object(one)
+        return found
+
+    return gather
+
+
 def run_training(spec: TrainingSpec, workspace: Workspace, lesson: Lesson) -> dict[str, Any]:
     """Train one stage, or go on with it from its newest resume point, and publish the checkpoint under `spec.key`.
 
@@ -107,10 +148,11 @@ def run_training(spec: TrainingSpec, workspace: Workspace, lesson: Lesson) -> di
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)
     opened, trained = open_trained(spec, accelerator)
+    lesson.begin(trained)
     material = lesson.load(opened.codec, world_size=accelerator.num_processes)
     trainer = make_trainer(Setting(spec, opened, material, accelerator, workspace), trained, lesson)
     plugged = plug_in(spec, trainer, opened, workspace)
-    at_start = interference(trainer, material)
+    at_start = interference(trainer, material) if lesson.can_compare else None
     found = points.newest()
     if found is not None:
         trainer.load_state(found.state)
@@ -120,14 +162,14 @@ def run_training(spec: TrainingSpec, workspace: Workspace, lesson: Lesson) -> di
         points.drop_after(first)
     start_trackers(accelerator, spec.label, spec.settings(), folder=points.folder / "trackers")
     sink = Sink(points.folder / METRICS, history=history, accelerator=accelerator)
-    train(trainer, points, sink, first=first, save_steps=spec.save_steps)
+    train(trainer, points, sink, first=first, save_steps=spec.save_steps, brake=lesson.brake)
     trainer.masters.use_average()
-    cosines = _start_and_end(at_start, interference(trainer, material))
+    cosines = _start_and_end(at_start, interference(trainer, material)) if lesson.can_compare else None
     if accelerator.is_main_process:
         facts = {**_facts(spec, lesson, material, sink.history), "interference": cosines}
         if spec.plugins:
             facts["plugins"] = plugged.facts()
-        _publish(spec, workspace, opened, sink.history, facts, plugged.carried())
+        _publish(spec, workspace, opened, sink.history, facts, lesson.volatile(), plugged.carried())
         points.clear()
     accelerator.wait_for_everyone()
     accelerator.end_training()
@@ -164,23 +206,24 @@ def open_trained(spec: TrainingSpec, accelerator: Accelerator) -> tuple[OpenMode
 
 def make_trainer(setting: Setting, trained: Mapping[str, nn.Parameter], lesson: Lesson) -> Trainer:
     """Everything a step needs, the anchor's reference included."""
-    spec, opened, material = setting.spec, setting.opened, setting.material
+    spec, opened = setting.spec, setting.opened
     decoder, head = split_model(opened.model)
+    policy = Policy(opened.model, decoder, head, opened.codec.pad_id)
+    feed = lesson.feed(setting, policy)
     penalties = []
     if spec.anchor is not None and spec.anchor.kl > 0.0:
         penalties.append(_anchor(spec.anchor, setting))
     pace = Pace(
-        steps=material.steps,
-        micro_steps=material.micro_steps,
+        steps=feed.steps,
+        micro_steps=feed.micro_steps,
         rate=spec.lr,
         schedule=spec.schedule,
-        warmup=warmup_steps(spec.warmup, material.steps),
+        warmup=warmup_steps(spec.warmup, feed.steps),
         clip=spec.clip,
         seed=spec.seed,
     )
     masters = Masters(trained, weight_decay=spec.weight_decay, ema_decay=spec.ema_decay)
-    policy = Policy(opened.model, decoder, head, opened.codec.pad_id)
-    return Trainer(policy, masters, material, pace, setting.accelerator, penalties, objective=lesson.objective(setting))
+    return Trainer(policy, masters, feed, pace, setting.accelerator, penalties, objective=lesson.objective(setting))
 
 
 def interference(trainer: Trainer, material: Material) -> float | None:
@@ -218,6 +261,7 @@ def _publish(
     opened: OpenModel,
     history: Sequence[Metrics],
     facts: dict[str, Any],
+    performance: Mapping[str, Any],
     carried: Mapping[str, Mapping[str, Tensor]],
 ) -> None:
     """Write the trained model and its metrics as one object; drift is measured on the weights as written."""
@@ -238,6 +282,7 @@ def _publish(
         seconds = sum(one["seconds"] for one in history)
         tokens = sum(one["tokens"] for one in history)
         volatile = {"time": time.time(), "seconds": seconds, "tokens_per_second": tokens / max(seconds, 1e-9)}
+        volatile |= performance
         return {"checkpoint": {**facts, "bytes": size, "drift": drift}, "volatile": volatile}
 
     workspace.publish(kind="checkpoint", key=spec.key, record={}, write=write)
@@ -245,7 +290,7 @@ def _publish(
 
 def _facts(spec: TrainingSpec, lesson: Lesson, material: Material, history: Sequence[Metrics]) -> dict[str, Any]:
     """The ledger's fields known before the checkpoint is written."""
-    last = history[-FINAL_STEPS:]
+    first, last = history[:FINAL_STEPS], history[-FINAL_STEPS:]
     final = {"loss": mean_of(last, "loss"), **lesson.final(last)}
     if any("kl" in one for one in last):
         final["kl"] = mean_of(last, "kl")
@@ -264,8 +309,16 @@ def _facts(spec: TrainingSpec, lesson: Lesson, material: Material, history: Sequ
         "losses": [[one["step"], one["loss"]] for one in history[::stride]],
         "final": final,
         **material.facts(spec),
+        "steps": len(history),
+        "tokens": sum(one["tokens"] for one in history),
+        "counted_tokens": sum(one["counted_tokens"] for one in history),
     }
-    warnings = lesson.warnings(last)
+    if parents := lesson.parents():
+        facts["parents"] = parents
+    warnings = lesson.warnings(first, last)
+    reason = lesson.brake(history[-1])
+    if reason:
+        warnings.append({"name": "stopped_early", "text": f"the stage ended after step {len(history)}: {reason}"})
     return {**facts, "warnings": warnings} if warnings else facts
 
 

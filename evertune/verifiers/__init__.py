@@ -4,6 +4,8 @@ exact        the trimmed output equals the answer
 contains     the answer occurs in the output
 math         the output's final number or expression equals the answer (math-verify)
 regex        a pattern matches the whole trimmed output; the answer is not read
+ifeval       the output meets constraints on its form (IFEval)
+python       the output's program passes tests, in a sandbox
 json_schema  the output is JSON that satisfies a schema, and equals the answer when that is an object or a list
 """
 

@@ -7,8 +7,10 @@ from typing import Any, Protocol
 
 from evertune.errors import ProbeError
 from evertune.verifiers.expression import check_expression_answer, equal_expression
+from evertune.verifiers.ifeval import check_instructions, follows_instructions
 from evertune.verifiers.outcome import Outcome
 from evertune.verifiers.plain import check_pattern, check_text_answer, contains, exact, regex
+from evertune.verifiers.program import check_tests, passes_tests
 from evertune.verifiers.schema import check_schema, satisfies_schema
 
 
@@ -32,6 +34,8 @@ VERIFIERS = {
     "math": Verifier(equal_expression, check_expression_answer),
     "regex": Verifier(regex, check_pattern),
     "json_schema": Verifier(satisfies_schema, check_schema),
+    "ifeval": Verifier(follows_instructions, check_instructions),
+    "python": Verifier(passes_tests, check_tests),
 }
 
 

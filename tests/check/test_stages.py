@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evertune.check.estimate import RESUME_BYTES, amounts, shapes_of
+from evertune.data.quotas import Mixing
 from evertune.data.stream import Stream
 from evertune.hashing import digest_json
 from evertune.ledger import Ledger, record_event
@@ -52,7 +53,7 @@ def test_rows_and_steps_are_those_of_the_stream(
         batch_rows=batch_rows,
     )
     found = amounts(
-        {name: [row] * count for name, count in sizes.items()}, {"old": [row] * pool} if pool else {}, None, stage
+        {name: [row] * count for name, count in sizes.items()}, {"old": [row] * pool} if pool else {}, Mixing(), stage
     )
     stream = Stream(new=sizes, weights=None, replay={"old": pool}, share=share if pool else 0.0, seed=5)
     picks = [stream.pick(position) for position in range(found.steps * batch_rows)]

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from evertune.data.cleaned import Cleaner, Given
+from evertune.data.cleaned import Cleaner, Given, find_seen, row_digests, text_digests
 from evertune.data.leak import ProbeText
-from evertune.data.rows import read_rows
+from evertune.data.rows import Row, read_rows
 from evertune.errors import DataError
 from evertune.hashing import digest_file
 from evertune.workspace import Workspace
@@ -82,3 +82,27 @@ def test_a_source_of_nothing_but_leaks_is_refused(tmp_path: Path) -> None:
     source = given(tmp_path / "rows.jsonl", LEAKY[1:2])
     with pytest.raises(DataError, match="each of its 1 rows holds an item"):
         Cleaner(ITEMS, on_leak="remove").clean(source, workspace(tmp_path))
+
+
+def test_a_row_that_someone_asked_to_remove_is_left_out(tmp_path: Path) -> None:
+    source, place = given(tmp_path / "rows.jsonl", ["fine", "Private, of a person.", "also fine"]), workspace(tmp_path)
+    cleaner = Cleaner(ITEMS, on_leak="error")
+    before = cleaner.clean(source, place)
+    found = cleaner.clean(source, place, without=text_digests("private of a person"))
+    assert [row.value["text"] for row in read_rows(found.path, format="text", source="s")] == ["fine", "also fine"]
+    assert found.removed == {"leaks": {}, "bad": 0, "asked": 1}
+    assert before.path == source.path
+    folder = found.path.parent
+    assert find_seen(folder, text_digests("Private, of a person.")) == ([], [2])
+    assert find_seen(folder, text_digests("Fine!")) == ([1], [])
+    assert find_seen(folder, text_digests("absent")) == ([], [])
+
+
+def test_a_row_is_known_by_its_turns_and_as_a_whole() -> None:
+    turns = [{"role": "user", "content": "Why is it so?"}, {"role": "assistant", "content": "Because of the rain."}]
+    row = Row("s", "r", 1, Path("r"), {"messages": turns, "id": "r"})
+    known = set(row_digests(row))
+    assert set(text_digests("why is it so")) <= known
+    assert set(text_digests("Because of the rain")) <= known
+    assert set(text_digests(json.dumps({"messages": turns}))) <= known
+    assert known.isdisjoint(text_digests(json.dumps({"messages": [turns[0], {"role": "assistant", "content": "No."}]})))

@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -121,6 +122,27 @@ def test_a_stream_made_anew_goes_on_where_the_first_stopped(given: dict[str, Any
     whole = [Stream(**given).pick(i) for i in range(start + 50)]
     again = Stream(**given)
     assert [again.pick(start + i) for i in range(50)] == whole[start:]
+
+
+@given(arguments(), st.lists(st.integers(0, 5000), max_size=40))
+@settings(max_examples=60, deadline=None)
+def test_many_picks_at_once_are_the_same_picks(given: dict[str, Any], positions: list[int]) -> None:
+    stream = Stream(**given)
+    found = stream.picks(np.array(positions, dtype=np.int64))
+    names = [found.names[i] for i in found.source]
+    assert [
+        Pick(name, index, is_replay)
+        for name, index, is_replay in zip(names, found.index.tolist(), found.is_replay.tolist(), strict=True)
+    ] == [stream.pick(position) for position in positions]
+
+
+def test_quotas_are_rows_of_an_epoch() -> None:
+    stream = Stream({"a": 4, "b": 6}, None, {"old": 3}, 0.2, 0, quotas={"a": 8, "b": 0})
+    shown = epoch(stream, 0)
+    assert Counter((one.source, one.is_replay) for one in shown) == {("a", False): 8, ("old", True): 2}
+    assert Counter(one.index for one in shown if one.source == "a") == dict.fromkeys(range(4), 2)
+    with pytest.raises(DataError, match="expected a number of rows for"):
+        Stream({"a": 4}, None, {}, 0.0, 0, quotas={"a": 0})
 
 
 def test_the_order_is_the_same_in_another_process() -> None:

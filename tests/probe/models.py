@@ -9,8 +9,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from evertune.model.checkpoint import describe
+from evertune.model.forward import Forward, Tokens
 from evertune.model.open import OpenModel, open_model
-from evertune.probe.forward import Forward, Tokens
 
 SIZES = {
     "vocab_size": 64,

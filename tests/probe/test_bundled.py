@@ -8,8 +8,8 @@ import pytest
 
 from evertune.model.bundled import resolve_base
 from evertune.model.checkpoint import describe
+from evertune.model.forward import Forward, score_branches
 from evertune.model.open import open_model
-from evertune.probe.forward import Forward, score_branches
 from evertune.probe.score import _answer_tokens, score_probe
 from evertune.probe.suite import Probe, load_probe
 

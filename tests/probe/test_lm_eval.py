@@ -13,8 +13,8 @@ pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance
 
 from evertune.errors import ProbeError
+from evertune.model.forward import Forward, Tokens, score_branches
 from evertune.model.open import OpenModel
-from evertune.probe.forward import Forward, Tokens, score_branches
 from evertune.probe.job import score_one
 from evertune.probe.lm_eval import _Model
 from evertune.probe.score import score_probe

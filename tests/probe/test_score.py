@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from evertune.errors import ProbeError
+from evertune.model.forward import Forward, Tokens
 from evertune.model.open import OpenModel
 from evertune.probe import score as score_module
-from evertune.probe.forward import Forward, Tokens
 from evertune.probe.score import score_probe
 from evertune.probe.suite import Probe, load_probe
 from evertune.verifiers import Outcome

@@ -153,12 +153,16 @@ def test_a_failure_is_an_error_with_a_name_and_leaves_no_object(
         _perform(recipe)
     assert all(word in str(caught.value) for word in words), str(caught.value)
     workspace = Workspace.open(tmp_path / "run", create=False)
-    assert [one.kind for one in workspace.manifests() if one.kind == "checkpoint"] == []
+    assert _checkpoints(workspace) == []
     assert (workspace.work / _order(recipe).key / "external.log").is_file()
     # The same order again, with a trainer that works: nothing of the first attempt is in the way.
     order = replace(_order(recipe), command=_command("whole"))
     KINDS["external"].perform(order.to_json(), workspace)
-    assert [one.key for one in workspace.manifests() if one.kind == "checkpoint"] == [order.key]
+    assert _checkpoints(workspace) == [order.key]
+
+
+def _checkpoints(workspace: Workspace) -> list[str]:
+    return [one.key for one in workspace.manifests() if one.kind == "checkpoint"]
 
 
 def _is_gone(marker: str) -> bool:

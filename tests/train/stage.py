@@ -36,6 +36,7 @@ def make_spec(folder: Path, model: Path, **changes: Any) -> SftSpec:
         "base": start,
         "new": [write_rows(folder / "new.jsonl", 24)],
         "weights": None,
+        "mix": None,
         "replay": [write_rows(folder / "old.jsonl", 12, word="minus", seed=3)],
         "share": 0.25,
         "dedup": True,

@@ -211,11 +211,11 @@ def test_an_anchor_on_replayed_rows_holds_them(tmp_path: Path, tiny_model: Path)
 def test_both_answers_falling_is_a_warning_by_name(tmp_path: Path, tiny_model: Path) -> None:
     last = [{"chosen_shift": -0.05, "rejected_shift": -0.4}] * 3
     lesson = dpo._Preferring(make_dpo(tmp_path, tiny_model))
-    [warning] = lesson.warnings(last)
+    [warning] = lesson.warnings(last, last)
     assert warning["name"] == "likelihood_displacement"
     assert "0.050 (chosen) and 0.400 (rejected)" in warning["text"]
-    assert not lesson.warnings([{"chosen_shift": -0.005, "rejected_shift": -0.4}])
-    assert not lesson.warnings([{"chosen_shift": 0.2, "rejected_shift": -0.4}])
+    assert not lesson.warnings(last, [{"chosen_shift": -0.005, "rejected_shift": -0.4}])
+    assert not lesson.warnings(last, [{"chosen_shift": 0.2, "rejected_shift": -0.4}])
 
 
 def test_the_warning_is_in_the_record_of_a_stage_that_earns_it(tmp_path: Path, tiny_model: Path) -> None:

@@ -95,7 +95,7 @@ class Forward:
         if self._cache_name is None:
             raise ProbeError(
                 f"{type(self.model).__name__} keeps its state in a way of its own, so it cannot be asked to generate.",
-                remedy="Use probes of kind choice or bits_per_byte.",
+                remedy="Use probes of kind choice or bits_per_byte, and no rl stage.",
             )
         positions_BT = (mask_BT.cumsum(dim=-1) - 1).clamp(min=0)
         return self.decoder(

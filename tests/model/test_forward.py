@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from evertune.errors import ProbeError
-from evertune.probe import forward as forward_module
-from evertune.probe.forward import Tokens, batches, score_branches, score_rows
+from evertune.model import forward as forward_module
+from evertune.model.forward import Tokens, batches, score_branches, score_rows
 from tests.probe.models import ARCHITECTURES, architecture, naive_log_probabilities, random_groups
 
 

@@ -1,0 +1,257 @@
+"""Rollouts: the questions of a few steps answered by the policy as it is, checked, compared within their groups, and
+then trained on. The feed of an rl stage.
+
+    stream step     0    1    2    3    4    5          rollouts of 2 stream steps, passed over twice:
+    optimizer step  0 1  0 1                            rollout 0 serves optimizer steps 0 to 3, rollout 1 steps 4 to 7
+"""
+
+# N counted positions, A prompts, G answers to each
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from evertune.data.encode import EncodedPrompt, EncodedRow, Item
+from evertune.model.forward import Forward
+from evertune.train.losses import group_advantages
+from evertune.train.material import Material
+from evertune.train.sample import SampledAnswer, sample_answers
+
+LogProbabilities = Callable[[Sequence[EncodedRow]], list[Tensor]]
+"""Rows -> per row, the log-probabilities (N,) float32 of its counted tokens."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a verifier found: a score in [0, 1], or the error that kept it from finding one."""
+
+    score: float
+    error: str | None = None
+
+
+Check = Callable[[str, str, Any], Checked]
+"""(source, output, answer) -> what the source's verifier finds."""
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedAnswer:
+    """One sampled answer as it is trained on.
+
+    Attributes:
+        row: the conversation; the answer's tokens count, the stop token included.
+        reward: NaN where the verifier failed.
+        advantage: against the other answers to the prompt; 0 where the verifier failed.
+        is_flat: all answers to the prompt have one reward, so that there is nothing to learn from them.
+        stopped: the answer ended by itself.
+        old_logp_N: what the policy that sampled gave its tokens; None where each answer is used once, at once.
+        ref_logp_N: what the reference gives them; None where nothing is held to it.
+    """
+
+    source: str
+    id: str
+    row: EncodedRow
+    reward: float
+    advantage: float
+    is_flat: bool
+    stopped: bool
+    repeats: float
+    old_logp_N: Tensor | None
+    ref_logp_N: Tensor | None
+
+    @property
+    def is_replay(self) -> bool:
+        return False
+
+    @property
+    def rows(self) -> tuple[EncodedRow, ...]:
+        return (self.row,)
+
+
+@dataclass(frozen=True)
+class RolloutSettings:
+    """How questions are answered and answers compared.
+
+    Attributes:
+        group: answers to each prompt.
+        steps: stream steps answered at once.
+        iterations: passes over them.
+        scale: divide a group's advantages by its standard deviation.
+    """
+
+    group: int
+    steps: int
+    iterations: int
+    max_new_tokens: int
+    temperature: float
+    scale: bool
+    seed: int
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Optimizer steps that one rollout serves."""
+        return self.steps * self.iterations
+
+
+class RolloutFeed:
+    """The answers and replayed rows of each optimizer step.
+
+    `prepare` must be called with each step in order, from the first one of a rollout on: what it has made is held
+    until the next rollout. Nothing else remembers anything.
+
+    Args:
+        material: prompts and replayed rows.
+        steps: optimizer steps of the stage.
+        ask: makes the model ready to speak, in evaluation mode, until the context ends.
+        old: log-probabilities under the policy as it is; None when every answer is used once.
+        reference: the same under the reference; None when nothing is held to it.
+    """
+
+    def __init__(
+        self,
+        material: Material,
+        settings: RolloutSettings,
+        *,
+        steps: int,
+        ask: Callable[[], Forward],
+        stop_ids: frozenset[int],
+        decode: Callable[[Sequence[int]], str],
+        check: Check,
+        old: LogProbabilities | None,
+        reference: LogProbabilities | None,
+        gather: Callable[[list[Any]], list[Any]],
+        rank: int = 0,
+    ) -> None:
+        self._material, self.settings, self.steps = material, settings, steps
+        self._ask, self._stop_ids, self._decode, self._check = ask, stop_ids, decode, check
+        self._old, self._reference = old, reference
+        self._gather, self._rank = gather, rank
+        self._held: dict[int, list[Item]] = {}
+        self._rollout = -1
+
+    @property
+    def save_every(self) -> int:
+        """Only between rollouts is nothing held: there a resume point needs no answers."""
+        return self.settings.optimizer_steps
+
+    @property
+    def micro_steps(self) -> int:
+        """Forward passes of one process in a step in which every row is a prompt."""
+        material = self._material
+        most = material.batch_rows * self.settings.group
+        return -(-most // (material.micro_batch_rows * material.world_size))
+
+    def prepare(self, step: int) -> None:
+        """Answer the questions of the rollout that a step belongs to, if that is not done."""
+        rollout = step // self.settings.optimizer_steps
+        if rollout == self._rollout:
+            return
+        first = rollout * self.settings.steps
+        stream_steps = range(first, first + self.settings.steps)
+        self._held = self._answer({one: self._material.step_rows(one) for one in stream_steps})
+        self._rollout = rollout
+
+    def step_rows(self, step: int) -> Sequence[Item]:
+        """The answers and replayed rows of a step, over all processes, longest first."""
+        return self._held[self._stream_step(step)]
+
+    def micro_batch(self, step: int, micro_step: int, rank: int) -> Sequence[Item]:
+        size = self._material.micro_batch_rows
+        first = (micro_step * self._material.world_size + rank) * size
+        return self.step_rows(step)[first : first + size]
+
+    def _stream_step(self, step: int) -> int:
+        rollout, place = divmod(step, self.settings.optimizer_steps)
+        return rollout * self.settings.steps + place % self.settings.steps
+
+    def _answer(self, steps: dict[int, list[Item]]) -> dict[int, list[Item]]:
+        """The items of each stream step with its prompts replaced by answers."""
+        places = [(one, i) for one, items in steps.items() for i, item in enumerate(items) if not item.is_replay]
+        mine = places[self._rank :: self._material.world_size]
+        prompts = [_prompt(steps[one][i]) for one, i in mine]
+        answers = dict(zip(mine, self._answers_to(prompts, mine), strict=True))
+        answers = dict(self._gather(list(answers.items())))
+        return {
+            one: sorted(
+                [answer for i, item in enumerate(items) for answer in answers.get((one, i), [item])],
+                key=lambda item: -len(item.rows[0].ids),
+            )
+            for one, items in steps.items()
+        }
+
+    def _answers_to(
+        self, prompts: Sequence[EncodedPrompt], places: Sequence[tuple[int, int]]
+    ) -> list[list[EncodedAnswer]]:
+        if not prompts:
+            return []
+        settings = self.settings
+        said = sample_answers(
+            self._ask(),
+            [prompt.prompt.ids.tolist() for prompt in prompts],
+            seeds=[[answer_seed(settings.seed, *place, g) for g in range(settings.group)] for place in places],
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            stop_ids=self._stop_ids,
+        )
+        groups = [self._judged(prompt, answers) for prompt, answers in zip(prompts, said, strict=True)]
+        flat = [answer for group in groups for answer in group]
+        rows = [answer.row for answer in flat]
+        old, reference = (one(rows) if one else [None] * len(rows) for one in (self._old, self._reference))
+        done = iter(
+            replace(answer, old_logp_N=before, ref_logp_N=held)
+            for answer, before, held in zip(flat, old, reference, strict=True)
+        )
+        return [[next(done) for _ in group] for group in groups]
+
+    def _judged(self, prompt: EncodedPrompt, answers: Sequence[SampledAnswer]) -> list[EncodedAnswer]:
+        """The answers to one prompt with their rewards and advantages."""
+        texts = [self._decode([one for one in answer.ids if one not in self._stop_ids]) for answer in answers]
+        found = [self._check(prompt.source, text, prompt.answer) for text in texts]
+        rewards = torch.tensor([[float("nan") if one.error else one.score for one in found]])
+        known = rewards[~rewards.isnan()]
+        is_flat = bool((known == known[0]).all()) if len(known) else True
+        advantages = group_advantages(rewards, scale=self.settings.scale)[0].tolist()
+        return [
+            EncodedAnswer(
+                source=prompt.source,
+                id=f"{prompt.id}/{g}",
+                row=_conversation(prompt, answer),
+                reward=reward,
+                advantage=advantage,
+                is_flat=is_flat,
+                stopped=answer.stopped,
+                repeats=repeated_share(answer.ids),
+                old_logp_N=None,
+                ref_logp_N=None,
+            )
+            for g, (answer, reward, advantage) in enumerate(zip(answers, rewards[0].tolist(), advantages, strict=True))
+        ]
+
+
+def answer_seed(seed: int, stream_step: int, row: int, answer: int) -> int:
+    """Seed of one answer's random numbers, below 2^63: a function of the recipe's seed and of the answer's place."""
+    digest = hashlib.sha256(f"{seed}/rollout/{stream_step}/{row}/{answer}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def repeated_share(ids: Sequence[int], *, length: int = 4) -> float:
+    """Share of an answer's runs of `length` tokens that stood before in it: 0 for what never repeats, near 1 for a
+    loop."""
+    runs = [tuple(ids[i : i + length]) for i in range(len(ids) - length + 1)]
+    return 1.0 - len(set(runs)) / len(runs) if runs else 0.0
+
+
+def _conversation(prompt: EncodedPrompt, answer: SampledAnswer) -> EncodedRow:
+    ids = np.concatenate([prompt.prompt.ids, np.array(answer.ids, dtype="<i4")]).astype("<i4")
+    counted = np.arange(len(ids)) >= len(prompt.prompt.ids)
+    digest = hashlib.sha256(ids.tobytes() + counted.tobytes()).hexdigest()
+    return EncodedRow(prompt.source, prompt.id, ids, counted, is_replay=False, digest=digest)
+
+
+def _prompt(item: Item) -> EncodedPrompt:
+    assert isinstance(item, EncodedPrompt), "an rl stage's new rows are prompts"
+    return item
