@@ -17,6 +17,7 @@ import typer
 from evertune.commands.advise import app as advise_app
 from evertune.commands.data import app as data_app
 from evertune.commands.gate import EXIT_OF_DECISION, gate
+from evertune.commands.merge import app as merge_app
 from evertune.commands.methods import methods
 from evertune.errors import EvertuneError, RecipeError
 
@@ -30,6 +31,7 @@ model_app = typer.Typer(no_args_is_help=True, help="Fetch and list bundled model
 app.add_typer(model_app, name="model")
 app.command()(gate)
 app.add_typer(data_app, name="data")
+app.add_typer(merge_app, name="merge")
 app.command()(methods)
 app.add_typer(advise_app, name="advise")
 

@@ -53,6 +53,8 @@ from evertune.recipe.schema import (
 from evertune.train.distill_spec import check_teacher, check_words
 from evertune.verifiers import validate
 
+MERGED_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
 
 @dataclass(frozen=True)
 class Planned:
@@ -204,6 +206,37 @@ def look_at_external(view: StageView) -> Planned | None:
     return Planned(found, 0, rescue_bytes(view, found.disk_bytes))
 
 
+def look_at_merge(view: StageView) -> Planned | None:
+    """A merge: whether its method gets what it needs. Models that earlier stages make are not there yet."""
+    from pydantic import ValidationError
+
+    from evertune.merge.config import MergeConfig
+
+    look, settings = view.look, view.resolved.settings
+    try:
+        MergeConfig.model_validate(settings.model_dump(by_alias=True, exclude_none=True))
+    except ValidationError as error:
+        for one in error.errors(include_url=False):
+            for told in str(one["ctx"]["error"] if "ctx" in one else one["msg"]).split("\n"):
+                view.say("error", f"{told}.")
+        return None
+    if look.shapes is None:
+        return None
+    found = StageEstimate(
+        label=view.label,
+        new_rows=0,
+        replay_rows=0,
+        steps=0,
+        tokens=0,
+        counted_tokens=0,
+        seconds=0,
+        disk_bytes=look.shapes.weights * MERGED_BYTES[settings.dtype],
+        done=_is_done(view),
+        summary=f"{settings.method} of {len(settings.models)} models",
+    )
+    return Planned(found, 0, rescue_bytes(view, found.disk_bytes))
+
+
 def look_at_federated(view: StageView) -> Planned | None:
     """Rows of all clients, and what they train: an adapter each, in turn."""
     look, settings = view.look, view.resolved
@@ -234,6 +267,7 @@ LOOKS: dict[str, Callable[[StageView], Planned | None]] = {
     "rl": look_at_rewards,
     "distill": look_at_distill,
     "external": look_at_external,
+    "merge": look_at_merge,
     "federated": look_at_federated,
 }
 
@@ -338,7 +372,8 @@ def _replay_pool(
         view.say("warning", told, "Replay other rows: these are seen as new ones already.", at=".replay.from")
     if settings.replay.dedup and pool:
         new = [row for name in learnt for row in look.rows[name]]
-        kept = drop_duplicates([row for each in rows.values() for row in each], new).kept
+        near = settings.replay.dedup == "near"
+        kept = drop_duplicates([row for each in rows.values() for row in each], new, near=near).kept
         ids = {(row.source, row.id) for row in kept}
         pool = {name: [row for row in each if (row.source, row.id) in ids] for name, each in pool.items()}
     return {name: each for name, each in pool.items() if each}

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -33,22 +32,12 @@ from evertune.model.checkpoint import (
     read_json,
     write_note,
 )
+from evertune.model.lora_config import PREFIX, check_plain, scale_of
 
 if TYPE_CHECKING:
     from evertune.model.open import OpenModel
 
 NEW = "new"
-_PREFIX = "base_model.model."
-# Fields of adapter_config.json that plain LoRA on linear layers reads, or that say where and how it was made. Any other
-# field that is set means a variant that computes something else.
-_PLAIN_FIELDS = {
-    "r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out", "peft_type",
-    "task_type", "target_modules", "exclude_modules", "layers_pattern", "layers_to_transform", "inference_mode",
-    "base_model_name_or_path", "revision", "auto_mapping", "peft_version", "megatron_core", "qalora_group_size",
-    "ensure_weight_tying",
-}  # fmt: skip
-# Ways to begin that leave the base's weights as they are; others (PiSSA, OLoRA, LoftQ) change them.
-_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
@@ -205,7 +194,7 @@ def read_factors(folder: Path) -> dict[str, Factor]:
         CheckpointError: a variant that is not plain LoRA, or tensors that do not pair up.
     """
     config = read_json(folder / ADAPTER_CONFIG)
-    _check_plain(folder, config)
+    check_plain(folder, config)
     tensors = load_file(folder / ADAPTER_WEIGHTS)
     names = sorted(key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight"))
     wanted = {f"{name}.lora_{side}.weight" for name in names for side in "AB"}
@@ -216,7 +205,7 @@ def read_factors(folder: Path) -> dict[str, Factor]:
             "lora_B.",
             remedy="Copy the adapter again; adapters of embeddings and convolutions are not known.",
         )
-    return {name.removeprefix(_PREFIX): _factor(folder, config, name, tensors) for name in names}
+    return {name.removeprefix(PREFIX): _factor(folder, config, name, tensors) for name in names}
 
 
 def write_adapter(factors: Factors, folder: Path, stands_on: Checkpoint, *, dropout: float = 0.0) -> None:
@@ -226,8 +215,8 @@ def write_adapter(factors: Factors, folder: Path, stands_on: Checkpoint, *, drop
     """
     tensors = {}
     for name, factor in factors.items():
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = factor.a_RI.detach().cpu().contiguous()
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = factor.b_OR.detach().cpu().contiguous()
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = factor.a_RI.detach().cpu().contiguous()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = factor.b_OR.detach().cpu().contiguous()
     save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     config = _saved_config(factors, place_seen_from(folder, stands_on.base.path), dropout)
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -392,17 +381,6 @@ def _fill(layer: Any, name: str, factor: Factor) -> None:
     layer.evertune_scale[name] = factor.scale
 
 
-def _check_plain(folder: Path, config: Mapping[str, Any]) -> None:
-    neutral = {"bias": ("none", None), "init_lora_weights": _PLAIN_STARTS}
-    for field, value in config.items():
-        plain = value in neutral[field] if field in neutral else field in _PLAIN_FIELDS or not value
-        if not plain:
-            raise CheckpointError(
-                f"{folder / ADAPTER_CONFIG}: {field} is {value!r}; only plain LoRA on linear layers is known.",
-                remedy="Merge the adapter into its base with the tool that made it.",
-            )
-
-
 def _factor_of(layer: Any, name: str) -> Factor:
     return Factor(
         a_RI=layer.lora_A[name].weight.detach(),
@@ -413,7 +391,7 @@ def _factor_of(layer: Any, name: str) -> Factor:
 
 
 def _factor(folder: Path, config: dict[str, Any], key: str, tensors: Mapping[str, Tensor]) -> Factor:
-    name = key.removeprefix(_PREFIX)
+    name = key.removeprefix(PREFIX)
     a_RI, b_OR = tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"]
     if a_RI.ndim != 2 or b_OR.ndim != 2 or a_RI.shape[0] != b_OR.shape[1]:
         raise CheckpointError(
@@ -427,16 +405,7 @@ def _factor(folder: Path, config: dict[str, Any], key: str, tensors: Mapping[str
                 f"{folder / ADAPTER_WEIGHTS}: {key}.lora_{side}.weight holds NaN or Inf.",
                 remedy="Train or copy the adapter again.",
             )
-    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    rank = ranks.get(get_pattern_key(list(ranks), name), config.get("r"))
-    alpha = alphas.get(get_pattern_key(list(alphas), name), config.get("lora_alpha"))
-    if rank != a_RI.shape[0] or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise CheckpointError(
-            f"{folder / ADAPTER_CONFIG}: rank {rank!r} and alpha {alpha!r} for {name}, whose factors have rank "
-            f"{a_RI.shape[0]}.",
-            remedy="Copy the adapter again.",
-        )
-    scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    scale = scale_of(folder, config, name, a_RI.shape[0])
     return Factor(a_RI, b_OR, scale, bool(config.get("fan_in_fan_out")))
 
 

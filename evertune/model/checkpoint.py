@@ -8,6 +8,7 @@ import json
 import os
 import re
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -67,19 +68,20 @@ class Checkpoint:
         return cls(path=Path(value["path"]), digest=value["digest"], form=value["form"], stands_on=below)
 
 
-def describe(path: Path, *, cache: Path | None = None) -> Checkpoint:
+def describe(path: Path, *, cache: Path | None = None, known: Mapping[Path, str] | None = None) -> Checkpoint:
     """Check the files of a checkpoint and of all it stands on, and digest them.
 
     Args:
         path: folder of a Hugging Face model or of a PEFT adapter.
         cache: JSON file of known digests, keyed by path, size, modification time and inode; made when missing. A
             speed-up only: `evertune verify` reads every byte.
+        known: SHA-256 of files that the caller has just written, so that they are not read again.
 
     Raises:
         CheckpointError: the folder is missing, holds no safetensors weights, names files outside itself, is cut, or
             stands on something that is missing, has changed, or stands on it in turn.
     """
-    digests = _Digests(cache)
+    digests = _Digests(cache, known or {})
     checkpoint = _describe(Path(path).resolve(), digests, above=())
     digests.save()
     return checkpoint
@@ -169,8 +171,9 @@ def place_seen_from(folder: Path, below: Path) -> str:
 class _Digests:
     """SHA-256 of files, remembered between runs."""
 
-    def __init__(self, cache: Path | None) -> None:
+    def __init__(self, cache: Path | None, given: Mapping[Path, str]) -> None:
         self._cache = cache
+        self._given = given
         self._known: dict[str, str] = {}
         self._changed = False
         if cache is not None and cache.is_file():
@@ -181,6 +184,8 @@ class _Digests:
             self._known = known if isinstance(known, dict) else {}
 
     def of(self, path: Path) -> str:
+        if path in self._given:
+            return self._given[path]
         facts = path.stat()
         key = f"{path}|{facts.st_size}|{facts.st_mtime_ns}|{facts.st_ino}"
         if self._cache is None:

@@ -15,11 +15,12 @@ DTYPE_BITS = {
 
 
 class TensorInfo(NamedTuple):
-    """dtype as safetensors names it, shape, and size in bytes."""
+    """dtype as safetensors names it, shape, size in bytes, and where in the file the bytes begin."""
 
     dtype: str
     shape: tuple[int, ...]
     bytes: int
+    begin: int
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -44,7 +45,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     found: dict[str, TensorInfo] = {}
     ranges = []
     for name, entry in header.items():
-        found[name], offsets = _entry(path, name, entry)
+        found[name], offsets = _entry(path, name, entry, 8 + length)
         ranges.append(offsets)
     end = 0
     for begin, stop in sorted(ranges):
@@ -56,7 +57,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     return found
 
 
-def _entry(path: Path, name: str, entry: Any) -> tuple[TensorInfo, tuple[int, int]]:
+def _entry(path: Path, name: str, entry: Any, data_begin: int) -> tuple[TensorInfo, tuple[int, int]]:
     try:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         whole = all(type(one) is int and one >= 0 for one in (*shape, begin, end))
@@ -66,7 +67,7 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[TensorInfo, tuple[int, in
         raise _broken(path, f"tensor {name!r} has dtype {dtype!r}")
     if not whole or end - begin != math.prod(shape) * DTYPE_BITS[dtype] // 8:
         raise _broken(path, f"tensor {name!r} of shape {shape} cannot lie in bytes {begin} to {end}")
-    return TensorInfo(dtype, shape, end - begin), (begin, end)
+    return TensorInfo(dtype, shape, end - begin, data_begin + begin), (begin, end)
 
 
 def _broken(path: Path, what: str) -> CheckpointError:

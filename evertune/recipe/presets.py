@@ -15,6 +15,7 @@ from evertune.recipe.schema import (
     External,
     Federated,
     Lora,
+    Merge,
     Mix,
     NoOptions,
     OnPolicy,
@@ -240,6 +241,18 @@ class ResolvedFederated(Resolved):
     too_long: str
 
 
+@dataclass(frozen=True)
+class ResolvedMerge(Resolved):
+    """A merge stage: its settings, which the merge's method completes."""
+
+    settings: Merge
+
+    @property
+    def references(self) -> dict[str, str]:
+        named = {f"models.{name}.path": one.path for name, one in self.settings.models.items() if one.path != "origin"}
+        return named | ({"base": self.settings.base} if self.settings.base is not None else {})
+
+
 def resolve_stage(recipe: Recipe, stage: StageSettings) -> Resolved:
     """Fill in what a stage leaves open."""
     return RESOLVERS[type(stage)](recipe, stage)
@@ -305,12 +318,18 @@ def resolve_federated(recipe: Recipe, stage: Federated) -> ResolvedFederated:
     )
 
 
+def resolve_merge(recipe: Recipe, stage: Merge) -> ResolvedMerge:
+    """A merge stage keeps a float32 master where no dtype is given."""
+    return ResolvedMerge(stage if stage.dtype is not None else stage.model_copy(update={"dtype": "float32"}))
+
+
 RESOLVERS: dict[type[StageSettings], Callable[[Recipe, Any], Resolved]] = {
     Sft: resolve_sft,
     Dpo: resolve_dpo,
     Rl: resolve_rl,
     Distill: resolve_distill,
     External: resolve_external,
+    Merge: resolve_merge,
     Federated: resolve_federated,
 }
 
@@ -324,6 +343,9 @@ def resolve_recipe(recipe: Recipe) -> dict[str, Any]:
     for one, written in zip(recipe.rounds, body["rounds"], strict=True):
         for stage, inner in zip(one.stages, written["stages"], strict=True):
             resolved: Any = resolve_stage(recipe, stage.settings)
+            if isinstance(resolved, ResolvedMerge):
+                inner[stage.kind] = resolved.settings.model_dump(mode="json", by_alias=True)
+                continue
             inner[stage.kind] |= {name: _plain(value) for name, value in asdict(resolved).items()}
     return body
 

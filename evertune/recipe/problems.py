@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from evertune.recipe.plugins import GROUPS, Kind, find_plugin
 from evertune.recipe.schema import Recipe
@@ -49,12 +49,15 @@ class _Problem:
     found: Any
 
 
-def problem_lines(error: ValidationError, value: Any, places: Mapping[Steps, str]) -> list[str]:
+def problem_lines(
+    error: ValidationError, value: Any, places: Mapping[Steps, str], *, root: type[BaseModel] = Recipe
+) -> list[str]:
     """One line per problem: where it stands, its path, what was found, what was expected.
 
     Args:
         value: the recipe as read.
         places: `file:line` or flag of every path of it.
+        root: the model that the value was checked against.
     """
     found: dict[Steps, list[_Problem]] = {}
     for one in error.errors(include_url=False):
@@ -62,13 +65,13 @@ def problem_lines(error: ValidationError, value: Any, places: Mapping[Steps, str
         found.setdefault(path, []).append(_Problem(path, one["type"], one.get("ctx") or {}, one["input"]))
     # Of the types that were tried for one value, the one that got furthest was meant.
     paths = [path for path in found if not any(other[: len(path)] == path != other for other in found)]
-    misspelt = {_meant(path) for path in paths if found[path][0].kind == "extra_forbidden"}
+    misspelt = {_meant(path, root) for path in paths if found[path][0].kind == "extra_forbidden"}
     paths = [path for path in paths if found[path][0].kind != "missing" or path not in misspelt]
-    lines = [line for path in paths for line in _lines(path, found[path], places)]
+    lines = [line for path in paths for line in _lines(path, found[path], places, root)]
     return list(dict.fromkeys(lines))
 
 
-def _lines(path: Steps, problems: Sequence[_Problem], places: Mapping[Steps, str]) -> Iterator[str]:
+def _lines(path: Steps, problems: Sequence[_Problem], places: Mapping[Steps, str], root: Any) -> Iterator[str]:
     first = next((one for one in problems if one.kind not in _TYPES), problems[0])
     if first.kind == "value_error" and not path:
         # Checks of the whole recipe name their places themselves.
@@ -78,7 +81,7 @@ def _lines(path: Steps, problems: Sequence[_Problem], places: Mapping[Steps, str
         return
     named_path = path[:-1] if first.kind in _ABOUT_KEYS else path
     where = f"{_place(path, places)}, {spell(named_path)}" if named_path else _place(path, places)
-    yield f"{where}: {_told(first, problems)}"
+    yield f"{where}: {_told(first, problems, root)}"
 
 
 def _place(path: Steps, places: Mapping[Steps, str]) -> str:
@@ -86,9 +89,9 @@ def _place(path: Steps, places: Mapping[Steps, str]) -> str:
     return next(places[path[:i]] for i in range(len(path), -1, -1) if path[:i] in places)
 
 
-def _told(one: _Problem, alternatives: Sequence[_Problem]) -> str:
+def _told(one: _Problem, alternatives: Sequence[_Problem], root: Any) -> str:
     if one.kind == "extra_forbidden":
-        return _unknown_key(one.path)
+        return _unknown_key(one.path, root)
     if one.kind == "missing":
         return f"the key '{one.path[-1]}' is missing."
     if one.kind == "value_error":
@@ -120,14 +123,14 @@ def _hint(one: _Problem, expected: Sequence[str]) -> str:
     return ""
 
 
-def _meant(path: Steps) -> Steps:
+def _meant(path: Steps, root: Any) -> Steps:
     """The path of the key that an unknown one is most like; its own where there is none."""
-    near = _nearest(path[-1], _known_keys(path[:-1]))
+    near = _nearest(path[-1], _known_keys(path[:-1], root))
     return (*path[:-1], *near) if near else path
 
 
-def _unknown_key(path: Steps) -> str:
-    known = _known_keys(path[:-1])
+def _unknown_key(path: Steps, root: Any) -> str:
+    known = _known_keys(path[:-1], root)
     listed = f" Known: {', '.join(known)}." if known else " It takes no options."
     return f"unknown key '{path[-1]}'.{_did_you_mean(path[-1], known) or listed}"
 
@@ -174,9 +177,9 @@ def _steps(written: str) -> Steps:
     return tuple(int(index) if index else key for index, key in found)
 
 
-def _known_keys(path: Steps) -> list[str]:
+def _known_keys(path: Steps, root: Any) -> list[str]:
     """Keys that the schema knows at a place, found by walking the models along the path."""
-    models: list[Any] = [Recipe]
+    models: list[Any] = [root]
     for step in path:
         models = [inner for model in models for inner in _step_into(model, step)]
     return list(dict.fromkeys(name for model in models for name in _field_names(model)))

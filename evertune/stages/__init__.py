@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from evertune.stages import distill, dpo, external, federated, rl, sft
+from evertune.stages import distill, dpo, external, federated, merge, rl, sft
 from evertune.stages.place import Order, Past, Place
 from evertune.workspace import Workspace
 
@@ -43,5 +43,6 @@ KINDS: dict[str, StageKind] = {
     "rl": StageKind(rl.order, rl.perform, is_launched=True),
     "distill": StageKind(distill.order, distill.perform, is_launched=True),
     "external": StageKind(external.order, external.perform),
+    "merge": StageKind(merge.order, merge.perform),
     "federated": StageKind(federated.order, federated.perform),
 }

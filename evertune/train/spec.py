@@ -120,10 +120,10 @@ class TrainingSpec:
     base: Checkpoint
     new: list[RowsRef]
     weights: dict[str, float] | None
-    mix: dict[str, Any] | None
+    mix: dict[str, Any] | None = field(default=None, kw_only=True)
     replay: list[RowsRef]
     share: float
-    dedup: bool
+    dedup: bool | Literal["near"]
     tune: dict[str, Any]
     lr: float
     epochs: float | None

@@ -337,7 +337,7 @@ def _methods(spec: TrainingSpec, lesson: Lesson, *, has_replay: bool) -> list[st
         **lesson.methods(),
         "lora": spec.is_lora,
         "replay": has_replay,
-        "dedup": has_replay and spec.dedup,
+        "dedup": has_replay and bool(spec.dedup),
         "anchored_sft_kl": spec.anchor is not None and spec.anchor.kl > 0.0,
         "ema": spec.ema_decay is not None,
         **{one.method: True for one in spec.plugins},

@@ -1,0 +1,127 @@
+"""A planned merge performed: as one adapter where that is exact, else as a model; and what came out."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evertune.errors import MergeError
+from evertune.merge.engine import MANIFEST, Merged, Progress, run_merge
+from evertune.merge.factored import Residual, common_base, write_factored
+from evertune.merge.plan import MergePlan
+from evertune.model.checkpoint import Checkpoint, describe
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished merge.
+
+    residual: what cutting the rank of a merged adapter lost.
+    merged: facts of a merged model; None for an adapter.
+    """
+
+    plan: MergePlan
+    checkpoint: Checkpoint
+    merged: Merged | None = None
+    residual: Residual | None = None
+
+    def body(self) -> dict[str, Any]:
+        body: dict[str, Any] = {
+            "path": str(self.checkpoint.path),
+            "digest": self.checkpoint.digest,
+            "form": self.checkpoint.form,
+            "method": self.plan.method.name,
+            "plan": self.plan.digest,
+            "notes": list(self.plan.notes),
+            "residual": vars(self.residual) if self.residual else None,
+        }
+        if self.merged is not None:
+            body |= {"resumed_segments": self.merged.resumed, "cpu_seconds": vars(self.merged.seconds)}
+        return body
+
+    def lines(self) -> list[str]:
+        lines = [f"note: {one}" for one in self.plan.notes]
+        if self.merged is not None and self.merged.resumed:
+            lines.append(f"went on from {self.merged.resumed} finished segments")
+        if self.residual is not None:
+            lines.append(
+                f"rank {self.plan.config.rank} holds all but {self.residual.overall:.2%} of the update "
+                f"(worst: {self.residual.worst:.2%}, {self.residual.worst_module})"
+            )
+        if self.merged is not None:
+            lines += _conflicts(self.merged.manifest)
+        what = "adapter" if self.checkpoint.form == "adapter" else "model"
+        return [*lines, f"wrote {what} {self.checkpoint.digest[:12]}: {self.checkpoint.path}"]
+
+
+def merge_planned(
+    plan: MergePlan, out: Path, *, threads: int | None = None, progress: Progress | None = None
+) -> Result:
+    """Merge into a new folder.
+
+    Raises:
+        MergeError: as `run_merge`; or an adapter is asked for where only a model is exact.
+    """
+    base = common_base(plan)
+    if base is None:
+        check_output(plan)
+        merged = run_merge(plan, out, threads=threads, progress=progress)
+        return Result(plan, merged.checkpoint, merged)
+    out = out.absolute()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise MergeError(
+            f"{out} exists and is not an empty folder.", remedy="Give a new folder; nothing is overwritten."
+        )
+    temporary = out.with_name(f".{out.name}.writing")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        residual = write_factored(plan, base, temporary)
+        _write_manifest(plan, temporary, residual)
+        describe(temporary)
+        if out.is_dir():
+            out.rmdir()
+        temporary.rename(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return Result(plan, describe(out), residual=residual)
+
+
+def check_output(plan: MergePlan) -> None:
+    """Raise MergeError where an adapter is asked for and would not be exact."""
+    if plan.config.output == "adapter" or plan.config.rank is not None:
+        raise MergeError(
+            "output: adapter, or a rank, needs a linear method (linear, ema, interpolate, task_arithmetic) whose "
+            "models are adapters over one base.",
+            remedy="Set output: model and leave rank out; 'evertune merge extract' makes an adapter of the result.",
+        )
+
+
+def _write_manifest(plan: MergePlan, folder: Path, residual: Residual | None) -> None:
+    config = plan.config.model_dump(mode="json", by_alias=True, exclude_none=True, exclude={"base"})
+    for one in config["models"].values():
+        del one["path"]
+    body = {
+        "version": 1,
+        "plan": plan.digest,
+        "config": config,
+        "models": {one.name: one.checkpoint.digest for one in plan.sources if one is not plan.base},
+        "base": plan.sources[0].checkpoint.base.digest,
+        "residual": vars(residual) if residual else None,
+    }
+    (folder / MANIFEST).write_text(json.dumps(body, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _conflicts(manifest: dict[str, Any]) -> list[str]:
+    """Where experts collide most, if they do."""
+    tensors = [
+        (facts["sign_conflict"], name)
+        for name, facts in manifest["tensors"].items()
+        if facts["cosines"] and facts["relative_to"] == "base"
+    ]
+    if not tensors:
+        return []
+    worst, name = max(tensors)
+    mean = sum(one for one, _ in tensors) / len(tensors)
+    return [f"sign conflicts: {mean:.0%} of the elements that two models change, {worst:.0%} in {name}"]

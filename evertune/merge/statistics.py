@@ -1,0 +1,110 @@
+"""What a tensor's task vectors are like: lengths, angles, sign conflicts, what stays and what rounding swallows.
+
+Measured on an even sample of at most 32,768 elements of a tensor, the same for every run: lengths and cosines are
+right to about half a percent, for a few hundredths of the cost of a merge.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from evertune.merge import kernels
+from evertune.merge.kernels import Array
+from evertune.merge.methods import Rule, State
+from evertune.merge.plan import TensorPlan
+from evertune.merge.reader import Inputs, Reader
+from evertune.merge.sources import FLOATS
+from evertune.model.header import DTYPE_BITS
+
+SAMPLE_ELEMENTS = 1 << 15
+RUN_ELEMENTS = 1 << 13
+
+
+def sample_runs(tensor: TensorPlan, *, whole_rows: bool = False) -> Iterator[tuple[int, int]]:
+    """Ranges of elements, spread evenly over the tensor; all of a small one."""
+    unit = tensor.shape[-1] if whole_rows and tensor.shape else 1
+    run = max(unit, RUN_ELEMENTS // unit * unit)
+    if tensor.elements <= SAMPLE_ELEMENTS:
+        yield from ((begin, min(begin + run, tensor.elements)) for begin in range(0, tensor.elements, run))
+        return
+    count = max(1, SAMPLE_ELEMENTS // run)
+    for i in range(count):
+        begin = (tensor.elements - run) * i // max(1, count - 1) // unit * unit
+        yield begin, begin + run
+
+
+def measure(inputs: Inputs, rule: Rule, state: State, reader: Reader) -> dict[str, Any]:
+    """Facts of one tensor, as JSON values.
+
+    `relative_to` says what differences were taken from: the base, or without one the mean of the experts.
+        norms: length of each expert's difference, over the whole tensor, by name.
+        of_reference: the same over the length of what they were taken from.
+        cosines: of each pair of differences, in the order (0, 1), (0, 2), (1, 2), ...
+        sign_conflict: share of the elements at least two experts change that they push in opposite directions.
+        density: share of each difference that the method keeps and that is not zero; only for methods that drop some.
+        unmoved: share of the elements with a change whose rounded result is the base's value all the same.
+    """
+    tensor = inputs.tensor
+    count = len(inputs.experts)
+    gram = np.zeros((count, count))
+    size = moved = unmoved = seen = 0.0
+    kept = np.zeros(count)
+    signs = np.zeros(2, np.int64)
+    for begin, end in sample_runs(tensor, whole_rows=rule.whole_rows or bool(_has_rows(inputs))):
+        chunk = reader.whole(inputs, begin, end)
+        reference = chunk.base if chunk.base is not None else chunk.experts.mean(axis=0)
+        size += float(np.square(reference, dtype=np.float64).sum())
+        seen += end - begin
+        if chunk.base is not None:
+            base = chunk.base.copy()
+            out = reader.rows(1, end - begin, double=tensor.double, use="out")[0]
+            rule.apply(chunk, state, out)
+            changed = out != base
+            moved += int(changed.sum())
+            unmoved += int((changed & (_rounded(out, tensor.dtype) == base)).sum())
+            chunk = reader.whole(inputs, begin, end)
+        kernels.subtract(reference, chunk.experts)
+        kernels.gram(chunk.experts, gram)
+        kernels.count_conflicts(chunk.experts, signs)
+        if rule.part is not None:
+            chunk = reader.whole(inputs, begin, end)
+            rule.part(chunk, state)
+            kept += np.count_nonzero(chunk.experts, axis=1)
+    shared, conflicts = signs.tolist()
+    scale = tensor.elements / seen if seen else 0.0
+    names = [one.name for one in inputs.experts]
+    lengths = np.sqrt(np.diag(gram) * scale)
+    facts: dict[str, Any] = {
+        "elements": tensor.elements,
+        "relative_to": "base" if inputs.base else "mean",
+        "norms": dict(zip(names, lengths.tolist(), strict=True)),
+        "of_reference": dict(zip(names, (lengths / max(math.sqrt(size * scale), 1e-300)).tolist(), strict=True)),
+        "cosines": [
+            _cosine(gram, a, b) for a in range(count) for b in range(a + 1, count)
+        ],
+        "sign_conflict": conflicts / shared if shared else 0.0,
+    }  # fmt: skip
+    if rule.part is not None and inputs.base is not None:
+        facts["density"] = dict(zip(names, (kept / max(seen, 1.0)).tolist(), strict=True))
+    if inputs.base is not None:
+        facts["unmoved"] = unmoved / moved if moved else 0.0
+    return facts
+
+
+def _has_rows(inputs: Inputs) -> bool:
+    return any(inputs.tensor.name in one.rows for one in inputs.models)
+
+
+def _cosine(gram: Array, a: int, b: int) -> float:
+    size = math.sqrt(gram[a, a] * gram[b, b])
+    return float(gram[a, b] / size) if size > 0.0 else 0.0
+
+
+def _rounded(values: Array, dtype: str) -> Array:
+    raw = np.empty(len(values) * DTYPE_BITS[dtype] // 8, np.uint8)
+    kernels.encode(values, FLOATS[dtype], raw)
+    back = np.empty_like(values)
+    kernels.decode(raw, FLOATS[dtype], back)
+    return back

@@ -1,0 +1,352 @@
+"""The machinery: equal bytes whatever the threads, files and kills; nothing lost, invented or half done."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from evertune.errors import CheckpointError, MergeError
+from evertune.hashing import digest_file
+from evertune.merge import plan as planning
+from evertune.merge.engine import JOURNAL, run_merge
+from evertune.merge.plan import plan_merge
+from evertune.model.checkpoint import describe
+from tests.merge.folders import (
+    SHAPES,
+    configure,
+    merge,
+    random_tensors,
+    tensors_of,
+    weights_bytes,
+    write_family,
+    write_model,
+)
+
+NAME = "model.layers.1.mlp.up_proj.weight"
+THREE: dict[str, Any] = {"e0": {"weight": 0.5}, "e1": {"weight": 0.3}, "e2": {"weight": 0.2}}
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_family(tmp_path_factory.mktemp("family"))
+
+
+@pytest.fixture
+def small_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many segments and chunks even in small tensors."""
+    monkeypatch.setattr(planning, "CHUNK_ELEMENTS", 96)
+    monkeypatch.setattr(planning, "SEGMENT_ELEMENTS", 288)
+
+
+@pytest.mark.usefixtures("small_segments")
+@pytest.mark.parametrize("method", ["linear", "slerp", "model_stock", "ties", "dare_ties", "della", "sce"])
+def test_threads_and_files_change_no_byte(family: Path, tmp_path: Path, method: str) -> None:
+    models = {"e0": {}, "e1": {}} if method == "slerp" else {"e0": {}, "e1": {}, "e2": {}}
+    base = {} if method == "linear" else {"base": "base"}
+    plain = merge(family, f"plain-{method}", method, models, **base)
+    threaded = merge(family, f"threads-{method}", method, models, threads=4, **base)
+    first, second = (one.checkpoint.path / "model.safetensors" for one in (plain, threaded))
+    assert first.read_bytes() == second.read_bytes()
+    assert plain.manifest["tensors"] == threaded.manifest["tensors"]
+    many = merge(family, f"shards-{method}", method, models, shard_gb=3e-6, **base)
+    assert len(list(many.checkpoint.path.glob("*.safetensors"))) > 2
+    assert weights_bytes(many.checkpoint.path) == weights_bytes(plain.checkpoint.path)
+    # The same models in three files each.
+    for name in ("base", "e0", "e1", "e2"):
+        write_model(tmp_path / name, tensors_of(family / name), shards=3)
+    split = merge(tmp_path, "out", method, models, **base)
+    assert weights_bytes(split.checkpoint.path) == weights_bytes(plain.checkpoint.path)
+
+
+def test_what_is_written_is_a_whole_model_with_its_digests(family: Path) -> None:
+    done = merge(family, "whole", "linear", THREE)
+    folder = done.checkpoint.path
+    assert sorted(file.name for file in folder.iterdir()) == [
+        "config.json",
+        "evertune.json",
+        "merge.json",
+        "model.safetensors",
+    ]
+    said = json.loads((folder / "merge.json").read_text())
+    assert said["files"]["model.safetensors"]["sha256"] == digest_file(folder / "model.safetensors")
+    assert said["models"] == {name: describe(family / name).digest for name in THREE}
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
+    assert describe(folder).digest == done.checkpoint.digest
+    assert not list(family.glob("whole.partial-*"))
+
+
+def test_nothing_is_overwritten(family: Path) -> None:
+    merge(family, "first", "linear", THREE)
+    with pytest.raises(MergeError, match="exists and is not an empty folder"):
+        merge(family, "first", "linear", THREE)
+
+
+@pytest.mark.parametrize("method", ["linear", "model_stock", "ties"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_one_bad_number_is_found_and_named(family: Path, tmp_path: Path, method: str, value: float) -> None:
+    tensors = tensors_of(family / "e1")
+    tensors[NAME][3, 5] = value
+    write_model(tmp_path / "bad", tensors)
+    models = {"e0": {}, "bad": {"path": str(tmp_path / "bad")}}
+    base = {} if method == "linear" else {"base": "base"}
+    element = 3 * SHAPES[NAME][1] + 5
+    with pytest.raises(MergeError, match=rf"{NAME} of 'bad' holds -?(nan|inf) at element {element} \(.*bad"):
+        merge(family, f"nan-{method}", method, models, **base, different_starts="allow")
+    assert not list(family.glob(f"nan-{method}*"))
+
+
+def test_a_result_that_does_not_fit_its_type_is_refused(family: Path) -> None:
+    with pytest.raises(MergeError, match=r"do not fit into F16"):
+        merge(family, "large", "linear", {"e0": {"weight": 4e6}}, normalize=False, dtype="float16")
+
+
+def test_biases_and_unknown_tensors_are_merged_and_integers_copied(tmp_path: Path) -> None:
+    extra = {"model.layers.0.self_attn.q_proj.bias": torch.ones(24), "strange.thing": torch.ones(2, 3, 4)}
+    for k, name in enumerate(("e0", "e1")):
+        tensors = {**random_tensors(0, dtype=torch.float32), **{key: one + k for key, one in extra.items()}}
+        write_model(tmp_path / name, {**tensors, "steps": torch.tensor([7, 8]), "flag": torch.tensor(True)})
+    found = tensors_of(merge(tmp_path, "out", "linear", {"e0": {}, "e1": {}}).checkpoint.path)
+    for name in extra:
+        assert torch.equal(found[name], torch.full_like(extra[name], 1.5))
+    assert found["steps"].tolist() == [7, 8]
+    assert bool(found["flag"])
+    write_model(tmp_path / "e2", {**tensors, "steps": torch.tensor([7, 9]), "flag": torch.tensor(True)})
+    with pytest.raises(MergeError, match="the I64 buffer steps differs between 'e0' and 'e2'"):
+        merge(tmp_path, "out2", "linear", {"e0": {}, "e2": {}})
+
+
+def test_every_misfit_is_named_before_anything_is_read(family: Path, tmp_path: Path) -> None:
+    tensors = tensors_of(family / "e0")
+    del tensors["model.norm.weight"]
+    tensors["model.extra.weight"] = torch.ones(3)
+    tensors[NAME] = torch.ones(41, 24)
+    write_model(tmp_path / "odd", tensors)
+    with pytest.raises(MergeError) as caught:
+        merge(family, "odd", "linear", {"e0": {}, "odd": {"path": str(tmp_path / "odd")}})
+    message = str(caught.value)
+    assert "lacks model.norm.weight, which e0 has" in message
+    assert "has model.extra.weight, which e0 lacks" in message
+    assert f"{NAME} is (41, 24), in e0 it is (40, 24)" in message
+
+
+def test_models_with_different_starts_are_refused_unless_asked_for(family: Path, tmp_path: Path) -> None:
+    write_model(tmp_path / "stranger", random_tensors(77))
+    models = {"e0": {}, "stranger": {"path": str(tmp_path / "stranger")}}
+    with pytest.raises(MergeError, match="'e0' and 'stranger' do not have the same start"):
+        merge(family, "stranger", "linear", models)
+    merge(family, "stranger", "linear", models, different_starts="allow")
+
+
+def test_heads_tied_and_untied(family: Path, tmp_path: Path) -> None:
+    tied = tensors_of(family / "e0")
+    embedding = tied["model.embed_tokens.weight"]
+    write_model(tmp_path / "tied", tied)
+    write_model(tmp_path / "copy", {**tied, "lm_head.weight": embedding.clone()})
+    untied = {**tied, "lm_head.weight": (embedding.float() + 0.25).bfloat16()}
+    write_model(tmp_path / "untied", untied, tie_word_embeddings=False)
+    # A stored copy of a tied head is left out, and said.
+    done = merge(tmp_path, "one", "linear", {"tied": {}, "copy": {}})
+    assert "lm_head.weight" not in tensors_of(done.checkpoint.path)
+    assert any("copy of the tied embedding" in note for note in done.manifest["notes"])
+    # Into an untied result, a tied head comes as the embedding.
+    settings: dict[str, Any] = {"config_from": "untied", "different_starts": "allow"}
+    done = merge(tmp_path, "two", "linear", {"tied": {}, "untied": {}}, **settings)
+    middle = (embedding.double() + untied["lm_head.weight"].double()) / 2
+    assert torch.equal(tensors_of(done.checkpoint.path)["lm_head.weight"], middle.bfloat16())
+    assert json.loads((done.checkpoint.path / "config.json").read_text())["tie_word_embeddings"] is False
+    # Into a tied result, a head of its own would be lost.
+    with pytest.raises(MergeError, match="has a head of its own"):
+        merge(tmp_path, "three", "linear", {"tied": {}, "untied": {}}, config_from="tied")
+
+
+def _tokenizer(folder: Path, tokens: list[str]) -> None:
+    model = {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)}, "merges": []}
+    (folder / "tokenizer.json").write_text(json.dumps({"model": model, "added_tokens": []}))
+
+
+def test_other_vocabularies_need_a_mapping_and_rows_follow_tokens(tmp_path: Path) -> None:
+    body = {"model.norm.weight": torch.ones(4)}
+    here, there = torch.arange(20.0).reshape(5, 4) + 1, torch.arange(24.0).reshape(6, 4) + 50
+    write_model(tmp_path / "a", {"model.embed_tokens.weight": here, **body})
+    write_model(tmp_path / "b", {"model.embed_tokens.weight": there, **body})
+    _tokenizer(tmp_path / "a", ["p", "q", "r", "s"])  # row 4 is padding, and stays
+    _tokenizer(tmp_path / "b", ["x", "s", "r", "y", "p", "z"])
+    with pytest.raises(MergeError, match="its tokenizer differs from that of a"):
+        merge(tmp_path, "refused", "linear", {"a": {}, "b": {}}, different_starts="allow")
+    done = merge(tmp_path, "out", "linear", {"a": {}, "b": {}}, vocabulary="by_token", different_starts="allow")
+    found = tensors_of(done.checkpoint.path)["model.embed_tokens.weight"]
+    for token, mine, theirs in (("p", 0, 4), ("r", 2, 2), ("s", 3, 1)):
+        assert torch.equal(found[mine], (here[mine] + there[theirs]) / 2), token
+    assert torch.equal(found[1], here[1])  # q is unknown to b
+    assert torch.equal(found[4], here[4])
+    assert any("3 of 5 rows" in note for note in done.manifest["notes"])
+
+
+def test_a_file_that_is_written_to_meanwhile_is_refused(family: Path, tmp_path: Path) -> None:
+    write_family(tmp_path)
+    plan = plan_merge(configure("linear", THREE), folder=tmp_path)
+
+    def touch(done: int, total: int) -> None:
+        os.utime(tmp_path / "e1" / "model.safetensors", (1, 1))
+
+    with pytest.raises(CheckpointError, match="was changed while it was read"):
+        run_merge(plan, tmp_path / "out", threads=1, progress=touch)
+    assert not (tmp_path / "out").exists()
+
+
+# ---- killed and started again
+
+CHILD = """
+import sys
+from pathlib import Path
+from evertune.merge import journal, plan as planning
+planning.CHUNK_ELEMENTS, planning.SEGMENT_ELEMENTS, journal.SYNC_BYTES = 96, 288, 512
+from evertune.merge.engine import run_merge
+from evertune.merge.plan import plan_merge
+from evertune.merge.config import MergeConfig
+folder, out = Path(sys.argv[1]), Path(sys.argv[2])
+models = {name: {"path": name, "weight": one} for name, one in (("e0", 0.5), ("e1", 0.3), ("e2", 0.2))}
+plan = plan_merge(MergeConfig.model_validate({"method": "ties", "base": "base", "models": models}), folder=folder)
+print("go", flush=True)
+done = run_merge(plan, out, threads=2)
+print("resumed", done.resumed, flush=True)
+"""
+
+
+def _child(family: Path, out: Path, **environment: str) -> subprocess.Popen[str]:
+    root = Path(__file__).parent.parent.parent
+    return subprocess.Popen(
+        [sys.executable, "-c", CHILD, str(family), str(out)],
+        env={**os.environ, "PYTHONPATH": str(root), **environment},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_merge_killed_at_twenty_instants_ends_with_the_same_bytes(
+    family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from evertune.merge import journal
+
+    monkeypatch.setattr(planning, "CHUNK_ELEMENTS", 96)
+    monkeypatch.setattr(planning, "SEGMENT_ELEMENTS", 288)
+    monkeypatch.setattr(journal, "SYNC_BYTES", 512)
+    whole = merge(family, "undisturbed", "ties", THREE, base="base")
+    plan = plan_merge(configure("ties", THREE, base="base"), folder=family)
+    out = tmp_path / "out"
+    kills, resumed = 0, []
+    rng = random.Random(5)
+    segments = sum(one.segments for one in plan.tensors)
+
+    def merge_until(kill_after: int) -> bool:
+        """In a forked child that kills itself at a segment; True when it died."""
+        child = os.fork()
+        if child == 0:
+            count = 0
+
+            def die(done: int, total: int) -> None:
+                nonlocal count
+                count += 1
+                if count == kill_after:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            try:
+                done = run_merge(plan, out, threads=1, progress=die)
+                os._exit(0 if done.resumed >= 0 else 1)
+            except BaseException:
+                os._exit(3)
+        _, status = os.waitpid(child, 0)
+        return os.WIFSIGNALED(status)
+
+    while kills < 20:
+        if not merge_until(rng.randint(1, max(2, segments // 12))):
+            assert out.is_dir(), "a child ended without a kill and without a result"
+            assert (out / "model.safetensors").read_bytes() == (
+                whole.checkpoint.path / "model.safetensors"
+            ).read_bytes()
+            assert (out / "merge.json").read_bytes() == (whole.checkpoint.path / "merge.json").read_bytes()
+            for file in out.iterdir():
+                file.unlink()
+            out.rmdir()
+            continue
+        kills += 1
+        partial = next(tmp_path.glob("out.partial-*"))
+        assert not (partial / "config.json").exists()
+        resumed.append(len((partial / JOURNAL).read_text().splitlines()) - 1)
+    last = run_merge(plan, out, threads=2)
+    assert (out / "model.safetensors").read_bytes() == (whole.checkpoint.path / "model.safetensors").read_bytes()
+    assert last.manifest == whole.manifest
+    assert max(resumed) > 0
+
+
+@pytest.mark.parametrize("failpoint", ["merge.segment:7", "merge.finished"])
+def test_a_killed_process_goes_on_where_it_was(family: Path, tmp_path: Path, failpoint: str) -> None:
+    out = tmp_path / "out"
+    first = _child(family, out, EVERTUNE_FAILPOINT=failpoint)
+    first.communicate()
+    assert first.returncode == -signal.SIGKILL
+    assert not out.exists()
+    second = _child(family, out)
+    said, _ = second.communicate()
+    assert second.returncode == 0
+    assert int(said.split()[-1]) > 0 or failpoint == "merge.finished"
+    assert describe(out).form == "model"
+
+
+def test_damage_in_what_a_killed_merge_left_is_seen_and_done_again(family: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first = _child(family, out, EVERTUNE_FAILPOINT="merge.segment:9")
+    first.communicate()
+    partial = next(tmp_path.glob("out.partial-*"))
+    with (partial / "model.safetensors").open("r+b") as file:
+        file.seek(int.from_bytes(file.read(8), "little") + 8)
+        file.write(b"\0" * 200)
+    with (partial / JOURNAL).open("a") as file:
+        file.write('{"tensor": 0, "seg')  # cut in the middle of a line
+    second = _child(family, out)
+    second.communicate()
+    assert second.returncode == 0
+    whole = merge(family, "sound", "ties", THREE, base="base")
+    assert weights_bytes(out) == weights_bytes(whole.checkpoint.path)
+
+
+def test_two_processes_do_not_write_one_merge(family: Path, tmp_path: Path) -> None:
+    import fcntl
+
+    plan = plan_merge(configure("linear", THREE), folder=family)
+    partial = tmp_path / f"out.partial-{plan.digest[:12]}"
+    partial.mkdir()
+    held = os.open(partial, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    try:
+        with pytest.raises(MergeError, match="being written by another process"):
+            run_merge(plan, tmp_path / "out")
+    finally:
+        os.close(held)
+
+
+def test_merging_imports_no_torch_and_starts_in_two_cpu_seconds(family: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from evertune.merge.config import load_config;"
+        "from evertune.merge.plan import plan_merge; from evertune.merge.run import merge_planned;"
+        f"c = Path({str(tmp_path / 'm.yaml')!r});"
+        "p = plan_merge(load_config(c), folder=c.parent); t = time.process_time();"
+        f"merge_planned(p, Path({str(tmp_path / 'out')!r}), threads=1);"
+        "print(t, sorted(set(sys.modules) & {'torch', 'transformers', 'peft', 'accelerate'}))"
+    )
+    lines = ["method: linear", "models:", *(f"  {name}: {{path: {family / name}}}" for name in THREE)]
+    (tmp_path / "m.yaml").write_text("\n".join(lines))
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert time.monotonic() - began < 300
+    seconds, modules = done.stdout.split(maxsplit=1)
+    assert modules.strip() == "[]"
+    assert float(seconds) < 6.0  # 0.6 where nothing else runs; the bound is for a loaded machine
