@@ -27,7 +27,7 @@ from evertune.probe.job import probe_key
 from evertune.probe.scores import ItemScores
 from evertune.probe.suite import AnyProbe, load_probe
 from evertune.recipe.load import LoadedRecipe
-from evertune.recipe.schema import REPLAYABLE, Recipe, Round, new_sources
+from evertune.recipe.schema import REPLAYABLE, Recipe, Round, kept_sources
 from evertune.train.spec import RowsRef
 from evertune.workspace import Workspace
 
@@ -136,7 +136,7 @@ class Plan:
 
         Rows of a format that is never replayed, such as preferences, are left out.
         """
-        names = sorted(name for name in new_sources(one) if self.recipe.data[name].format in REPLAYABLE)
+        names = sorted(name for name in kept_sources(one) if self.recipe.data[name].format in REPLAYABLE)
         refs = {name: self.rows_ref(name, without=without) for name in names}
         digests = {name: ref.digest for name, ref in refs.items()}
         formats = {name: self.recipe.data[name].format for name in names}

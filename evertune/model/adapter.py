@@ -297,6 +297,11 @@ def select_targets(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
     return sorted(chosen)
 
 
+def target_shapes(model: nn.Module, targets: str | Sequence[str]) -> dict[str, tuple[int, int]]:
+    """(outputs, inputs) of each module that an adapter with these targets would change."""
+    return {name: _sizes(_base_layer(model.get_submodule(name))) for name in select_targets(model, targets)}
+
+
 def fold_stack(model: nn.Module, stack: Sequence[Factors], *, place: str = "the adapter") -> None:
     """Add the updates of a stack to the weights of a plain float32 model, in place, from the bottom up."""
     for factors in stack:
