@@ -8,6 +8,7 @@ from pydantic import BaseModel
 
 from evertune.recipe.schema import (
     Anchor,
+    Answers,
     Config,
     Distill,
     Dpo,
@@ -199,6 +200,7 @@ class ResolvedDistill(ResolvedTraining):
     words: int | Literal["all"]
     compress: bool
     on_policy: OnPolicy | None
+    answers: Answers | None
 
     @property
     def members(self) -> dict[str, int]:
@@ -291,7 +293,7 @@ def resolve_distill(recipe: Recipe, stage: Distill) -> ResolvedDistill:
     """Fill in what a distill stage leaves open."""
     preset = PRESETS[recipe.preset]
     sources = list(stage.data)
-    own = ("route", "loss", "beta", "temperature", "weight", "words", "compress", "on_policy")
+    own = ("route", "loss", "beta", "temperature", "weight", "words", "compress", "on_policy", "answers")
     return ResolvedDistill(
         **_training(recipe, stage, lora_lr=preset.lora_lr, full_lr=preset.full_lr, epochs=preset.epochs),
         **{name: getattr(stage, name) for name in own},

@@ -576,6 +576,21 @@ class OnPolicy(Config):
     Resume points lie between them."""
 
 
+class Answers(Config):
+    """Answers that the teacher writes in place of the rows' own (sequence-level distillation, Kim and Rush 2016,
+    arXiv:1606.07947)."""
+
+    keep: Literal["verified", "likeliest"] = "likeliest"
+    """`verified`: the likeliest of the answers that the source's `verifier` accepts; a row without one is left out.
+    `likeliest`: the answer that the teacher itself finds likeliest per token."""
+    samples: int = Field(4, gt=0, le=64)
+    """Answers to each row, of which one is kept."""
+    max_new_tokens: int = Field(64, gt=0, le=4096)
+    """The longest answer, in tokens. One that does not end by then is not kept."""
+    temperature: float = Field(0.7, ge=0.1, le=2.0)
+    """At which the teacher answers."""
+
+
 class Distill(Training):
     """Distillation: the student learns the token distributions of one or more teachers (Hinton et al. 2015,
     arXiv:1503.02531), mixed with cross-entropy on the rows' own answers."""
@@ -603,8 +618,9 @@ class Distill(Training):
     temperature: float = Field(1.0, ge=0.1, le=20.0)
     """Divides the logits of both before they are compared; the divergence counts its square. Above 1 shows more of what
     the teacher finds unlikely."""
-    weight: float = Field(0.5, gt=0.0, le=1.0)
-    """Weight of the divergence; cross-entropy with the rows' own answers has the rest. 1 leaves the answers unread."""
+    weight: float = Field(0.5, ge=0.0, le=1.0)
+    """Weight of the divergence; cross-entropy with the rows' answers has the rest. 1 leaves the answers unread; 0, with
+    `answers`, learns what the teacher has written and nothing else of it."""
     words: Literal["all"] | Annotated[int, Field(gt=0, le=4096)] = 64
     """How many of a teacher's most likely words are kept at each token, all others being one bucket: a lower bound of
     the divergence. The checkpoint's `covered_mass` says how much of the probability they hold. `all` is exact, for
@@ -618,6 +634,20 @@ class Distill(Training):
     on_policy: OnPolicy | None = None
     """Let the student answer some rows; only their divergence counts. Needs rows of format `messages`, and memory for
     one teacher beside the student while it trains."""
+
+    answers: Answers | None = None
+    """Let the teacher write the answers. Needs rows of format `messages`, and one teacher for each source."""
+
+    @model_validator(mode="after")
+    def _whose_answers(self) -> Self:
+        if self.weight == 0.0 and self.answers is None:
+            raise ValueError("'weight: 0' learns nothing of a teacher, unless its 'answers' are learnt")
+        if self.answers is not None and self.on_policy is not None:
+            raise ValueError("give 'answers' or 'on_policy', not both: either the teacher answers or the student")
+        shared = [name for name in self.data if sum(name in (one.sources or self.data) for one in self.teachers) > 1]
+        if self.answers is not None and shared and self.route != "best":
+            raise ValueError(f"several teachers cannot write one answer: give '{shared[0]}' one, or 'route: best'")
+        return self
 
     @model_validator(mode="after")
     def _routes(self) -> Self:
@@ -1194,16 +1224,26 @@ def _teacher_problems(recipe: Recipe) -> Iterator[str]:
                 if teacher.checkpoint.startswith((OF_ROUND, OF_STAGE)) and teacher.checkpoint not in known:
                     told = ", ".join(known) or "nothing comes before this stage"
                     yield f"{place}.teachers[{j}].checkpoint: found '{teacher.checkpoint}', expected one of: {told}"
-            for source in settings.data if settings.on_policy else ():
-                if source in recipe.data and recipe.data[source].format != "messages":
-                    found = recipe.data[source].format
-                    yield f"{place}.on_policy: '{source}' has format '{found}', expected messages: a question to answer"
+            yield from _answer_problems(recipe, settings, place)
             for source in settings.data if settings.route == "best" else ():
                 if settings.skill(source) not in recipe.probes:
                     yield (
                         f"{place}.skills: no probe '{settings.skill(source)}' measures '{source}'; probes has: "
                         f"{', '.join(recipe.probes)}"
                     )
+
+
+def _answer_problems(recipe: Recipe, settings: Distill, place: str) -> Iterator[str]:
+    """Rows that the student or a teacher cannot answer, and answers that cannot be verified."""
+    asked = "on_policy" if settings.on_policy else "answers"
+    for name in settings.data if settings.on_policy or settings.answers else ():
+        source = recipe.data.get(name)
+        if source is None:
+            continue
+        if source.format != "messages":
+            yield f"{place}.{asked}: '{name}' has format '{source.format}', expected messages: a question to answer"
+        elif settings.answers and settings.answers.keep == "verified" and source.verifier is None:
+            yield f"{place}.answers.keep: '{name}' has no verifier, expected one in data.{name}"
 
 
 def known_teachers(recipe: Recipe, round_index: int, stage_index: int) -> list[str]:

@@ -1,7 +1,11 @@
 """Distillation as a stage: who teaches which rows."""
 
+from pathlib import Path
 from typing import Any
 
+from evertune import verifiers
+from evertune.data.encode import question_of
+from evertune.data.rows import read_rows
 from evertune.errors import CheckpointError, RecipeError
 from evertune.hashing import digest_json
 from evertune.model.checkpoint import Checkpoint
@@ -9,7 +13,7 @@ from evertune.recipe.presets import ResolvedDistill
 from evertune.recipe.schema import OF_ROUND, OF_STAGE, RUN, Teacher
 from evertune.stages.place import Place
 from evertune.stages.training import training_fields, training_key
-from evertune.train.distill_spec import DistillSpec, OnPolicySpec, TeacherSpec
+from evertune.train.distill_spec import AnswersSpec, DistillSpec, OnPolicySpec, TeacherSpec
 from evertune.workspace import Workspace
 
 # Raised by hand when the meaning of the stage changes: old results are then made anew.
@@ -43,15 +47,31 @@ def order(place: Place) -> DistillSpec:
         "weight": settings.weight,
         "words": None if settings.words == "all" else settings.words,
         "on_policy": OnPolicySpec(**settings.on_policy.model_dump()) if settings.on_policy else None,
+        "answers": _answers(place, settings),
     }
     unkeyed = DistillSpec(key="0" * 64, label=place.label, **fields)
     return DistillSpec(key=_key(unkeyed), label=place.label, **fields)
 
 
 def perform(order: dict[str, Any], workspace: Workspace) -> dict[str, Any]:
+    """Train the student.
+
+    Raises:
+        ProbeError: no output could equal a row's answer.
+    """
     from evertune.train.distill import run_distill
 
-    return run_distill(DistillSpec.from_json(order), workspace)
+    spec = DistillSpec.from_json(order)
+    verify = spec.answers.verifiers if spec.answers else {}
+    for ref in spec.new:
+        for row in read_rows(Path(ref.path), format=ref.format, source=ref.source, limit=ref.limit) if verify else ():
+            verifiers.validate(verify[ref.source], question_of(row)[1], place=row.place)
+
+    def check(source: str, output: str, answer: Any) -> bool:
+        found = verifiers.check(verify[source], output=output, answer=answer)
+        return found.error is None and found.score == 1.0
+
+    return run_distill(spec, workspace, check)
 
 
 def _key(spec: DistillSpec) -> str:
@@ -62,6 +82,15 @@ def _key(spec: DistillSpec) -> str:
     }
     untaught = DistillSpec(**{**vars(spec), "teachers": [], "routes": {}, "route": "sources"})
     return digest_json({"training": training_key(VERSION, untaught), "taught": facts})
+
+
+def _answers(place: Place, settings: ResolvedDistill) -> AnswersSpec | None:
+    if settings.answers is None:
+        return None
+    sources = {name: place.plan.recipe.data[name].verifier for name in place.settings.new_sources}
+    rules = {name: one.model_dump(exclude_none=True) for name, one in sources.items() if one is not None}
+    verify = rules if settings.answers.keep == "verified" else {}
+    return AnswersSpec(**settings.answers.model_dump(), verifiers=verify)
 
 
 def _compressed(place: Place, settings: ResolvedDistill) -> Checkpoint | None:

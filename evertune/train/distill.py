@@ -3,7 +3,7 @@ cross-entropy; replayed rows are learnt by cross-entropy alone, as in a supervis
 
     distill_spec.py      the order               distill_losses.py    divergences and ensembles
     distill_teachers.py  who answers when        distill_targets.py   what was answered
-    distill_policy.py    the student answers
+    distill_policy.py    the student answers     distill_answers.py   the teacher answers
 """
 
 # N counted positions, M positions of the rows of one source, V vocabulary
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evertune.data.encode import EncodedRow, Item, counted_of
+from evertune.data.encode import EncodedPrompt, EncodedRow, Item, counted_of, encode_prompts, encode_rows
 from evertune.errors import RecipeError
 from evertune.model.adapter import read_factors
 from evertune.model.codec import Codec, load_codec
@@ -24,6 +24,7 @@ from evertune.model.forward import Forward
 from evertune.model.lowrank import compress, fill
 from evertune.model.open import check_digest
 from evertune.train.batch import MicroBatch, collate
+from evertune.train.distill_answers import Check, with_answers, write_answers
 from evertune.train.distill_losses import at_temperature, divergence_of
 from evertune.train.distill_policy import OnPolicyFeed, SampledRow, is_answered
 from evertune.train.distill_spec import DistillSpec
@@ -43,8 +44,11 @@ from evertune.workspace import Workspace
 LITTLE_MASS = 0.9
 
 
-def run_distill(spec: DistillSpec, workspace: Workspace) -> dict[str, Any]:
+def run_distill(spec: DistillSpec, workspace: Workspace, check: Check | None = None) -> dict[str, Any]:
     """Ask the teachers what is not stored yet, train the student and publish it; see `run_training`.
+
+    Args:
+        check: verifies what teachers write; needed where the order says so.
 
     The record's `volatile` has `teacher_forwards`: forward passes of teachers that this performance needed.
 
@@ -52,7 +56,7 @@ def run_distill(spec: DistillSpec, workspace: Workspace) -> dict[str, Any]:
         RecipeError: more words are to be kept than there are.
         CheckpointError: a teacher has another vocabulary, or its outputs are NaN or Inf.
     """
-    lesson = _Distilled(spec, workspace)
+    lesson = _Distilled(spec, workspace, check or _unverified)
     if workspace.manifest(spec.key) is None:
         lesson.teach()
     return run_training(spec, workspace, lesson)
@@ -138,7 +142,7 @@ class Distillation:
         return values
 
     def _teaches(self, item: Item) -> bool:
-        return not item.is_replay and item.source in self.spec.routes
+        return self.spec.weight > 0.0 and not item.is_replay and item.source in self.spec.routes
 
 
 def _surprises(targets_M: Tensor) -> PositionValues:
@@ -146,14 +150,19 @@ def _surprises(targets_M: Tensor) -> PositionValues:
     return lambda logp_MV, chosen: -logp_MV.gather(1, targets_M[chosen].unsqueeze(1)).squeeze(1)
 
 
+def _unverified(source: str, output: str, answer: Any) -> bool:
+    raise AssertionError(f"answers to {source} are to be verified, and nobody can")
+
+
 class _Distilled(Lesson):
     """The lesson of a distillation stage."""
 
-    def __init__(self, spec: DistillSpec, workspace: Workspace) -> None:
-        self._spec, self._workspace = spec, workspace
+    def __init__(self, spec: DistillSpec, workspace: Workspace, check: Check) -> None:
+        self._spec, self._workspace, self._check = spec, workspace, check
         self._material: Material | None = None
         self._forwards = 0
         self._held: float | None = None
+        self._asked = 0
         self._is_passing = False
         self._teachers: Teachers | None = None
         self.can_compare = spec.on_policy is None  # a row that the student answers has no teacher before it is answered
@@ -169,9 +178,18 @@ class _Distilled(Lesson):
         if spec.threads is not None:
             torch.set_num_threads(spec.threads)
         accelerator = make_accelerator(device=spec.device, track=[], logging_dir=self._workspace.work / spec.key)
-        material = self.load(load_codec(spec.start.base.path), world_size=accelerator.num_processes)
+        codec = load_codec(spec.start.base.path)
+        teachers = Teachers(spec, device=str(accelerator.device))
+        if spec.answers is not None:
+            if accelerator.is_main_process:
+                prompts = load_material(spec, codec, world_size=1, encode=encode_prompts).new.values()
+                asked = [one for each in prompts for one in each if isinstance(one, EncodedPrompt)]
+                write_answers(spec, asked, teachers, targets=self._targets, codec=codec, check=self._check)
+                self._asked = len(asked)
+            accelerator.wait_for_everyone()
+            self.__dict__.pop("_targets", None)
+        material = self.load(codec, world_size=accelerator.num_processes)
         if accelerator.is_main_process:
-            teachers = Teachers(spec, device=str(accelerator.device))
             teachers.answer(_taught_rows(spec, material), self._targets)
             self._forwards = teachers.forwards
         accelerator.wait_for_everyone()
@@ -202,7 +220,8 @@ class _Distilled(Lesson):
 
     def load(self, codec: Codec, *, world_size: int) -> Material:
         if self._material is None:
-            self._material = load_material(self._spec, codec, world_size=world_size)
+            encode = encode_rows if self._spec.answers is None else with_answers(self._spec, self._targets)
+            self._material = load_material(self._spec, codec, world_size=world_size, encode=encode)
         return self._material
 
     def objective(self, setting: Setting) -> Objective:
@@ -232,7 +251,8 @@ class _Distilled(Lesson):
     def methods(self) -> dict[str, bool]:
         is_on_policy = self._spec.on_policy is not None
         return {
-            "logit_kd": True,
+            "logit_kd": self._spec.weight > 0.0,
+            "seq_kd": self._spec.answers is not None,
             "gkd": is_on_policy,
             "multi_teacher_opd": is_on_policy and len(self._spec.teachers) > 1,
             "cross_stage_distill": self._spec.route == "best",
@@ -248,15 +268,17 @@ class _Distilled(Lesson):
         return {"teacher_forwards": self._forwards + later}
 
     def _own_facts(self) -> dict[str, float]:
-        """How much of the teachers' probability, and of a compressed stack's updates, was kept."""
-        return {"covered_mass": self._covered_mass, **({} if self._held is None else {"held": self._held})}
+        """How much of the teachers' probability, of a compressed stack's updates, and of the rows' answers was kept."""
+        answered = sum(map(len, self._material.new.values())) / self._asked if self._material and self._asked else None
+        found = {"covered_mass": self._covered_mass, "held": self._held, "answered": answered}
+        return {name: one for name, one in found.items() if one is not None}
 
     def final(self, last: Sequence[Metrics]) -> dict[str, float]:
         named = [name for name in ("ce", "distill", "length", "stopped") if any(name in one for one in last)]
         return {**{name: mean_of(last, name) for name in named}, **self._own_facts()}
 
     def warnings(self, first: Sequence[Metrics], last: Sequence[Metrics]) -> list[dict[str, str]]:
-        if self._covered_mass >= LITTLE_MASS:
+        if self._covered_mass is None or self._covered_mass >= LITTLE_MASS:
             return []
         told = (
             f"the {self._spec.words} kept words hold {self._covered_mass:.1%} of the teachers' probability: what they "
@@ -265,11 +287,11 @@ class _Distilled(Lesson):
         return [{"name": "covered_mass", "text": told}]
 
     @cached_property
-    def _covered_mass(self) -> float:
+    def _covered_mass(self) -> float | None:
         assert self._material is not None, "a stage that has ended was loaded"
         rows = _taught_rows(self._spec, self._material)
         if not rows:
-            return 1.0
+            return None
         means = [(self._targets.covered_mass(each), sum(map(counted_of, each))) for each in rows.values()]
         return sum(mean * count for mean, count in means) / sum(count for _, count in means)
 
@@ -283,6 +305,6 @@ def _taught_rows(spec: DistillSpec, material: Material) -> dict[str, list[Encode
     )
     rows: dict[str, list[EncodedRow]] = {source: [] for source in spec.routes}
     for pick in sorted(seen, key=lambda one: (one.source, one.index)):
-        if pick.source in rows:
+        if pick.source in rows and spec.weight > 0.0:
             rows[pick.source] += material.row(pick).rows
     return {source: each for source, each in rows.items() if each}

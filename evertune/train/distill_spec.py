@@ -39,6 +39,17 @@ class OnPolicySpec:
 
 
 @dataclass(frozen=True)
+class AnswersSpec:
+    """How a teacher writes answers; `verifiers` by source. Meanings and ranges: the recipe's `answers`."""
+
+    keep: Literal["verified", "likeliest"]
+    samples: int
+    max_new_tokens: int
+    temperature: float
+    verifiers: dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
 class DistillSpec(TrainingSpec):
     """A distillation stage. Meanings and ranges of the settings: the recipe's `distill`.
 
@@ -49,6 +60,7 @@ class DistillSpec(TrainingSpec):
         compressed: the stack of adapters over `start` that the new adapter begins as near to as its rank allows; None
             for one that begins at the start.
         on_policy: how the student answers some rows by itself; None where it never does.
+        answers: how the teachers write the answers; None where the rows' own are learnt.
     """
 
     route: Literal["sources", "best"]
@@ -61,6 +73,7 @@ class DistillSpec(TrainingSpec):
     words: int | None
     compressed: Checkpoint | None
     on_policy: OnPolicySpec | None
+    answers: AnswersSpec | None
 
     kind: ClassVar[str] = "distill"
     own_settings: ClassVar[tuple[str, ...]] = ("route", "loss", "beta", "temperature", "weight", "words")
@@ -86,6 +99,7 @@ class DistillSpec(TrainingSpec):
             "teachers": [one.to_json() for one in self.teachers],
             "compressed": compressed,
             "on_policy": vars(self.on_policy) if self.on_policy else None,
+            "answers": vars(self.answers) if self.answers else None,
         }
 
     @classmethod
@@ -93,7 +107,9 @@ class DistillSpec(TrainingSpec):
         compressed = Checkpoint.from_json(value["compressed"]) if value["compressed"] else None
         teachers = [TeacherSpec.from_json(one) for one in value["teachers"]]
         on_policy = OnPolicySpec(**value["on_policy"]) if value["on_policy"] else None
-        return super().from_json({**value, "teachers": teachers, "compressed": compressed, "on_policy": on_policy})
+        own = {"teachers": teachers, "compressed": compressed, "on_policy": on_policy}
+        answers = AnswersSpec(**value["answers"]) if value["answers"] else None
+        return super().from_json({**value, **own, "answers": answers})
 
     def settings(self) -> dict[str, Any]:
         taught = {source: [self.teachers[number].name for number in route] for source, route in self.routes.items()}
@@ -108,6 +124,7 @@ class DistillSpec(TrainingSpec):
             "routes": taught,
             "compressed": compressed,
             "on_policy": on_policy,
+            "answers": vars(self.answers) if self.answers else None,
         }
 
 

@@ -130,6 +130,13 @@ class Targets:
         members = digest_json([one.checkpoint.digest for one in ensemble])
         return self._store(teacher, f"top{self._spec.words} of {members}")
 
+    def written(self, teacher: TeacherSpec, source: str) -> Store:
+        """The answers that a teacher writes to prompts of a source, by prompt."""
+        how = self._spec.answers
+        assert how is not None, "nobody writes answers"
+        facts = [how.keep, how.samples, how.max_new_tokens, how.temperature, how.verifiers.get(source), self._spec.seed]
+        return self._store(teacher, f"answers {digest_json(facts)}")
+
     def _store(self, teacher: TeacherSpec, kind: str) -> Store:
         temperature = self._spec.temperature
         identity = {

@@ -16,6 +16,7 @@ from torch import Tensor
 from evertune.data.encode import EncodedRow
 from evertune.errors import CheckpointError
 from evertune.model.checkpoint import Checkpoint
+from evertune.model.forward import Forward
 from evertune.model.open import OpenModel, open_model, stacked
 from evertune.train.distill_losses import at_temperature, pooled_words
 from evertune.train.distill_spec import DistillSpec, TeacherSpec
@@ -30,6 +31,10 @@ SHARD_ROWS = 512
 Rows = Sequence[EncodedRow]
 Summary = Callable[[Tensor, EncodedRow, slice], dict[str, Tensor]]
 """(log-probabilities (m, V) at some of a row's counted positions, the row, which of them) -> what is stored of them."""
+
+
+Author = Callable[[Forward, LiveReference, EncodedRow], dict[str, Tensor]]
+"""(the teacher ready to speak, and ready to judge, a prompt) -> what is stored of its answer."""
 
 
 class Teachers:
@@ -75,6 +80,18 @@ class Teachers:
                     pooled = _pooled(spec, [targets.own(one) for one in ensemble])
                     store = targets.pooled(spec.teachers[number], ensemble)
                     self._ask(spec.teachers[number], rows[source], store, pooled)
+
+    def write(self, teacher: TeacherSpec, rows: Rows, store: Store, author: Author) -> None:
+        """Store the answers that a teacher writes to these prompts, where they are missing."""
+        missing = store.missing(rows)
+        if not missing:
+            return
+        with self._seated(teacher) as live:
+            assert self._opened is not None, "a teacher is seated"
+            forward = Forward(self._opened)
+            for first in range(0, len(missing), SHARD_ROWS):
+                store.add(missing[first : first + SHARD_ROWS], lambda row: author(forward, live, row))
+        self.forwards += live.forwards
 
     def _turn(self, number: int) -> tuple[str, int]:
         """Teachers of one base come one after the other, so that it is loaded once."""

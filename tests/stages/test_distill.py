@@ -140,6 +140,9 @@ def test_names_weights_of_a_lone_teacher_and_places_do_not_count(tmp_path, tiny_
         "teachers: 'round:first', compress: true",
         "teachers: 'round:first', on_policy: {}",
         "teachers: 'round:first', on_policy: {share: 0.7}",
+        "teachers: 'round:first', answers: {}",
+        "teachers: 'round:first', answers: {}, weight: 0",
+        "teachers: 'round:first', answers: {samples: 2}",
     ],
 )
 def test_everything_that_the_result_depends_on_is_in_the_key(tmp_path, tiny_model, made, change):
@@ -189,6 +192,10 @@ def test_compressing_starts_at_the_base_and_begins_at_the_stack(tmp_path, tiny_m
         ("teachers: base, temperature: 0", "temperature"),
         ("teachers: base, compress: true, tune: full", "'compress' makes an adapter"),
         ("teachers: base, on_policy: {share: 0}", "on_policy.share"),
+        ("teachers: base, weight: 0", "'weight: 0' learns nothing of a teacher"),
+        ("teachers: base, answers: {}, on_policy: {}", "give 'answers' or 'on_policy', not both"),
+        ("teachers: [base, start], answers: {}", "several teachers cannot write one answer: give 'cards' one"),
+        ("teachers: base, answers: {keep: verified}", "'cards' has no verifier, expected one in data.cards"),
         ("teachers: base, words: 0", "distill.words: found 0, expected 'all' or a number above 0"),
     ],
 )

@@ -17,6 +17,7 @@ OWN: dict[str, Any] = {
     "words": 16,
     "compressed": None,
     "on_policy": None,
+    "answers": None,
 }
 
 

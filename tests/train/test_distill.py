@@ -15,19 +15,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from evertune.data.encode import EncodedRow
-from evertune.errors import CheckpointError, IntegrityError, RecipeError
+from evertune.data.encode import EncodedPrompt, EncodedRow, encode_prompts
+from evertune.errors import CheckpointError, DataError, IntegrityError, RecipeError
 from evertune.hashing import canonical_json
 from evertune.model.checkpoint import Checkpoint, describe
-from evertune.model.codec import load_codec
+from evertune.model.codec import Codec, load_codec
 from evertune.model.forward import Forward
 from evertune.model.open import OpenModel, open_model
-from evertune.train import distill_teachers
+from evertune.train import distill_answers, distill_teachers
 from evertune.train.batch import collate
 from evertune.train.distill import Distillation, run_distill
 from evertune.train.distill_losses import mixture
 from evertune.train.distill_policy import OnPolicyFeed, SampledRow, answered_row, prompt_of
-from evertune.train.distill_spec import DistillSpec, OnPolicySpec
+from evertune.train.distill_spec import AnswersSpec, DistillSpec, OnPolicySpec
 from evertune.train.distill_targets import Targets
 from evertune.train.distill_teachers import Teachers
 from evertune.train.head import Head, split_model
@@ -37,6 +37,7 @@ from evertune.train.material import Material, load_material
 from evertune.train.objective import Policy
 from evertune.train.optimizer import Masters
 from evertune.train.reference import LiveReference
+from evertune.train.sample import sample_answers
 from evertune.train.sft import run_sft
 from evertune.workspace import Workspace
 from tests.model.folders import change_json, change_tensors, copy, write_adapter_folder
@@ -633,3 +634,96 @@ def test_on_policy_the_student_comes_nearer_where_it_goes_by_itself(tmp_path, ti
     # Every row is answered anew, and no answer is kept: 60 steps of 4 rows.
     assert record["volatile"]["teacher_forwards"] == 60 * 4
     assert not list(workspace.cache.rglob("*.raw"))
+
+
+# The teacher answers.
+
+WRITING: dict[str, Any] = {
+    "keep": "likeliest",
+    "samples": 4,
+    "max_new_tokens": 100,
+    "temperature": 1.0,
+    "verifiers": {},
+}
+
+
+def _written(folder: Path, model: Path, teacher: Checkpoint, **changes: Any) -> DistillSpec:
+    how = AnswersSpec(**{**WRITING, **{name: changes.pop(name) for name in list(changes) if name in WRITING}})
+    new = [write_rows(folder / "asked.jsonl", 8)]
+    settings = {"weight": 0.0, "share": 0.0, "steps": 2, **changes}
+    return make_distill_spec(folder, model, [teacher], {"asked": [0]}, new=new, answers=how, **settings)
+
+
+def _stored_answers(spec: DistillSpec, workspace: Workspace) -> dict[str, list[int]]:
+    """By question, what was kept of its answers."""
+    targets, codec = Targets(spec, root=workspace.cache, tmp=workspace.tmp), load_codec(spec.start.base.path)
+    prompts = load_material(spec, codec, world_size=1, encode=encode_prompts).new["asked"]
+    store = targets.written(spec.teachers[0], "asked")
+    return {one.id: store.read(one.rows[0])["ids"][1:].tolist() for one in prompts}
+
+
+def test_the_likeliest_of_the_answers_that_end_is_learnt_and_nothing_else(tmp_path, tiny_model, teachers, workspace):
+    spec = _written(tmp_path, tiny_model, teachers[2])
+    record = run_distill(spec, workspace)
+    kept = _stored_answers(spec, workspace)
+    codec, opened = load_codec(tiny_model), open_model(teachers[2], dtype="float32")
+    assert 0 < sum(bool(ids) for ids in kept.values()) < 8, "some answers end in time and some do not"
+    for name, ids in kept.items():
+        prompt = next(one for one in _prompts(spec, codec) if one.id == name)
+        said = sample_answers(
+            Forward(opened),
+            [prompt.prompt.ids.tolist()],
+            seeds=[[distill_answers._seed(spec.seed, prompt, g) for g in range(4)]],
+            max_new_tokens=100,
+            temperature=1.0,
+            stop_ids=codec.stop_ids,
+        )[0]
+        ended = [one.ids for one in said if one.stopped]
+        rows = [distill_answers._conversation(prompt, one) for one in ended]
+        means = [
+            F.nll_loss(_naive(teachers[2], [row]), torch.tensor(one)) for row, one in zip(rows, ended, strict=True)
+        ]
+        assert tuple(ids) == (ended[int(torch.stack(means).argmin())] if ended else ())
+    facts = record["checkpoint"]
+    assert facts["final"]["answered"] == sum(bool(ids) for ids in kept.values()) / 8
+    assert facts["final"]["loss"] == facts["final"]["ce"]
+    assert facts["methods"] == ["seq_kd", "lora"]
+    assert "distill" not in facts["final"]
+
+
+def _prompts(spec: DistillSpec, codec: Codec) -> list[EncodedPrompt]:
+    items = load_material(spec, codec, world_size=1, encode=encode_prompts).new["asked"]
+    return [one for one in items if isinstance(one, EncodedPrompt)]
+
+
+def test_only_verified_answers_are_kept(tmp_path, tiny_model, teachers, workspace):
+    asked: list[tuple[str, str, Any]] = []
+
+    def check(source: str, output: str, answer: Any) -> bool:
+        asked.append((source, output, answer))
+        return len(output) % 2 == 0
+
+    spec = _written(tmp_path, tiny_model, teachers[2], keep="verified", verifiers={"asked": {"exact": {}}})
+    run_distill(spec, workspace, check)
+    codec = load_codec(tiny_model)
+    texts = [codec.decode(ids[:-1]) for ids in _stored_answers(spec, workspace).values() if ids]
+    assert texts
+    assert all(len(text) % 2 == 0 for text in texts)
+    assert any(len(output) % 2 for _, output, _ in asked)
+    lines = [json.loads(line) for line in Path(spec.new[0].path).read_text().splitlines()]
+    assert {answer for _, _, answer in asked} <= {line["messages"][-1]["content"] for line in lines}
+
+
+def test_a_teacher_none_of_whose_answers_is_kept_is_an_error(tmp_path, tiny_model, teachers, workspace):
+    spec = _written(tmp_path, tiny_model, teachers[2], keep="verified", verifiers={"asked": {"exact": {}}})
+    with pytest.raises(DataError, match="teacher 'teacher 0' has written no answer that is kept to any of its 8 rows"):
+        run_distill(spec, workspace, lambda *_: False)
+
+
+def test_what_was_written_is_not_written_again(tmp_path, tiny_model, teachers, workspace, monkeypatch):
+    first = _written(tmp_path, tiny_model, teachers[2], weight=0.5)
+    assert run_distill(first, workspace)["volatile"]["teacher_forwards"] > 0
+    monkeypatch.setattr(distill_teachers, "open_model", None)
+    again = _written(tmp_path, tiny_model, teachers[2], weight=0.5, lr=0.003)
+    assert run_distill(again, workspace)["volatile"]["teacher_forwards"] == 0
+    assert "distill" in run_distill(again, workspace)["checkpoint"]["final"]
