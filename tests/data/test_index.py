@@ -129,7 +129,7 @@ def test_an_index_that_was_killed_while_it_was_written_loses_nothing(tmp_path: P
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([*arguments, str(tmp_path / "whole")], check=True, env=environment)
     kills = 0
-    for _ in range(8):
+    for _ in range(4):
         child = subprocess.Popen([*arguments, str(tmp_path / "killed")], env=environment)
         deadline = time.monotonic() + 60
         before = _names(tmp_path / "killed")
@@ -142,7 +142,7 @@ def test_an_index_that_was_killed_while_it_was_written_loses_nothing(tmp_path: P
         assert len(held) == sum(len(one.prints()) for one in held.segments)
     subprocess.run([*arguments, str(tmp_path / "killed")], check=True, env=environment)
     whole, killed = (open_index(tmp_path / name, SETTINGS, create=False) for name in ("whole", "killed"))
-    assert kills >= 4
+    assert kills >= 2
     labels = [sorted(label for one in each.segments for label in one.labels) for each in (whole, killed)]
     assert labels[0] == labels[1]
     assert sorted(one.name for one in (tmp_path / "killed").iterdir()) == sorted(
