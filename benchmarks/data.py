@@ -106,8 +106,12 @@ def _changed(text: str, rng: random.Random) -> str:
     return " ".join(words)
 
 
-def true_pairs(rows: list[str]) -> set[tuple[int, int]]:
-    """All pairs with an exact Jaccard similarity of 0.8: sets of word tuples, counted by sparse products in blocks."""
+def true_pairs(rows: list[str], looked: int) -> set[tuple[int, int]]:
+    """All pairs with an exact Jaccard similarity of 0.8: sets of word tuples, counted by sparse products in blocks.
+
+    Args:
+        looked: only pairs of one of the first so many rows, which are shuffled, with any row.
+    """
     from scipy.sparse import csr_array
 
     ids: dict[tuple[str, ...], int] = {}
@@ -123,11 +127,11 @@ def true_pairs(rows: list[str]) -> set[tuple[int, int]]:
     )
     turned = matrix.T.tocsr()
     found: set[tuple[int, int]] = set()
-    for first in range(0, len(rows), 1000):
-        shared = (matrix[first : first + 1000] @ turned).tocoo()
+    for first in range(0, looked, 1000):
+        shared = (matrix[first : min(first + 1000, looked)] @ turned).tocoo()
         left, right = shared.row + first, shared.col
-        near = (left < right) & (shared.data >= THRESHOLD * (sizes[left] + sizes[right] - shared.data) - 1e-9)
-        found |= set(zip(left[near].tolist(), right[near].tolist(), strict=True))
+        near = (left != right) & (shared.data >= THRESHOLD * (sizes[left] + sizes[right] - shared.data) - 1e-9)
+        found |= {(min(pair), max(pair)) for pair in zip(left[near].tolist(), right[near].tolist(), strict=True)}
     return found
 
 
@@ -230,7 +234,8 @@ def run_peer(peers: Path, name: str, source: Path, folder: Path) -> dict[str, An
     script.write_text(PEER)
     command = [str(peers / "bin/python"), str(script), name, str(source), str(target)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    # Some peers leave logs where they are run.
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder)
     if done.returncode:
         raise SystemExit(f"{name} failed:\n{done.stderr[-2000:]}")
     return dict(json.loads(target.read_text()))
@@ -256,12 +261,16 @@ def run_ours(source: Path, folder: Path) -> dict[str, Any]:
     return dict(json.loads(target.read_text()))
 
 
-def dedup(peers: Path, data: Path | None, count: int, repeats: int) -> None:
+TOOLS = ("evertune", "rensa-32-exact", "rensa-32", "rensa-16", "datasketch", "datatrove-2")
+
+
+def dedup(peers: Path, data: Path | None, count: int, repeats: int, names: list[str], looked: int) -> None:
     rows = texts(data, count)
-    truth = true_pairs(rows)
+    looked = min(looked, count)
+    truth = true_pairs(rows, looked)
     in_pair = {i for pair in truth for i in pair}
-    print(f"{len(rows)} rows, {np.mean([len(one.split()) for one in rows]):.0f} words on average, {len(truth)} pairs\n")
-    names = ["evertune", "rensa-32-exact", "rensa-32", "rensa-16", "datasketch", "datatrove-2"]
+    words = np.mean([len(one.split()) for one in rows])
+    print(f"{len(rows)} rows, {words:.0f} words on average; {len(truth)} pairs of the first {looked}\n")
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -276,21 +285,21 @@ def dedup(peers: Path, data: Path | None, count: int, repeats: int) -> None:
     for one, runs in results.items():
         used = [run["cpu"] for run in runs]
         wall = statistics.median(run["wall"] for run in runs)
-        quality = _quality(runs[-1], truth, in_pair, len(rows))
+        quality = _quality(runs[-1], truth, in_pair, looked)
         print(
             f"| {one} | {statistics.median(used):.1f} | {min(used):.1f} to {max(used):.1f} | "
             f"{statistics.median(used) / ours:.1f} | {wall:.1f} | {quality} |"
         )
 
 
-def _quality(run: dict[str, Any], truth: set[tuple[int, int]], in_pair: set[int], count: int) -> str:
+def _quality(run: dict[str, Any], truth: set[tuple[int, int]], in_pair: set[int], looked: int) -> str:
     if run["kept"] is None:
-        found = {(i, j) for i, j in run["pairs"]}
+        found = {(i, j) for i, j in run["pairs"] if i < looked}
         right = len(found & truth)
         return f"{right / len(truth):.4f} | {right / max(len(found), 1):.4f}"
     kept = set(run["kept"])
     left = sum(i in kept and j in kept for i, j in truth)
-    wrong = len(set(range(count)) - kept - in_pair)
+    wrong = len(set(range(looked)) - kept - in_pair)
     return f"{1 - left / len(truth):.4f} of pairs broken | {wrong} rows without a duplicate removed"
 
 
@@ -429,6 +438,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="Folder of data sets, each with a train.jsonl.")
     parser.add_argument("--rows", type=int, default=None)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--tools", default=",".join(TOOLS), help="Of dedup, with commas; evertune is one.")
+    parser.add_argument("--truth-rows", type=int, default=10**9, help="Rows whose pairs are counted; all by default.")
     given = parser.parse_args()
     if given.part != "mixed":
         machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
@@ -437,7 +448,8 @@ def main() -> None:
         case "setup":
             setup(given.place)
         case "dedup":
-            dedup(given.place, given.data, given.rows or 200_000, given.repeats)
+            tools = given.tools.split(",")
+            dedup(given.place, given.data, given.rows or 200_000, given.repeats, tools, given.truth_rows)
         case "grow":
             grow(given.data, given.rows or 200_000)
         case "mix":

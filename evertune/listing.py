@@ -125,7 +125,8 @@ def _summary(kind: str, body: dict[str, Any]) -> str:
         case "run":
             return f"{body['name']}, recipe {body['recipe_digest'][:12]}"
         case "checkpoint":
-            made = "" if body["standing"] == "production" else f"  {body['standing']}: {', '.join(body['methods'])}"
+            weak = [one for one in body["methods"] if standing_of([one]) == body["standing"]]
+            made = "" if body["standing"] == "production" else f"  {body['standing']}: {', '.join(weak)}"
             return f"{body['label']}  {body['digest'][:12]}  {body['steps']} steps{made}"
         case "probe":
             return f"{body['label']}  {body['probe']} {body['value']:.3f}"

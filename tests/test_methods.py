@@ -3,11 +3,12 @@
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from evertune import method_pages
+from evertune.errors import RecipeError
 from evertune.methods import (
     MARKS,
     MEANING,
@@ -22,6 +23,7 @@ from evertune.methods import (
 )
 from evertune.recipe import schema
 from tests.command import evertune
+from tests.recipe.texts import VALID, load_text
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ("production", "research", "academic")
@@ -32,7 +34,10 @@ NO_METHOD = {
     "Defaults.tune": "holds lora and full",
     "Recipe.defaults": "holds replay, anchor and tune",
     "Recipe.numerics": "how numbers are computed",
+    "Recipe.rescue_budget": "how much is tried",
+    "Stage.federated": "its aggregate is the method",
     "Probe.verifier": "how an answer is checked",
+    "VerifierPart.check": "how an answer is checked",
     "Merge.models": "what is merged",
     "Merge.scale": "a number, or numbers by tensor",
     "Merge.t": "a number, or numbers by tensor",
@@ -105,6 +110,21 @@ def test_every_recipe_key_that_selects_a_method_has_its_row() -> None:
     inherited = {f"{model}.{name}" for model in _trained() for name in schema.Training.model_fields}
     assert choices - inherited - named_keys - set(NO_METHOD) == set()
     assert set(NO_METHOD) <= set(options)
+
+
+@pytest.mark.parametrize("key", ["Merge.method", "Federated.aggregate"])
+def test_every_word_that_names_a_method_has_its_row(key: str) -> None:
+    words = get_args(_options()[key])
+    assert len(words) > 5
+    assert {f"{key}={word}" for word in words} <= {one for method in methods().values() for one in method.keys}
+
+
+def test_an_academic_merge_in_a_recipe_needs_leave_too(tmp_path: Path) -> None:
+    stage = "merge: {method: model_stock, base: start, models: {a: {path: origin}}}"
+    text = VALID[: VALID.index("      - sft")] + f"      - {stage}\n"
+    with pytest.raises(RecipeError, match=r"merge.method: found an academic method, Model Stock \(model_stock\)"):
+        load_text(tmp_path, text)
+    load_text(tmp_path, text.replace("name: team\n", "name: team\nacademic: allow\n"))
 
 
 def _holds_only(annotation: Any, names: set[str]) -> bool:

@@ -2,16 +2,30 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from evertune.data.index import DEFAULT, open_index
 from tests.command import RECIPE, RECIPES, DebugRun, evertune
 
 pytestmark = pytest.mark.path
+
+FOURTH = """
+
+  - name: four
+    stages:
+      - sft:
+          data: [cards]
+          steps: 2
+          batch_rows: 8
+          micro_batch_rows: 4
+          tune: full
+          replay: {share: 0.25, from: [history], dedup: false}
+"""
 
 
 def card(line: int) -> dict[str, Any]:
@@ -60,23 +74,14 @@ def test_a_removed_row_is_left_out_of_the_next_round_and_earlier_rounds_stand(wo
     printed = evertune("data", "remove", workspace, "--text", json.dumps(card(3)), "--reason", "asked by its author")
     assert "trained on them, or standing on what was: one/1-sft" in printed
     assert "still holds them:" in printed
-    recipe = yaml.safe_load(RECIPE.read_text())
-    for group in ("data", "probes"):
-        for one in recipe[group].values():
-            one["path"] = str(RECIPES / one["path"])
-    recipe["workspace"] = str(workspace)
-    stage = {"data": ["cards"], "steps": 2, "batch_rows": 8, "micro_batch_rows": 4, "tune": "full"}
-    stage["replay"] = {"share": 0.25, "from": ["history"], "dedup": False}
-    recipe["rounds"].append({"name": "four", "stages": [{"sft": stage}]})
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    text = RECIPE.read_text().replace("demo/", f"{RECIPES}/demo/")
+    text = text.replace("workspace: ../runs/debug", f"workspace: {workspace}")
+    (tmp_path / "recipe.yaml").write_text(text.rstrip() + FOURTH)
     # The other rounds' stages are found, not made: their rows are those they were given then.
-    for code in (0, 2, 4):
-        try:
-            printed = evertune("run", tmp_path / "recipe.yaml", code=code)
-            break
-        except AssertionError as error:
-            if not str(error).startswith("exit"):
-                raise
+    command = [sys.executable, "-m", "evertune", "run", str(tmp_path / "recipe.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode in (0, 2, 4), done.stderr  # whatever the verdict on two steps is
+    printed = done.stdout
     assert "1 stages trained" in printed
     log = json.loads(evertune("log", workspace, "--json"))
     made = [

@@ -115,7 +115,7 @@ def estimate(
         tokens=round(seen.new_tokens + seen.replay_tokens),
         counted_tokens=round(seen.new_counted + seen.replay_counted),
         seconds=math.ceil(seconds),
-        disk_bytes=_kept(settings, shapes) * BYTES[numerics.dtype],
+        disk_bytes=kept_weights(settings, shapes) * BYTES[numerics.dtype],
         done=done,
         summary=(
             f"{seen.new_rows:,} new + {seen.replay_rows:,} replayed rows in {seen.steps:,} steps, "
@@ -132,7 +132,7 @@ def forward_seconds(tokens: float, counted: float, shapes: Shapes, numerics: Num
 
 def resume_bytes(settings: ResolvedTraining, shapes: Shapes) -> int:
     """Disk that a stage takes beside its checkpoint while it runs."""
-    return _kept(settings, shapes) * RESUME_BYTES
+    return kept_weights(settings, shapes) * RESUME_BYTES
 
 
 def nearest_folder(path: Path) -> Path:
@@ -166,7 +166,7 @@ def _flops(seen: Amounts, settings: ResolvedTraining, shapes: Shapes) -> float:
     return flops
 
 
-def _kept(settings: ResolvedTraining, shapes: Shapes) -> int:
+def kept_weights(settings: ResolvedTraining, shapes: Shapes) -> int:
     """Numbers in what a stage trains and leaves; an adapter on named layers counts as one on all."""
     lora = settings.tune.lora
     return lora.rank * shapes.sides if lora else shapes.weights

@@ -210,5 +210,5 @@ def _events(path: Path) -> list[Event]:
 
 def sources_of(recipe: Recipe, stage: StageSettings) -> list[str]:
     """Names of all sources that a stage reads, new ones first."""
-    replayed = resolve_stage(recipe, stage).replay_sources
+    replayed = [*resolve_stage(recipe, stage).replay_sources, *stage.remembered_sources]
     return list(dict.fromkeys([*stage.new_sources, *(name for name in replayed if name != "history")]))

@@ -9,7 +9,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from evertune.check.estimate import BYTES, Amounts, amounts, estimate, forward_seconds, nearest_folder, resume_bytes
+from evertune.check.estimate import (
+    BYTES,
+    Amounts,
+    amounts,
+    estimate,
+    forward_seconds,
+    kept_weights,
+    nearest_folder,
+    resume_bytes,
+)
 from evertune.check.findings import Disk, Severity, StageEstimate
 from evertune.check.look import Look, digest_cache, sources_of
 from evertune.data.encode import (
@@ -27,6 +36,7 @@ from evertune.data.replay import drop_duplicates
 from evertune.data.rows import Row, digest_rows
 from evertune.hashing import digest_file, digest_json
 from evertune.model.checkpoint import describe, vocabulary_of
+from evertune.recipe.plugins import find_plugin
 from evertune.recipe.presets import ResolvedDistill, ResolvedExternal, ResolvedTraining, resolve_stage
 from evertune.recipe.schema import (
     NAMED_REFERENCES,
@@ -38,7 +48,7 @@ from evertune.recipe.schema import (
     Round,
     StageSettings,
     Training,
-    new_sources,
+    kept_sources,
 )
 from evertune.train.distill_spec import check_teacher, check_words
 from evertune.verifiers import validate
@@ -123,6 +133,7 @@ def look_at_training(view: StageView) -> Planned | None:
     mixing = Mixing(weights=weights, **(settings.mix.model_dump(exclude_none=True) if settings.mix else {}))
     seen = amounts(new, replay, mixing, settings)
     _look_at_amounts(view, settings, seen, sum(map(len, new.values())))
+    _look_at_plugins(view, settings, kept_weights(settings, shapes))
     found = estimate(view.label, seen, settings, shapes, look.recipe.numerics, done=_is_done(view))
     return Planned(found, resume_bytes(settings, shapes), rescue_bytes(view, found.disk_bytes))
 
@@ -226,6 +237,30 @@ def look_at_merge(view: StageView) -> Planned | None:
     return Planned(found, 0, rescue_bytes(view, found.disk_bytes))
 
 
+def look_at_federated(view: StageView) -> Planned | None:
+    """Rows of all clients, and what they train: an adapter each, in turn."""
+    look, settings = view.look, view.resolved
+    if look.shapes is None or any(name not in look.rows for name in view.settings.new_sources):
+        return None
+    rows = sum(len(look.rows[name]) for name in view.settings.new_sources)
+    clients = len(settings.clients)
+    # Client updates and the exchanges' models, in float32, and what is published.
+    adapters = settings.rank * look.shapes.sides * 4 * (settings.exchanges * (clients + 1) + 1)
+    found = StageEstimate(
+        label=view.label,
+        new_rows=rows * settings.exchanges,
+        replay_rows=0,
+        steps=0,
+        tokens=0,
+        counted_tokens=0,
+        seconds=0,
+        disk_bytes=adapters,
+        done=_is_done(view),
+        summary=f"{rows:,} rows with {clients} clients, {settings.exchanges} exchanges, {settings.aggregate}",
+    )
+    return Planned(found, 0, rescue_bytes(view, found.disk_bytes))
+
+
 LOOKS: dict[str, Callable[[StageView], Planned | None]] = {
     "sft": look_at_training,
     "dpo": look_at_training,
@@ -233,6 +268,7 @@ LOOKS: dict[str, Callable[[StageView], Planned | None]] = {
     "distill": look_at_distill,
     "external": look_at_external,
     "merge": look_at_merge,
+    "federated": look_at_federated,
 }
 
 
@@ -245,6 +281,24 @@ def rescue_bytes(view: StageView, disk_bytes: int) -> int:
     rungs = view.round.rescue if view.round.rescue is not None else view.look.recipe.rescue
     may_rescue = view.index == len(view.round.stages) - 1 and any(rung.interpolate for rung in rungs)
     return disk_bytes * may_rescue
+
+
+def _look_at_plugins(view: StageView, settings: ResolvedTraining, trained: int) -> None:
+    """What the stage's plug-ins keep in memory, whether they can work with what is trained, and what they remember."""
+    assert isinstance(view.settings, Training)
+    for kind, name, options in view.settings.plugins:
+        plugin, place = find_plugin(kind, name), f".{kind}.{name}"
+        if settings.tune.kind not in plugin.tunes:
+            told = f"found tune: {settings.tune.kind}, expected {' or '.join(plugin.tunes)}, which {name} works on."
+            view.say("error", told, "Change tune, or leave it out.", at=place)
+        copies = plugin.copies
+        if copies:
+            megabytes = copies * trained * 4 / 1e6
+            told = f"keeps {copies:g} float32 copies of the trained weights: {megabytes:,.1f} MB of memory."
+            view.say("note", told, at=place)
+        sources = getattr(options, "sources", None)
+        if sources == ["history"] and view.round_index == 0:
+            view.say("note", "remembers nothing in the first round: there is no history yet.", at=place)
 
 
 def _look_at_teachers(view: StageView, settings: ResolvedDistill) -> None:
@@ -318,7 +372,8 @@ def _replay_pool(
         view.say("warning", told, "Replay other rows: these are seen as new ones already.", at=".replay.from")
     if settings.replay.dedup and pool:
         new = [row for name in learnt for row in look.rows[name]]
-        kept = drop_duplicates([row for each in rows.values() for row in each], new).kept
+        near = settings.replay.dedup == "near"
+        kept = drop_duplicates([row for each in rows.values() for row in each], new, near=near).kept
         ids = {(row.source, row.id) for row in kept}
         pool = {name: [row for row in each if (row.source, row.id) in ids] for name, each in pool.items()}
     return {name: each for name, each in pool.items() if each}
@@ -368,5 +423,5 @@ def _data_digest(look: Look, name: str) -> str:
 
 def _history(recipe: Recipe, i: int) -> list[str]:
     """Names of the sources of new rows of the rounds before, as far as they can be replayed."""
-    names = dict.fromkeys(name for one in recipe.rounds[:i] for name in new_sources(one))
+    names = dict.fromkeys(name for one in recipe.rounds[:i] for name in kept_sources(one))
     return [name for name in names if recipe.data[name].format in REPLAYABLE]

@@ -5,6 +5,8 @@ import random
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, TypeVar
 
+import numpy as np
+
 from evertune.data.compared import compared_text
 from evertune.data.rows import Row
 from evertune.errors import DataError
@@ -55,12 +57,17 @@ def make_replay_stream(
     return stream
 
 
-def drop_duplicates(replay: Sequence[Row], new: Sequence[Row]) -> Deduplicated:
+def drop_duplicates(replay: Sequence[Row], new: Sequence[Row], *, near: bool = False) -> Deduplicated:
     """Replay rows that are neither a new row nor an earlier replay row.
 
     Compared are whole conversations, system turns included, and whole texts, normalised. A replay row with the same
     question and another answer stays.
+
+    Args:
+        near: leave out near-duplicates too, as `evertune data dedup` finds them; of two alike the longer stays.
     """
+    if near:
+        return _drop_near(replay, new)
     seen = {compared_text(row) for row in new}
     found = Deduplicated([], [])
     for row in replay:
@@ -68,6 +75,22 @@ def drop_duplicates(replay: Sequence[Row], new: Sequence[Row]) -> Deduplicated:
         (found.removed if text in seen else found.kept).append(row)
         seen.add(text)
     return found
+
+
+def _drop_near(replay: Sequence[Row], new: Sequence[Row]) -> Deduplicated:
+    from evertune.data.dedup import THRESHOLD, Memory, find_templates, resolve
+    from evertune.data.fingerprint import fingerprint, join
+
+    names = {name: i for i, name in enumerate(dict.fromkeys(row.source for row in [*new, *replay]))}
+    old, own = fingerprint(new), fingerprint(replay)
+    sources = [np.array([names[row.source] for row in rows], dtype=np.int64) for rows in (new, replay)]
+    templates = find_templates(join([old, own]), np.concatenate(sources))
+    found = resolve(own, sources=sources[1], earlier=Memory(old, templates, THRESHOLD), templates=templates)
+    stays = found.stays.tolist()
+    return Deduplicated(
+        [row for row, kept in zip(replay, stays, strict=True) if kept],
+        [row for row, kept in zip(replay, stays, strict=True) if not kept],
+    )
 
 
 def reservoir(rows: Iterable[T], size: int, seed: int) -> list[T]:

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
+from pydantic import BaseModel
+
 from evertune.recipe.schema import (
     Anchor,
     Config,
@@ -11,6 +13,7 @@ from evertune.recipe.schema import (
     Dpo,
     Ema,
     External,
+    Federated,
     Lora,
     Merge,
     Mix,
@@ -124,6 +127,8 @@ class ResolvedTraining(Resolved):
     gradient_checkpointing: bool
     ema: Ema | None
     save_steps: int
+    penalties: dict[str, Any]
+    gradient_rules: dict[str, Any]
 
     @property
     def replay_sources(self) -> list[str]:
@@ -213,6 +218,30 @@ class ResolvedExternal(Resolved):
 
 
 @dataclass(frozen=True)
+class ResolvedFederated(Resolved):
+    """A federated stage."""
+
+    clients: dict[str, list[str]]
+    exchanges: int
+    aggregate: str
+    rank: int
+    ranks: dict[str, int]
+    participation: float
+    weigh: str
+    proximal: float | None
+    norm_bound: float | None
+    too_large: str
+    trim: float
+    epochs: float | None
+    steps: int | None
+    lr: float
+    batch_rows: int
+    micro_batch_rows: int
+    max_tokens: int
+    too_long: str
+
+
+@dataclass(frozen=True)
 class ResolvedMerge(Resolved):
     """A merge stage: its settings, which the merge's method completes.
 
@@ -282,6 +311,19 @@ def resolve_external(recipe: Recipe, stage: External) -> ResolvedExternal:
     return ResolvedExternal(stage.command, stage.data, stage.files, stage.hours)
 
 
+def resolve_federated(recipe: Recipe, stage: Federated) -> ResolvedFederated:
+    """Fill in what a federated stage leaves open: one pass over a client's rows, the preset's rate for adapters."""
+    given = {field.name: getattr(stage, field.name) for field in fields(ResolvedFederated)}
+    is_timed = stage.epochs is not None or stage.steps is not None
+    return ResolvedFederated(
+        **{
+            **given,
+            "epochs": stage.epochs if is_timed else 1.0,
+            "lr": stage.lr if stage.lr is not None else PRESETS[recipe.preset].lora_lr,
+        }
+    )
+
+
 def resolve_merge(recipe: Recipe, stage: Merge) -> ResolvedMerge:
     """A merge stage keeps a float32 master where no dtype is given."""
     labels = frozenset(f"{one.name}/{i + 1}-{each.kind}" for one in recipe.rounds for i, each in enumerate(one.stages))
@@ -295,6 +337,7 @@ RESOLVERS: dict[type[StageSettings], Callable[[Recipe, Any], Resolved]] = {
     Distill: resolve_distill,
     External: resolve_external,
     Merge: resolve_merge,
+    Federated: resolve_federated,
 }
 
 
@@ -345,4 +388,6 @@ def _layered(values: dict[str, Any], *layers: Config | None) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     if isinstance(value, list):
         return [_plain(one) for one in value]
-    return value.model_dump(mode="json", by_alias=True) if isinstance(value, Config) else value
+    if isinstance(value, dict):
+        return {name: _plain(one) for name, one in value.items()}
+    return value.model_dump(mode="json", by_alias=True) if isinstance(value, BaseModel) else value

@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from evertune.recipe.plugins import GROUPS, Kind, find_plugin
 from evertune.recipe.schema import Recipe
 from evertune.recipe.strict_yaml import Steps, spell
 
@@ -191,14 +192,25 @@ class _Entries:
     models: tuple[Any, ...]
 
 
+@dataclass(frozen=True)
+class _Named:
+    """A mapping from names of plug-ins to their options."""
+
+    kind: Kind
+
+
 def _step_into(model: Any, step: str | int) -> Iterator[Any]:
     if isinstance(step, int):
         yield model
+    elif isinstance(model, _Named):
+        yield find_plugin(model.kind, step).options
     elif isinstance(model, _Entries):
         yield from model.models
     else:
         for name, one in model.model_fields.items():
-            if step in (name, one.alias):
+            if step in (name, one.alias) and name in GROUPS:
+                yield _Named(name)
+            elif step in (name, one.alias):
                 yield from _models_in(one.annotation)
 
 

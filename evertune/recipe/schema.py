@@ -6,7 +6,7 @@ Python build the same objects; `problems.py` adds file, line and "did you mean" 
 
 import shlex
 import string
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
@@ -19,6 +19,9 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
+
+from evertune.methods import Method, methods, named
+from evertune.recipe.plugins import Kind, check_options, find_plugin
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
 Share = Annotated[float, Field(ge=0.0, lt=1.0, allow_inf_nan=False)]
@@ -148,6 +151,18 @@ class Verifier(OneKey):
     """A pattern that must match the whole trimmed output. The item's `answer` is not read."""
     json_schema: dict[str, Any] | None = None
     """A JSON Schema the output must satisfy; when the item has an `answer` object, it must equal it too."""
+    parts: "Annotated[dict[Name, VerifierPart], Field(min_length=1)] | None" = None
+    """Several verifiers of the same answer, by name. The score is their weighted mean; in an rl stage the score of each
+    part is logged."""
+
+
+class VerifierPart(Config):
+    """One part of a verifier that has several."""
+
+    weight: Positive = 1.0
+    """Its weight in the mean."""
+    check: Verifier
+    """How it checks."""
 
 
 Role = Literal["guard", "target", "watch"]
@@ -181,6 +196,12 @@ class Probe(Config):
     """Use only the first items, in file order."""
     margin: Points | None = None
     """Overrides the gate's margin for this probe: the drop that must be ruled out."""
+    held_out: bool = False
+    """Asked only when everything else says PROMOTE, and each look is recorded: items that nobody tunes against."""
+    samples: int = Field(1, gt=0, le=64)
+    """For `generate`: answers drawn for each item, which counts by their mean. 1 is the likeliest answer."""
+    temperature: Annotated[float, Field(gt=0.0, le=4.0, allow_inf_nan=False)] | None = None
+    """Of drawn answers. Given with `samples` above 1, and only then."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "Probe":
@@ -194,6 +215,10 @@ class Probe(Config):
             raise ValueError("'metric' goes with 'lm_eval' only")
         if (self.kind == "generate") != (self.verifier is not None):
             raise ValueError("'verifier' is needed for kind 'generate', and for no other kind")
+        if (self.samples > 1) != (self.temperature is not None):
+            raise ValueError("'samples' above 1 and 'temperature' go together")
+        if self.held_out and self.role == "watch":
+            raise ValueError("'held_out: true' needs role 'guard' or 'target': a watched probe decides nothing")
         if self.safety and self.role != "guard":
             raise ValueError("'safety: true' needs role 'guard'")
         self._check_unread()
@@ -204,6 +229,7 @@ class Probe(Config):
         readers = {
             "normalise": ("choice",),
             "max_new_tokens": ("generate",),
+            "samples": ("generate",),
             "system": ("choice", "generate", "bits_per_byte"),
         }
         kind = self.kind or "lm_eval"
@@ -246,8 +272,9 @@ class Replay(Config):
     sources: Names = Field(default_factory=lambda: ["history"], alias="from")
     """Data sources to replay, and `history`: the training rows of this run's promoted rounds. `[history]` when not
     given; in the first round that is nothing, and the share is 0."""
-    dedup: bool = True
-    """Leave out replay rows whose normalised text is also a new row, or an earlier replay row."""
+    dedup: bool | Literal["near"] = True
+    """Leave out replay rows whose normalised text is also a new row, or an earlier replay row; `near`: those that are
+    nearly a new row or another replay row too (docs/data.md)."""
 
     model_config = ConfigDict(populate_by_name=True)
 
@@ -283,6 +310,8 @@ class StageSettings(Config):
 
     formats: ClassVar[tuple[RowFormat, ...]] = ()
     """Formats of the sources of new rows it reads."""
+    is_private: ClassVar[bool] = False
+    """Its rows belong to others and are not kept for later replay."""
 
     @property
     def new_sources(self) -> list[str]:
@@ -293,6 +322,19 @@ class StageSettings(Config):
     def replayed_sources(self) -> list[str]:
         """Names of the sources that the stage itself asks to replay."""
         return []
+
+    @property
+    def remembered_sources(self) -> list[str]:
+        """Names of the sources that its plug-ins remember, `history` among them."""
+        return []
+
+
+def _plugins_of(kind: Kind) -> BeforeValidator:
+    return BeforeValidator(lambda value: check_options(kind, value))
+
+
+Penalties = Annotated[dict[Name, Any], _plugins_of("penalties")]
+GradientRules = Annotated[dict[Name, Any], _plugins_of("gradient_rules")]
 
 
 class Mix(Config):
@@ -355,6 +397,12 @@ class Training(StageSettings):
     anchor: Anchor | None = None
     """Anchor here; what it leaves out comes from `defaults.anchor`, then from the preset."""
 
+    penalties: Penalties = {}
+    """Further penalties, each with its options, such as `{ewc: {weight: 1.0}}`: plug-ins, with those of
+    docs/academic.md among them. `{}` takes the defaults."""
+    gradient_rules: GradientRules = {}
+    """Rules that change each step's gradient, each with its options, in this order: plug-ins as well."""
+
     @model_validator(mode="after")
     def _one_length(self) -> Self:
         if self.epochs is not None and self.steps is not None:
@@ -381,6 +429,18 @@ class Training(StageSettings):
     def most_rows(self) -> int:
         """The most rows that one step can show the model."""
         return self.batch_rows
+
+    @property
+    def plugins(self) -> Iterator[tuple[Kind, str, Any]]:
+        """Kind, name and options of every plug-in it names."""
+        for name, options in self.penalties.items():
+            yield "penalties", name, options
+        for name, options in self.gradient_rules.items():
+            yield "gradient_rules", name, options
+
+    @property
+    def remembered_sources(self) -> list[str]:
+        return list(dict.fromkeys(one for _, _, options in self.plugins for one in getattr(options, "sources", ())))
 
     @property
     def new_sources(self) -> list[str]:
@@ -626,6 +686,67 @@ class External(StageSettings):
         return self.data or []
 
 
+class Federated(StageSettings):
+    """Rounds over clients that keep their rows (docs/federated.md). Academic: needs `academic: allow`."""
+
+    formats = REPLAYABLE
+    is_private = True
+
+    clients: Annotated[dict[Name, Names], Field(min_length=1)]
+    """Clients by name, each with the names of its data sources. The rows are not kept for later replay."""
+    exchanges: int = Field(2, gt=0)
+    """Times that clients get the model, train, and send an update."""
+    aggregate: Literal["fedavg", "fedex", "fed_talora", "ffa", "flora", "flexlora", "median", "trimmed_mean"] = "flora"
+    """How updates become one. `flora`, `fedex`, `fed_talora` and `ffa` are the exact mean of the products; `flexlora`
+    is that mean cut back to `rank`; `fedavg` averages the factors, which is another thing; `median` and `trimmed_mean`
+    bound what one client can do."""
+    rank: int = Field(16, gt=0, le=1024)
+    """Rank of the clients' updates; their scale is 2."""
+    ranks: dict[Name, Annotated[int, Field(gt=0, le=1024)]] = {}
+    """Ranks of clients that differ, with a rule that averages products."""
+    participation: float = Field(1.0, gt=0.0, le=1.0)
+    """Share of the clients that are asked in each exchange, drawn by the seed; at least one."""
+    weigh: Literal["rows", "equal"] = "rows"
+    """Weight of a client in the mean: its rows, or 1."""
+    proximal: Positive | None = None
+    """Mu of FedProx: mu / 2 times the squared distance of a client's weights from what it got."""
+    norm_bound: Positive | None = None
+    """Largest norm of a client's update; any when not given."""
+    too_large: Literal["refuse", "clip"] = "refuse"
+    """What is done with an update above `norm_bound`."""
+    trim: float = Field(0.2, gt=0.0, lt=0.5)
+    """Share of the clients that `trimmed_mean` leaves out at each end of every entry."""
+    epochs: Positive | None = None
+    """Passes over a client's rows in each exchange; 1 when neither this nor `steps` is given."""
+    steps: int | None = Field(None, gt=0)
+    """Optimizer steps of a client in each exchange."""
+    lr: Annotated[float, Field(gt=0.0, le=1.0, allow_inf_nan=False)] | None = None
+    """Learning rate of the clients, constant; the preset's when not given."""
+    batch_rows: int = Field(16, gt=0)
+    """Rows in one optimizer step."""
+    micro_batch_rows: int = Field(4, gt=0)
+    """Rows in one forward pass."""
+    max_tokens: int = Field(1024, gt=1)
+    """Longest row in tokens."""
+    too_long: Literal["error", "drop"] = "error"
+    """Whether a row that is longer keeps a client from returning, or is left out."""
+
+    @model_validator(mode="after")
+    def _ranks_fit(self) -> Self:
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("give 'epochs' or 'steps', not both")
+        unknown = sorted(set(self.ranks) - set(self.clients))
+        if unknown:
+            raise ValueError(f"ranks: found no client '{unknown[0]}'; clients has: {', '.join(self.clients)}")
+        if self.ranks and self.aggregate in ("fedavg", "fedex", "fed_talora", "ffa"):
+            raise ValueError(f"'ranks' needs a rule that averages products, such as flora; found {self.aggregate}")
+        return self
+
+    @property
+    def new_sources(self) -> list[str]:
+        return list(dict.fromkeys(name for sources in self.clients.values() for name in sources))
+
+
 MergeMethod = Literal[
     "linear", "ema", "interpolate", "task_arithmetic", "slerp", "model_stock", "ties", "dare_linear", "dare_ties",
     "della_linear", "della", "breadcrumbs", "breadcrumbs_ties", "sce", "ram", "magmax",
@@ -736,6 +857,8 @@ class Stage(OneKey):
     """Another trainer's command."""
     merge: Merge | None = None
     """Several models become one."""
+    federated: Federated | None = None
+    """Rounds over clients that keep their rows."""
 
     @property
     def settings(self) -> StageSettings:
@@ -786,6 +909,9 @@ class Gate(Config):
     """A guard or target with fewer items cannot promote."""
     min_clusters: int = Field(30, gt=0)
     """A guard or target with fewer clusters cannot promote."""
+    spend_alpha: bool = False
+    """Spend alpha over the run: the k-th verdict is taken at 6 alpha / (pi k)^2, so that the chance of ever promoting a
+    bad candidate, or ever holding an unharmed one, stays alpha over all rounds and rescues together."""
 
 
 class Interpolate(Config):
@@ -793,16 +919,77 @@ class Interpolate(Config):
 
     alphas: list[Annotated[float, Field(gt=0.0, lt=1.0)]] = Field(default=[0.9, 0.8, 0.7, 0.5, 0.3], min_length=1)
     """Shares of the candidate to try, applied in memory; only the winner is written."""
+    toward: Literal["start", "champion"] = "start"
+    """The reference: what the round started from, or the last promoted model."""
+    blocks: int = Field(1, ge=1, le=16)
+    """With more than one, the layers are cut into as many blocks, and each share is tried on one block at a time, the
+    others staying whole: what was lost may lie in one part of the network. Tries blocks times shares."""
+
+
+class MoreReplay(Config):
+    """The round's stages again, with more replay."""
+
+    factor: float = Field(2.0, gt=1.0, allow_inf_nan=False)
+    """Times the share of replay."""
+    most: Share = 0.5
+    """The largest share."""
+    by_probe: dict[Name, Names] = {}
+    """Sources that are replayed too where this probe fell: rows of the skill that was lost."""
+
+
+class Scaled(Config):
+    """The round's stages again, with one setting multiplied."""
+
+    factor: Positive
+
+
+class LowerLr(Scaled):
+    """The round's stages again, with a lower learning rate."""
+
+    factor: float = Field(0.3, gt=0.0, lt=1.0)
+    """Times the learning rate."""
+
+
+class FewerEpochs(Scaled):
+    """The round's stages again, for a shorter time."""
+
+    factor: float = Field(0.5, gt=0.0, lt=1.0)
+    """Times the epochs, or the steps."""
+
+
+class StrongerAnchor(Scaled):
+    """The round's stages again, held closer to their reference."""
+
+    factor: float = Field(4.0, gt=1.0, allow_inf_nan=False)
+    """Times the anchor's weight; 0.05 where it was off."""
 
 
 class Rung(OneKey):
     """One rung of the rescue ladder: exactly one key."""
 
-    bare_names = ("interpolate", "discard")
+    bare_names = (
+        "interpolate",
+        "drop_stage",
+        "more_replay",
+        "stronger_anchor",
+        "lower_lr",
+        "fewer_epochs",
+        "discard",
+    )
     noun = "a rescue rung"
 
     interpolate: Interpolate | None = None
     """Between the reference and the candidate."""
+    drop_stage: NoOptions | None = None
+    """The round without the stage after which the failing guards fell most."""
+    more_replay: MoreReplay | None = None
+    """The round again, with more replay, of the skill that fell where `by_probe` says so."""
+    stronger_anchor: StrongerAnchor | None = None
+    """The round again, held closer to its reference."""
+    lower_lr: LowerLr | None = None
+    """The round again, with a lower learning rate."""
+    fewer_epochs: FewerEpochs | None = None
+    """The round again, for a shorter time."""
     discard: NoOptions | None = None
     """Set the candidate aside; the champion stays, bit for bit."""
 
@@ -838,6 +1025,15 @@ class Consolidate(OneKey):
         return {"merge": {"method": "linear", "models": models}}
 
 
+class RescueBudget(Config):
+    """What a round's rescue may cost."""
+
+    attempts: int = Field(6, gt=0)
+    """Rungs that are tried at most."""
+    training: Positive = 3.0
+    """Optimizer steps of all attempts, in multiples of the round's own; no rung that trains begins beyond it."""
+
+
 class Round(Config):
     """One update of the model: stages in order, from a start checkpoint to a candidate."""
 
@@ -869,6 +1065,15 @@ def new_sources(one: Round) -> list[str]:
     return list(dict.fromkeys(name for stage in one.stages for name in stage.settings.new_sources))
 
 
+def kept_sources(one: Round) -> list[str]:
+    """Names of the sources whose rows are kept once the round is promoted."""
+    return list(
+        dict.fromkeys(
+            name for stage in one.stages if not stage.settings.is_private for name in stage.settings.new_sources
+        )
+    )
+
+
 class Numerics(Config):
     """How numbers are computed. Bits repeat on the same machine class only."""
 
@@ -896,6 +1101,8 @@ class Recipe(Config):
     """Folder of this run's checkpoints, ledger and cache, relative to the recipe."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Seeds the order of rows, new adapters and dropout: the same recipe gives the same model."""
+    academic: Literal["refuse", "allow"] = "refuse"
+    """`allow` lets the recipe use academic methods, which nobody has validated in production (docs/methods.md)."""
     preset: Literal["gentle", "balanced", "full"] = "balanced"
     """Where values come from that neither a stage nor `defaults` gives: docs/recipe.md lists each number's source."""
     data: dict[Name, DataSource] = Field(min_length=1)
@@ -911,7 +1118,9 @@ class Recipe(Config):
     """What a promotion must show."""
     rescue: list[Rung] = Field(default_factory=lambda: [Rung(interpolate=Interpolate()), Rung(discard=NoOptions())])
     """Tried in order after a round that is not promoted; each attempt is probed and judged like any candidate.
-    `[interpolate, discard]` when not given."""
+    `[interpolate, discard]` when not given. All bounds are taken at alpha divided by the number that is tried."""
+    rescue_budget: RescueBudget = RescueBudget()
+    """When climbing ends."""
     rounds: list[Round] = Field(min_length=1)
     """Updates, in order; each starts where the promoted ones before it lead."""
     numerics: Numerics = Numerics()
@@ -930,6 +1139,12 @@ class Recipe(Config):
 def _check_references(recipe: Recipe) -> None:
     """Raise for names that name nothing, names that stand twice, and sources of the wrong format: one line each."""
     problems = [*_round_problems(recipe), *_source_problems(recipe), *_teacher_problems(recipe)]
+    if recipe.academic == "refuse":
+        problems += [
+            f"{place}: found an academic method, {method}, which is not production-validated; expected "
+            "'academic: allow' at the top of the recipe, if that is what you want"
+            for place, method in academic_choices(recipe)
+        ]
     if "history" in recipe.data:
         problems.append("data.history: 'history' is a reserved name: the rows of promoted rounds")
     if problems:
@@ -956,6 +1171,9 @@ def _source_problems(recipe: Recipe) -> Iterator[str]:
             place, settings = f"rounds[{i}].stages[{k}].{stage.kind}", stage.settings
             named += [(f"{place}.data", name, stage.kind, settings.formats) for name in settings.new_sources]
             named += [(f"{place}.replay.from", name, "replay", REPLAYABLE) for name in settings.replayed_sources]
+            named += [
+                (place, name, "a memory", REPLAYABLE) for name in settings.remembered_sources if name != "history"
+            ]
     for place, name, reader, formats in named:
         source = recipe.data.get(name)
         if source is None:
@@ -1004,6 +1222,40 @@ def known_teachers(recipe: Recipe, round_index: int, stage_index: int) -> list[s
 def stage_labels(one: Round) -> list[str]:
     """What people call the checkpoints of a round's stages."""
     return [f"{one.name}/{k + 1}-{stage.kind}" for k, stage in enumerate(one.stages)]
+
+
+def academic_choices(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Place and method of everything academic that a recipe chooses: plug-ins, and keys of the table of methods."""
+    chosen = {key: one for one in methods().values() if one.standing == "academic" for key in one.keys}
+    yield from _chosen(recipe, chosen, "")
+    for i, one in enumerate(recipe.rounds):
+        for k, stage in enumerate(one.stages):
+            if isinstance(stage.settings, Training):
+                for kind, name, _ in stage.settings.plugins:
+                    plugin = find_plugin(kind, name)
+                    if plugin.standing == "academic":
+                        yield (
+                            f"rounds[{i}].stages[{k}].{stage.kind}.{kind}.{name}",
+                            named([plugin.method], "academic")[0],
+                        )
+
+
+def _chosen(value: Any, chosen: Mapping[str, Method], place: str) -> Iterator[tuple[str, str]]:
+    """Where a setting of the recipe is one of these keys: `Model.field`, or `Model.field=value`."""
+    if isinstance(value, list | tuple):
+        for i, one in enumerate(value):
+            yield from _chosen(one, chosen, f"{place}[{i}]")
+    elif isinstance(value, dict):
+        for key, one in value.items():
+            yield from _chosen(one, chosen, f"{place}.{key}".lstrip("."))
+    elif isinstance(value, Config):
+        owners = [one.__name__ for one in type(value).__mro__]
+        for name, one in value:
+            inner = f"{place}.{name}".lstrip(".")
+            keys = [key for owner in owners for key in (f"{owner}.{name}", f"{owner}.{name}={one}") if key in chosen]
+            if keys and one is not None:
+                yield inner, f"{chosen[keys[0]].name} ({chosen[keys[0]].id})"
+            yield from _chosen(one, chosen, inner)
 
 
 def _replayed(replay: Replay | None) -> list[str]:

@@ -2,7 +2,7 @@
 
     sft.py        supervised fine-tuning        dpo.py        preferences
     rl.py         verifiable rewards            distill.py    teachers into a student
-    external.py   another trainer's command
+    external.py   another trainer's command     federated.py  clients that keep their rows
     place.py      where a stage stands          training.py   what trained kinds have in common
 
 To add a kind: a settings class and a key of `Stage` in recipe/schema.py, its resolver in recipe/presets.py, a file
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from evertune.stages import distill, dpo, external, merge, rl, sft
+from evertune.stages import distill, dpo, external, federated, merge, rl, sft
 from evertune.stages.place import Order, Past, Place
 from evertune.workspace import Workspace
 
@@ -44,4 +44,5 @@ KINDS: dict[str, StageKind] = {
     "distill": StageKind(distill.order, distill.perform, is_launched=True),
     "external": StageKind(external.order, external.perform),
     "merge": StageKind(merge.order, merge.perform),
+    "federated": StageKind(federated.order, federated.perform),
 }

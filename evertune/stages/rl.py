@@ -55,4 +55,4 @@ def _check(spec: RlSpec, source: str, output: str, answer: Any) -> "Checked":
     from evertune.train.rollout import Checked
 
     found = verifiers.check(spec.verifiers[source], output=output, answer=answer)
-    return Checked(found.score, found.error)
+    return Checked(found.score, found.error, dict(found.parts))

@@ -1,15 +1,17 @@
 """What the orders of trained stages have in common: rows, replay, anchor, numerics, and the key."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from evertune.data.cleaned import Given
-from evertune.hashing import digest_json
+from evertune.hashing import digest_file, digest_json
 from evertune.model.checkpoint import Checkpoint
+from evertune.recipe.plugins import Kind, find_plugin
 from evertune.recipe.presets import ResolvedTraining
 from evertune.recipe.schema import Training
 from evertune.stages.place import Place
-from evertune.train.spec import AnchorSpec, RowsRef, TrainingSpec
+from evertune.train.spec import CARRIED, AnchorSpec, PluginSpec, RowsRef, TrainingSpec
 from evertune.workspace import read_manifest
 
 
@@ -28,6 +30,7 @@ def training_fields(place: Place, settings: ResolvedTraining) -> dict[str, Any]:
         "share": settings.replay.share if replay else 0.0,
         "dedup": settings.replay.dedup,
         "anchor": _anchor_spec(place, settings),
+        "plugins": [_plugin_spec(place, *one) for one in stage.plugins],
         "tune": settings.tune.model_dump(exclude_none=True),
         "lr": settings.lr,
         "epochs": settings.epochs,
@@ -63,17 +66,40 @@ def training_key(version: int, spec: TrainingSpec) -> str:
     facts["replay"] = [[ref.source, ref.digest] for ref in spec.replay]
     if spec.anchor is not None:
         facts["anchor"]["reference"] = spec.anchor.reference.digest
+    facts["plugins"] = [one.identity() for one in spec.plugins]
     return digest_json({"kind": spec.kind, "version": version, **facts})
 
 
 def _replay_refs(place: Place, settings: ResolvedTraining) -> list[RowsRef]:
+    return _refs(place, settings.replay_sources)
+
+
+def _refs(place: Place, sources: Iterable[str]) -> list[RowsRef]:
+    """Where the rows of these sources are; `history` is every source of every promoted round."""
     refs = []
-    for name in settings.replay_sources:
+    for name in sources:
         if name == "history":
             refs += [ref for folder in place.histories for ref in _history_refs(place, folder)]
         else:
             refs.append(place.plan.rows_ref(name, without=place.without))
     return refs
+
+
+def _plugin_spec(place: Place, kind: Kind, name: str, options: Any) -> PluginSpec:
+    plugin = find_plugin(kind, name)
+    carried = place.start.path / CARRIED / f"{name}.safetensors"
+    is_there = carried.is_file()
+    return PluginSpec(
+        kind=kind,
+        name=name,
+        method=plugin.method,
+        make=plugin.make,
+        version=plugin.version,
+        options=options.model_dump(mode="json"),
+        memory=_refs(place, getattr(options, "sources", ())),
+        carried=str(carried) if is_there else None,
+        carried_digest=digest_file(carried) if is_there else None,
+    )
 
 
 def _history_refs(place: Place, folder: Path) -> list[RowsRef]:

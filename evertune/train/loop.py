@@ -24,7 +24,7 @@ from evertune.errors import TrainingError
 from evertune.train.batch import counted_positions
 from evertune.train.objective import CrossEntropy, Objective, Policy, StepCounts
 from evertune.train.optimizer import Masters, Schedule, rate_factor
-from evertune.train.penalty import Penalty
+from evertune.train.penalty import GradientRule, Penalty
 from evertune.train.resume import ResumePoints
 from evertune.train.sink import Metrics, Sink
 
@@ -78,11 +78,12 @@ class Pace:
 
 @dataclass
 class Trainer:
-    """Performs optimizer steps. State lies in `masters` only.
+    """Performs optimizer steps. State lies in `masters` and in the rules only.
 
     Args:
         feed: the stream of rows.
         penalties: terms added to the objective.
+        rules: change each step's gradient, in this order; use `add_rule`, so that they see the weights too.
     """
 
     policy: Policy
@@ -92,6 +93,12 @@ class Trainer:
     accelerator: Accelerator
     penalties: Sequence[Penalty] = ()
     objective: Objective = CrossEntropy()  # noqa: RUF009 - it holds nothing
+    rules: Sequence[GradientRule] = ()
+
+    def add_rule(self, rule: GradientRule) -> None:
+        """Let a rule change gradients and see the weights from the next step on."""
+        self.rules = [*self.rules, rule]
+        self.masters.after_step.append(rule.see)
 
     def step(self, step: int) -> Metrics:
         """Perform step number `step` (from 0); returns its metrics, in nats per counted or penalised token.
@@ -110,6 +117,7 @@ class Trainer:
                 with dropout_seed(self.policy.device, self.pace.seed, step, micro_step, rank):
                     sums += self.backward(items, counts)
         losses = self._finish_losses(sums, step, counts)
+        told = self._apply_rules(step)
         norm = self.masters.clip(self.pace.clip, step=step + 1)
         rate = self.pace.rate * rate_factor(
             step, steps=self.pace.steps, warmup=self.pace.warmup, schedule=self.pace.schedule
@@ -119,6 +127,7 @@ class Trainer:
             "step": step + 1,
             "steps": self.pace.steps,
             **losses,
+            **told,
             "lr": rate,
             "grad_norm": norm,
             "tokens": counts.tokens,
@@ -126,6 +135,26 @@ class Trainer:
             "new_rows": counts.rows - counts.replayed,
             "replay_rows": counts.replayed,
         }
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """Everything a resumed run needs: that of the masters, and of each rule that has some."""
+        rules = {f"rule-{rule.name}": rule.state() for rule in self.rules}
+        return {**self.masters.state(), **{name: one for name, one in rules.items() if one}}
+
+    def load_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Go back to what `state` returned, bit for bit."""
+        self.masters.load_state(state)
+        for rule in self.rules:
+            rule.load_state(state.get(f"rule-{rule.name}", {}))
+
+    def _apply_rules(self, step: int) -> dict[str, float]:
+        told: dict[str, float] = {}
+        for rule in self.rules:
+            gradients = self.masters.gradients()
+            told |= rule.change(gradients, step)
+            # A rule may have formed gradients of its own in the same place.
+            self.masters.set_gradients(gradients)
+        return told
 
     def count(self, step: int) -> StepCounts:
         """Count the items of a step over all processes."""
@@ -201,7 +230,7 @@ def train(
             if may_save and (done // save_steps > (done - every) // save_steps or is_stopping):
                 trainer.masters.check_finite(step=done)
                 if trainer.accelerator.is_main_process:
-                    points.save(done, trainer.masters.state(), sink.history)
+                    points.save(done, trainer.state(), sink.history)
                 trainer.accelerator.wait_for_everyone()
             if is_stopping:
                 raise KeyboardInterrupt

@@ -115,6 +115,7 @@ class Material:
             "pool_rows": sum(len(rows) for rows in self.replay.values()),
             "removed_duplicates": self.removed_duplicates,
             "sources": {source: replayed[source] for source in sorted(self.replay)},
+            "sha256": {ref.source: ref.digest for ref in spec.replay},
         }
 
 
@@ -131,7 +132,7 @@ def load_material(spec: TrainingSpec, codec: Codec, *, world_size: int, encode: 
     replay_rows = {ref.source: _read(ref) for ref in spec.replay} if spec.share > 0.0 else {}
     removed = 0
     if spec.dedup and replay_rows:
-        replay_rows, removed = _drop_duplicates(replay_rows, new_rows)
+        replay_rows, removed = _drop_duplicates(replay_rows, new_rows, near=spec.dedup == "near")
     limits: dict[str, Any] = {"max_tokens": spec.max_tokens, "too_long": spec.too_long}
     new = {source: encode(rows, codec, **limits) for source, rows in new_rows.items()}
     # Where every replay row is also a new one, nothing is left to replay: the ledger then shows a share of 0.
@@ -175,8 +176,11 @@ def _read(ref: RowsRef) -> list[Row]:
     return read_rows(Path(ref.path), format=ref.format, source=ref.source, limit=ref.limit)
 
 
-def _drop_duplicates(replay: dict[str, list[Row]], new: dict[str, list[Row]]) -> tuple[dict[str, list[Row]], int]:
-    kept, removed = drop_duplicates(*([row for rows in each.values() for row in rows] for each in (replay, new)))
+def _drop_duplicates(
+    replay: dict[str, list[Row]], new: dict[str, list[Row]], *, near: bool
+) -> tuple[dict[str, list[Row]], int]:
+    old, learnt = ([row for rows in each.values() for row in rows] for each in (replay, new))
+    kept, removed = drop_duplicates(old, learnt, near=near)
     return {source: [row for row in kept if row.source == source] for source in replay}, len(removed)
 
 

@@ -1,7 +1,7 @@
 """AdamW on float32 master copies of the trained weights, the learning-rate schedule, and the average over steps."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
@@ -36,6 +36,8 @@ def rate_factor(step: int, *, steps: int, warmup: int, schedule: Schedule) -> fl
 class Masters:
     """The trained weights in float32, with their gradients, AdamW's moments and, when asked, their average.
 
+    What is in `after_step` is called with the weights after each step, before the model and the average follow them.
+
     A float32 parameter is its own master. A narrower one gets a copy; its gradient is added to the copy's in float32
     as soon as a backward pass has formed it, and freed, so micro-batches do not round away in bfloat16.
 
@@ -51,6 +53,7 @@ class Masters:
         self._trained = dict(trained)
         self.weights = {name: _master(parameter) for name, parameter in self._trained.items()}
         self.average = {name: one.detach().clone() for name, one in self.weights.items()} if ema_decay else None
+        self.after_step: list[Callable[[Mapping[str, Tensor]], None]] = []
         self._ema_decay = ema_decay or 0.0
         groups = [
             {"params": [one for one in self.weights.values() if one.ndim >= 2], "weight_decay": weight_decay},
@@ -66,6 +69,11 @@ class Masters:
     def gradients(self) -> dict[str, Tensor]:
         """The gradients accumulated so far; a parameter no loss has reached is absent."""
         return {name: one.grad for name, one in self.weights.items() if one.grad is not None}
+
+    def set_gradients(self, gradients: Mapping[str, Tensor]) -> None:
+        """Put these gradients, float32 and in the masters' shapes, in place of what has been accumulated."""
+        for name, weight in self.weights.items():
+            weight.grad = gradients.get(name)
 
     def clip(self, largest_norm: float | None, *, step: int) -> float:
         """Scale the gradients so that their joint norm is at most `largest_norm`; returns the norm before.
@@ -88,6 +96,8 @@ class Masters:
         self._adam.step()
         self.zero_gradients()
         with torch.no_grad():
+            for look in self.after_step:
+                look(self.weights)
             self._write(self.weights)
             for name, average in (self.average or {}).items():
                 average.lerp_(self.weights[name].detach(), 1.0 - self._ema_decay)

@@ -70,7 +70,7 @@ class PolicyGradient:
             "flat": len(answers),
             "verifier_errors": len(answers),
             "reward": len(known),
-            **{f"reward/{ref.source}": sum(one.source == ref.source for one in known) for ref in self.spec.new},
+            **{name: sum(one.source == source for one in known) for name, source, _ in reward_names(self.spec)},
             "replay_loss": sum(counted_positions(row) for item in items if item.is_replay for row in item.rows),
         }
 
@@ -134,17 +134,25 @@ class PolicyGradient:
         }[spec.average]
         found["loss"] = (loss_N * weight_N).sum()
         sums.update({name: one.detach().float() for name, one in found.items()})
-        sums.update({name: torch.tensor(one, device=device) for name, one in _plain_sums(answers, sums).items()})
+        sums.update({name: torch.tensor(one, device=device) for name, one in _plain_sums(answers, spec).items()})
         return found["loss"] / counts.divisors["loss"]
 
 
-def _plain_sums(answers: Sequence[EncodedAnswer], names: dict[str, Tensor]) -> dict[str, float]:
+def reward_names(spec: RlSpec) -> list[tuple[str, str, str | None]]:
+    """Metrics of the rewards: name, source, and the part of the source's verifier, None for the whole."""
+    found: list[tuple[str, str, str | None]] = []
+    for source, verifier in spec.verifiers.items():
+        found.append((f"reward/{source}", source, None))
+        found += [(f"reward/{source}/{part}", source, part) for part in verifier.get("parts", ())]
+    return found
+
+
+def _plain_sums(answers: Sequence[EncodedAnswer], spec: RlSpec) -> dict[str, float]:
     """Sums of what is known of the answers beside their likelihood."""
     known = [one for one in answers if not math.isnan(one.reward)]
     by_source = {
-        name: math.fsum(one.reward for one in known if f"reward/{one.source}" == name)
-        for name in names
-        if name.startswith("reward/")
+        name: math.fsum(one.reward if part is None else one.parts[part] for one in known if one.source == source)
+        for name, source, part in reward_names(spec)
     }
     return {
         "length": float(sum(counted_positions(one.row) for one in answers)),
@@ -232,7 +240,7 @@ class _Rewarded(Lesson):
         }
 
     def final(self, last: Sequence[Metrics]) -> dict[str, float]:
-        names = [*FINAL, *(f"reward/{ref.source}" for ref in self._spec.new)]
+        names = [*FINAL, *(name for name, _, _ in reward_names(self._spec))]
         return {name: mean_of(last, name) for name in names if any(name in one for one in last)}
 
     def brake(self, metrics: Metrics) -> str | None:

@@ -8,8 +8,8 @@ then trained on. The feed of an rl stage.
 # N counted positions, A prompts, G answers to each
 
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -28,10 +28,11 @@ LogProbabilities = Callable[[Sequence[EncodedRow]], list[Tensor]]
 
 @dataclass(frozen=True)
 class Checked:
-    """What a verifier found: a score in [0, 1], or the error that kept it from finding one."""
+    """What a verifier found: a score in [0, 1], or the error that kept it from finding one; and scores of its parts."""
 
     score: float
     error: str | None = None
+    parts: Mapping[str, float] = field(default_factory=dict)
 
 
 Check = Callable[[str, str, Any], Checked]
@@ -47,6 +48,7 @@ class EncodedAnswer:
         reward: NaN where the verifier failed.
         advantage: against the other answers to the prompt; 0 where the verifier failed.
         is_flat: all answers to the prompt have one reward, so that there is nothing to learn from them.
+        parts: scores of the verifier's parts, where it has several.
         stopped: the answer ended by itself.
         old_logp_N: what the policy that sampled gave its tokens; None where each answer is used once, at once.
         ref_logp_N: what the reference gives them; None where nothing is held to it.
@@ -62,6 +64,7 @@ class EncodedAnswer:
     repeats: float
     old_logp_N: Tensor | None
     ref_logp_N: Tensor | None
+    parts: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def is_replay(self) -> bool:
@@ -227,8 +230,11 @@ class RolloutFeed:
                 repeats=repeated_share(answer.ids),
                 old_logp_N=None,
                 ref_logp_N=None,
+                parts=one.parts,
             )
-            for g, (answer, reward, advantage) in enumerate(zip(answers, rewards[0].tolist(), advantages, strict=True))
+            for g, (answer, one, reward, advantage) in enumerate(
+                zip(answers, found, rewards[0].tolist(), advantages, strict=True)
+            )
         ]
 
 

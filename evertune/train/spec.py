@@ -28,6 +28,10 @@ _SETTINGS = (
 )
 
 
+# Folder of a checkpoint in which plug-ins leave what the next stage's go on from.
+CARRIED = "carried"
+
+
 @dataclass(frozen=True)
 class RowsRef:
     """Where one source's rows are, the digest of their bytes, and what was removed from them before (see
@@ -67,6 +71,42 @@ class AnchorSpec:
 
 
 @dataclass(frozen=True)
+class PluginSpec:
+    """A penalty or gradient rule from another package: what it is, what it remembers, what it goes on from.
+
+    Attributes:
+        kind: `penalties` or `gradient_rules`.
+        method: id in the table of methods.
+        make: `module:function` that makes it.
+        options: its options, plain.
+        memory: rows that it remembers; each is one earlier task.
+        carried: file in which the stage before left this plug-in's own state; None where there is none.
+    """
+
+    kind: Literal["penalties", "gradient_rules"]
+    name: str
+    method: str
+    make: str
+    version: int
+    options: dict[str, Any]
+    memory: list[RowsRef]
+    carried: str | None
+    carried_digest: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        return {**_plain_fields(self), "memory": [ref.to_json() for ref in self.memory]}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "PluginSpec":
+        return cls(**{**value, "memory": [RowsRef.from_json(ref) for ref in value["memory"]]})
+
+    def identity(self) -> dict[str, Any]:
+        """What a result depends on: no paths."""
+        memory = [[ref.source, ref.digest] for ref in self.memory]
+        return {**_plain_fields(self), "make": None, "memory": memory, "carried": None}
+
+
+@dataclass(frozen=True)
 class TrainingSpec:
     """What every trained stage needs. Meanings and ranges of the settings: the recipe's stages.
 
@@ -80,10 +120,10 @@ class TrainingSpec:
     base: Checkpoint
     new: list[RowsRef]
     weights: dict[str, float] | None
-    mix: dict[str, Any] | None
+    mix: dict[str, Any] | None = field(default=None, kw_only=True)
     replay: list[RowsRef]
     share: float
-    dedup: bool
+    dedup: bool | Literal["near"]
     tune: dict[str, Any]
     lr: float
     epochs: float | None
@@ -100,6 +140,7 @@ class TrainingSpec:
     ema_decay: float | None
     save_steps: int
     anchor: AnchorSpec | None
+    plugins: list[PluginSpec]
     seed: int
     dtype: Literal["bfloat16", "float32"]
     device: Literal["auto", "cpu", "cuda"]
@@ -121,6 +162,7 @@ class TrainingSpec:
             "new": [ref.to_json() for ref in self.new],
             "replay": [ref.to_json() for ref in self.replay],
             "anchor": self.anchor.to_json() if self.anchor else None,
+            "plugins": [one.to_json() for one in self.plugins],
         }
 
     @classmethod
@@ -133,6 +175,7 @@ class TrainingSpec:
                 "new": [RowsRef.from_json(ref) for ref in value["new"]],
                 "replay": [RowsRef.from_json(ref) for ref in value["replay"]],
                 "anchor": AnchorSpec.from_json(value["anchor"]) if value["anchor"] else None,
+                "plugins": [PluginSpec.from_json(one) for one in value["plugins"]],
             }
         )
 

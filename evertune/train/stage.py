@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from evertune.data.encode import EncodedRow
 from evertune.methods import standing_of
@@ -28,10 +29,11 @@ from evertune.train.loop import Feed, Pace, Trainer, cosine, gradient_of, make_a
 from evertune.train.material import Material
 from evertune.train.objective import Objective, Policy
 from evertune.train.optimizer import Masters, warmup_steps
+from evertune.train.plugins import plug_in
 from evertune.train.reference import Reference, ReferenceSource
 from evertune.train.resume import METRICS, ResumePoints
 from evertune.train.sink import Metrics, Sink, require_trackers, start_trackers, to_lines, without_volatile
-from evertune.train.spec import AnchorSpec, TrainingSpec
+from evertune.train.spec import CARRIED, AnchorSpec, TrainingSpec
 from evertune.workspace import Manifest, Workspace
 
 # The final loss is averaged over this many steps: one step's is mostly the luck of its rows.
@@ -149,10 +151,11 @@ def run_training(spec: TrainingSpec, workspace: Workspace, lesson: Lesson) -> di
     lesson.begin(trained)
     material = lesson.load(opened.codec, world_size=accelerator.num_processes)
     trainer = make_trainer(Setting(spec, opened, material, accelerator, workspace), trained, lesson)
+    plugged = plug_in(spec, trainer, opened, workspace)
     at_start = interference(trainer, material) if lesson.can_compare else None
     found = points.newest()
     if found is not None:
-        trainer.masters.load_state(found.state)
+        trainer.load_state(found.state)
     first, history = (found.step, found.history) if found is not None else (0, [])
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -164,7 +167,9 @@ def run_training(spec: TrainingSpec, workspace: Workspace, lesson: Lesson) -> di
     cosines = _start_and_end(at_start, interference(trainer, material)) if lesson.can_compare else None
     if accelerator.is_main_process:
         facts = {**_facts(spec, lesson, material, sink.history), "interference": cosines}
-        _publish(spec, workspace, opened, sink.history, facts, lesson.volatile())
+        if spec.plugins:
+            facts["plugins"] = plugged.facts()
+        _publish(spec, workspace, opened, sink.history, facts, lesson.volatile(), plugged.carried())
         points.clear()
     accelerator.wait_for_everyone()
     accelerator.end_training()
@@ -257,6 +262,7 @@ def _publish(
     history: Sequence[Metrics],
     facts: dict[str, Any],
     performance: Mapping[str, Any],
+    carried: Mapping[str, Mapping[str, Tensor]],
 ) -> None:
     """Write the trained model and its metrics as one object; drift is measured on the weights as written."""
 
@@ -268,6 +274,9 @@ def _publish(
         else:
             save_dense(opened.model, folder, like=spec.start)
         (folder / METRICS).write_bytes(to_lines(without_volatile(history)))
+        for name, tensors in carried.items():
+            (folder / CARRIED).mkdir(exist_ok=True)
+            save_file({key: one.contiguous() for key, one in tensors.items()}, folder / CARRIED / f"{name}.safetensors")
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         drift = stage_drift(opened, start=spec.start, base=spec.base, new=new)
         seconds = sum(one["seconds"] for one in history)
@@ -328,9 +337,10 @@ def _methods(spec: TrainingSpec, lesson: Lesson, *, has_replay: bool) -> list[st
         **lesson.methods(),
         "lora": spec.is_lora,
         "replay": has_replay,
-        "dedup": has_replay and spec.dedup,
+        "dedup": has_replay and bool(spec.dedup),
         "anchored_sft_kl": spec.anchor is not None and spec.anchor.kl > 0.0,
         "ema": spec.ema_decay is not None,
+        **{one.method: True for one in spec.plugins},
     }
     return [name for name, is_used in used.items() if is_used]
 

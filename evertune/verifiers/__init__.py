@@ -6,6 +6,7 @@ math         the output's final number or expression equals the answer (math-ver
 regex        a pattern matches the whole trimmed output; the answer is not read
 ifeval       the output meets constraints on its form (IFEval)
 python       the output's program passes tests, in a sandbox
+parts        several of these, weighted
 json_schema  the output is JSON that satisfies a schema, and equals the answer when that is an object or a list
 """
 

@@ -28,6 +28,31 @@ class Verifier:
     validate: Validate
 
 
+def weighted_parts(parts: Mapping[str, Any], output: str, answer: Any) -> Outcome:
+    """The weighted mean of the parts' scores. Valid: every part finds the form it asks for.
+
+    Where one part fails, the whole has failed: what is left would be another reward.
+    """
+    found = {name: check(part["check"], output=output, answer=answer) for name, part in parts.items()}
+    failed = [f"{name}: {one.error}" for name, one in found.items() if one.error is not None]
+    if failed:
+        return Outcome(0.0, False, error=failed[0])
+    total = sum(part["weight"] for part in parts.values())
+    score = sum(parts[name]["weight"] * one.score for name, one in found.items()) / total
+    scores = {name: one.score for name, one in found.items()}
+    return Outcome(score, all(one.valid for one in found.values()), parts=scores)
+
+
+def check_parts(parts: Any, answer: Any, *, place: str) -> None:
+    """Refuse what any of the parts refuses.
+
+    Raises:
+        ProbeError: with the place.
+    """
+    for part in parts.values():
+        validate(part["check"], answer, place=place)
+
+
 VERIFIERS = {
     "exact": Verifier(exact, partial(check_text_answer, kind="exact")),
     "contains": Verifier(contains, partial(check_text_answer, kind="contains")),
@@ -36,6 +61,7 @@ VERIFIERS = {
     "json_schema": Verifier(satisfies_schema, check_schema),
     "ifeval": Verifier(follows_instructions, check_instructions),
     "python": Verifier(passes_tests, check_tests),
+    "parts": Verifier(weighted_parts, check_parts),
 }
 
 

@@ -138,3 +138,14 @@ def test_bad_rows_stop_a_run_or_are_counted(recipe: Path) -> None:
     assert "1 rows cannot be read and are left out, the first at" in told
     assert ":41: found malformed JSON" in told
     assert ordered(recipe, "data.cards.bad_rows=quarantine").new[0].removed == {"leaks": {}, "bad": 1}
+
+
+def test_near_duplicates_of_new_rows_leave_the_replay_when_asked(recipe: Path) -> None:
+    question = "Which of these two rivers carries more water in the early spring of a wet year {}?"
+    answer = "The first of the two, as the map on the last page shows."
+    write_rows(recipe.parent / "cards.jsonl", [chat(question.format("and why"), answer)])
+    write_rows(recipe.parent / "general.jsonl", [chat(question.format("and why now"), answer), chat("say", "word")])
+    for dedup, removed in ((True, 0), ("near", 1)):
+        spec = ordered(recipe, f"{STAGE}.replay.dedup={str(dedup).lower()}")
+        material = load_material(spec, load_codec(spec.base.path), world_size=1)
+        assert (material.removed_duplicates, len(material.replay["general"])) == (removed, 2 - removed)

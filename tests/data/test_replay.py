@@ -142,6 +142,20 @@ def test_a_replay_row_that_came_already_is_removed() -> None:
     assert ([row.id for row in found.kept], [row.id for row in found.removed]) == (["1"], ["2"])
 
 
+def test_near_duplicates_of_new_and_of_other_replay_rows_are_removed_when_asked() -> None:
+    new = [text_row("one two three four five six seven eight nine ten eleven", "n")]
+    replay = [
+        text_row("One two three four five six seven eight nine ten eleven twelve", "near a new row"),
+        text_row("red orange yellow green blue violet white black grey brown pink", "the shorter of two"),
+        text_row("red orange yellow green blue violet white black grey brown pink gold", "the longer of two"),
+        text_row("something else", "alone"),
+    ]
+    assert drop_duplicates(replay, new).removed == []
+    found = drop_duplicates(replay, new, near=True)
+    assert [row.id for row in found.kept] == ["the longer of two", "alone"]
+    assert [row.id for row in found.removed] == ["near a new row", "the shorter of two"]
+
+
 def test_whole_conversations_are_compared() -> None:
     question, answer = ("user", "What is 2 + 2?"), ("assistant", "Four.")
     new = [chat_row(question, answer)]

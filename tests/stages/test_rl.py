@@ -147,3 +147,14 @@ def test_what_cannot_be_meant_is_refused_by_name(stage: str, words: str, tmp_pat
     with pytest.raises(RecipeError) as caught:
         load_recipe(recipe)
     assert words in str(caught.value)
+
+
+def test_parts_of_a_reward_are_logged_each(tmp_path: Path, tiny_model: Path) -> None:
+    recipe = _write(tmp_path, tiny_model)
+    parts = "{any: {weight: 3, check: {regex: '(?s).*'}}, none: {check: {regex: 'a{99}'}}}"
+    order = _order(recipe, f"data.sums.verifier={{parts: {parts}}}", "rounds[0].stages[1].rl.steps=2")
+    facts = KINDS["rl"].perform(order.to_json(), Workspace.open(tmp_path / "run", create=True))["checkpoint"]
+    found = {name: value for name, value in facts["final"].items() if name.startswith("reward")}
+    assert found == {"reward": 0.75, "reward/sums": 0.75, "reward/sums/any": 1.0, "reward/sums/none": 0.0}
+    with pytest.raises(RecipeError, match=r"parts.any.weight: found 0"):
+        load_recipe(recipe, overrides=["data.sums.verifier={parts: {any: {weight: 0, check: exact}}}"])

@@ -36,3 +36,36 @@ def test_math_outside_the_main_thread_is_a_failure_not_a_zero() -> None:
     thread.join()
     assert found[0].error is not None
     assert "thread" in found[0].error
+
+
+PARTS = {
+    "parts": {
+        "right": {"weight": 3.0, "check": {"exact": {}}},
+        "brief": {"weight": 1.0, "check": {"regex": ".{1,3}"}},
+    }
+}
+
+
+@pytest.mark.parametrize(
+    ("output", "score", "parts"),
+    [
+        ("yes", 1.0, {"right": 1.0, "brief": 1.0}),
+        ("no", 0.25, {"right": 0.0, "brief": 1.0}),
+        ("no, never", 0.0, {"right": 0.0, "brief": 0.0}),
+    ],
+)
+def test_parts_are_a_weighted_mean(output: str, score: float, parts: dict[str, float]) -> None:
+    found = check(PARTS, output=output, answer="yes")
+    assert (found.score, dict(found.parts)) == (score, parts)
+
+
+def test_a_part_that_fails_fails_the_whole_and_is_named() -> None:
+    broken = {"parts": {"slow": {"weight": 1.0, "check": {"regex": "("}}, **PARTS["parts"]}}
+    found = check(broken, output="yes", answer="yes")
+    assert found.error is not None
+    assert found.error.startswith("slow: ")
+
+
+def test_what_a_part_refuses_is_refused() -> None:
+    with pytest.raises(ProbeError, match=r"rows.jsonl:2.*expected a text"):
+        validate(PARTS, 3, place="rows.jsonl:2")

@@ -1,0 +1,90 @@
+"""A run with an academic method says so wherever a person looks."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.command import evertune
+
+RECIPE = """\
+evertune: 1
+name: careful
+academic: allow
+base: model
+workspace: run
+data:
+  rows: {path: rows.jsonl}
+  general: {path: general.jsonl}
+probes:
+  choices: {path: choices.jsonl, kind: choice}
+gate: {min_items: 2, min_clusters: 2, margin: {probe: 0.9, pooled: 0.9}}
+rescue: [discard]
+rounds:
+  - name: first
+    stages:
+      - sft:
+          data: [rows]
+          steps: 2
+          tune: full
+          replay: {share: 0.0}
+          anchor: {kl: 0.0}
+          penalties: {ewc: {from: [general], memory_rows: 3}}
+          gradient_rules: {agem: {from: [general], rows: 2}}
+  - name: second
+    stages:
+      - sft: {data: [rows], steps: 1, tune: full, replay: {share: 0.0}, anchor: {kl: 0.0}}
+"""
+
+
+def _chat(prompt: str, answer: str) -> str:
+    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+    return json.dumps({"messages": turns})
+
+
+@pytest.fixture
+def place(tmp_path: Path, tiny_model: Path) -> Path:
+    (tmp_path / "model").symlink_to(tiny_model)
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    (tmp_path / "rows.jsonl").write_text("\n".join(_chat(f"ask {i}", f"say {i}") for i in range(8)) + "\n")
+    (tmp_path / "general.jsonl").write_text("\n".join(_chat(f"old {i}", f"yes {i}") for i in range(4)) + "\n")
+    items = [{"prompt": f"which {i}", "choices": ["a", "b"], "answer": 0} for i in range(4)]
+    (tmp_path / "choices.jsonl").write_text("\n".join(map(json.dumps, items)) + "\n")
+    return tmp_path
+
+
+@pytest.mark.path
+def test_an_academic_method_is_named_in_log_verdict_report_and_card(place: Path) -> None:
+    recipe = place / "recipe.yaml"
+    checked = evertune("check", recipe)
+    assert "keeps 2 float32 copies of the trained weights" in checked
+    printed = evertune("run", recipe)
+    assert "academic first/1-sft made with EWC (ewc), A-GEM (agem): not production-validated" in printed
+    told = "Made with academic methods, not production-validated: EWC (ewc), A-GEM (agem)."
+    assert told in printed
+    events = json.loads(evertune("log", place / "run", "--json"))["events"]
+    made = [one["body"] for one in events if one["kind"] == "checkpoint" and one["body"]["steps"]]
+    assert [one["methods"] for one in made] == [["sft", "ewc", "agem"], ["sft"]]
+    assert [one["standing"] for one in made] == ["academic", "production"]
+    assert made[0]["plugins"][0]["memory_rows"] == {"general": 3}
+    verdicts = [one["body"] for one in events if one["kind"] == "verdict"]
+    assert verdicts[0]["standing"] == "academic"
+    assert told in verdicts[0]["reasons"]
+    page = (place / "run" / "report.html").read_text()
+    header = page[page.index("<header>") : page.index("</header>")]
+    assert "Academic, not production-validated:" in header
+    assert "EWC" in header
+    assert "  academic: ewc, agem\n" in evertune("log", place / "run")
+    evertune("export", place / "run", "first/1-sft", "--out", place / "out")
+    card = (place / "out" / "README.md").read_text()
+    assert "**academic**: not production-validated" in card
+    assert "| A-GEM (agem) | academic | arXiv:1812.00420 |" in card
+
+
+def test_a_method_that_cannot_work_on_an_adapter_is_found_by_check(place: Path) -> None:
+    text = RECIPE.replace("tune: full\n          replay", "tune: lora\n          replay")
+    text = text.replace("{ewc: {from: [general], memory_rows: 3}}", "{si: {}}")
+    (place / "recipe.yaml").write_text(text)
+    told = evertune("check", place / "recipe.yaml", code=3)
+    assert "rounds[0].stages[0].sft.penalties.si" in told
+    assert "found tune: lora, expected full, which si works on" in told
