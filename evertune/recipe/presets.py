@@ -245,13 +245,19 @@ class ResolvedFederated(Resolved):
 
 @dataclass(frozen=True)
 class ResolvedMerge(Resolved):
-    """A merge stage: its settings, which the merge's method completes."""
+    """A merge stage: its settings, which the merge's method completes.
+
+    labels: of the recipe's stages, which it may name as models.
+    """
 
     settings: Merge
+    labels: frozenset[str] = frozenset()
 
     @property
     def references(self) -> dict[str, str]:
-        named = {f"models.{name}.path": one.path for name, one in self.settings.models.items() if one.path != "origin"}
+        not_paths = self.labels | {"origin"}
+        named = {f"models.{name}.path": one.path for name, one in self.settings.models.items()}
+        named = {place: written for place, written in named.items() if written not in not_paths}
         return named | ({"base": self.settings.base} if self.settings.base is not None else {})
 
 
@@ -322,7 +328,8 @@ def resolve_federated(recipe: Recipe, stage: Federated) -> ResolvedFederated:
 
 def resolve_merge(recipe: Recipe, stage: Merge) -> ResolvedMerge:
     """A merge stage keeps a float32 master where no dtype is given."""
-    return ResolvedMerge(stage if stage.dtype is not None else stage.model_copy(update={"dtype": "float32"}))
+    labels = frozenset(f"{one.name}/{i + 1}-{each.kind}" for one in recipe.rounds for i, each in enumerate(one.stages))
+    return ResolvedMerge(stage if stage.dtype else stage.model_copy(update={"dtype": "float32"}), labels)
 
 
 RESOLVERS: dict[type[StageSettings], Callable[[Recipe, Any], Resolved]] = {

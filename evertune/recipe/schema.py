@@ -812,7 +812,8 @@ class MergeModel(Config):
 
     path: PlaceText
     """Folder of a Hugging Face model or of a PEFT adapter, relative to this file. In a stage also `start` (what the
-    stage starts from), `origin` (what the round starts from), `sft`, `base` or `champion`."""
+    stage starts from), `origin` (what the round starts from), `sft`, `base`, `champion`, or the label of an earlier
+    stage, such as `maths/1-sft`: experts trained in rounds that start from the base."""
     weight: Value | None = None
     """How much it counts; 1 when not given. Below 0 forgets, in methods on task vectors."""
     density: Value | None = None

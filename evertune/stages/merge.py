@@ -178,7 +178,8 @@ def _write(plan: Any, folder: Path) -> dict[str, Any]:
 
 
 def _named(place: Place, written: str) -> Checkpoint:
-    return place.made[0] if written == "origin" else place.reference(written)
+    known = {"origin": place.made[0], **place.past.checkpoints}
+    return known.get(written) or place.reference(written)
 
 
 def _facts(config: dict[str, Any], models: dict[str, Checkpoint], merge_base: Checkpoint | None) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from evertune.model.open import open_model
 from evertune.plan import make_plan
 from evertune.recipe.load import load_recipe
 from evertune.run import run_recipe
-from evertune.stages import KINDS, Place
+from evertune.stages import KINDS, Past, Place
 from evertune.stages.merge import MergeSpec
 from evertune.workspace import Workspace
 from tests.check.folders import RECIPE, check, said, write_folder
@@ -41,6 +41,10 @@ def _order(recipe: Path, made: list[Checkpoint], *overrides: str) -> MergeSpec:
     return order
 
 
+def loaded_round(recipe: Path) -> str:
+    return load_recipe(recipe).recipe.rounds[0].name
+
+
 @pytest.fixture
 def stack(tmp_path: Path, tiny_model: Path) -> list[Checkpoint]:
     """The base, and an adapter on it that an sft stage might have made."""
@@ -60,6 +64,14 @@ def test_names_are_resolved_and_every_setting_counts(tmp_path: Path, stack: list
         more = ["models.new={path: start}", "models.old={path: origin}"] if change == "method=ema" else []
         assert _order(recipe, stack, *(f"{place}.{one}" for one in (*more, change))).key != order.key, change
     assert _order(recipe, stack, f"{place}.models.old.path=model").key == order.key
+    # An earlier stage by its label, of this round or another.
+    label = f"{loaded_round(recipe)}/1-sft"
+    plan = make_plan(load_recipe(recipe, overrides=[f"{place}.models.old.path={label}"]))
+    past = Past(checkpoints={label: stack[1]})
+    named = KINDS["merge"].order(Place(plan, plan.recipe.rounds[0], 1, made=stack, champion=stack[0], past=past))
+    assert isinstance(named, MergeSpec)
+    assert named.models["old"].digest == stack[1].digest
+    assert said(check(recipe, f"{place}.models.old.path={label}"), "error") == []
 
 
 def test_an_adapter_and_its_base_become_a_scaled_adapter(tmp_path: Path, stack: list[Checkpoint]) -> None:
