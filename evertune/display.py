@@ -81,11 +81,14 @@ class Display:
             yield lambda: status(f"{label}: scoring {probes} probes, {time.monotonic() - began:.0f} s")
 
     @contextlib.contextmanager
-    def rescuing(self, label: str, alphas: Sequence[float]) -> Iterator[Callable[[], None]]:
+    def rescuing(
+        self, label: str, shares: Sequence[float | tuple[float, ...]], toward: str
+    ) -> Iterator[Callable[[], None]]:
         """One live line while interpolations are scored in memory."""
         began = time.monotonic()
-        shares = ", ".join(f"{alpha:g}" for alpha in alphas)
-        self._console.print(f"  rescue   interpolating {escape(label)} toward its start: {shares} of the update")
+        numbers = [share for share in shares if not isinstance(share, tuple)]
+        what = ", ".join(f"{share:g}" for share in numbers) if numbers else f"{len(shares)} points by blocks of layers"
+        self._console.print(f"  rescue   interpolating {escape(label)} toward {escape(toward)}: {what} of the update")
         with self._status(f"{label}: scoring interpolations") as status:
             yield lambda: status(f"{label}: scoring interpolations, {time.monotonic() - began:.0f} s")
 
@@ -128,6 +131,13 @@ class Display:
         self._console.print(evidence_table(body))
         for reason in body["reasons"]:
             self._console.print(f"- {escape(reason)}")
+        if body.get("items_asked") is not None:
+            asked, in_all = body["items_asked"], body["items_in_all"]
+            saved = f"{1 - asked / in_all:.0%} saved" if asked < in_all else "no early decision"
+            self._console.print(f"- asked {asked:,} of {in_all:,} items of each model in batches: {saved}")
+
+    def looks_at_held_out(self, number: int) -> None:
+        self._console.print(f"  everything else passes: look {number} at the held-out probes")
 
     def promoted(self, round_name: str, label: str) -> None:
         self._console.print(f"  [green]champion[/] is now {escape(label)}")

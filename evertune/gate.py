@@ -59,6 +59,10 @@ class GateSettings:
     min_items: int
     min_clusters: int
 
+    def at_verdict(self, number: int) -> "GateSettings":
+        """For the k-th verdict of a run that spends its alpha: 6 alpha / (pi k)^2, which sums to alpha over all k."""
+        return replace(self, alpha=self.alpha * 6 / (math.pi * number) ** 2)
+
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> "GateSettings":
         """From the recipe's `gate` as a mapping."""

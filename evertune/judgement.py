@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from evertune.errors import IntegrityError, ProbeError
-from evertune.gate import GateSettings, ProbeFacts, Verdict, judge
+from evertune.gate import GateSettings, Look, ProbeFacts, Verdict, judge
 from evertune.hashing import digest_json
 from evertune.probe.scores import ItemScores
 
@@ -32,6 +32,7 @@ class Judged:
         settings: the gate as the recipe has it.
         before, after: item scores of baseline and candidate by probe.
         flips: the items that changed most, by probe.
+        look, items_asked, items_in_all: how far batches went; the counts are None where all items were asked at once.
     """
 
     candidate: str
@@ -44,6 +45,9 @@ class Judged:
     after: Mapping[str, ItemScores]
     verdict: Verdict
     flips: Mapping[str, list[Any]]
+    look: Look = "whole"
+    items_asked: int | None = None
+    items_in_all: int | None = None
     next: str = ""
 
     def to_json(self) -> dict[str, Any]:
@@ -60,6 +64,9 @@ class Judged:
             "roles": [{"probe": name, **asdict(one)} for name, one in self.facts.items()],
             "settings": dict(self.settings),
             "tried": 1,
+            "look": self.look,
+            "items_asked": self.items_asked,
+            "items_in_all": self.items_in_all,
             "flips": {name: list(items) for name, items in self.flips.items()},
             "next": self.next,
             "items": {name: _items(self.before[name], self.after[name]) for name in self.facts},
@@ -78,10 +85,12 @@ def judged(
     before: Mapping[str, ItemScores],
     after: Mapping[str, ItemScores],
     flips: Mapping[str, list[Any]],
-    next: str = "",
+    look: Look = "whole",
+    items_asked: int | None = None,
+    items_in_all: int | None = None,
 ) -> Judged:
     """Judge a candidate against a baseline that stands for both references, champion and best."""
-    verdict = judge(after, before, before, facts, GateSettings.from_json(settings))
+    verdict = judge(after, before, before, facts, GateSettings.from_json(settings), look=look)
     return Judged(
         candidate=candidate,
         baseline=baseline,
@@ -93,7 +102,9 @@ def judged(
         after=after,
         verdict=verdict,
         flips=flips,
-        next=next,
+        look=look,
+        items_asked=items_asked,
+        items_in_all=items_in_all,
     )
 
 
@@ -118,7 +129,8 @@ def replay(path: Path) -> dict[str, Any]:
             for one in body["roles"]
         }
         sides = [{name: _scores(name, body["items"][name], side) for name in facts} for side in ("before", "after")]
-        verdict = judge(sides[1], sides[0], sides[0], facts, GateSettings.from_json(body["settings"])).to_json()
+        settings, look = GateSettings.from_json(body["settings"]), body["look"]
+        verdict = judge(sides[1], sides[0], sides[0], facts, settings, look=look).to_json()
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ProbeError(f"{path}: not evidence of this version: {type(error).__name__}: {error}.") from error
     for name, value in verdict.items():

@@ -1,12 +1,14 @@
 """The gate alone: any two checkpoints on a suite, or two logs of scores that already exist. No training, no run."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from evertune.display import Display
 from evertune.errors import ProbeError
 from evertune.gate import ProbeFacts
+from evertune.hashing import digest_json
 from evertune.judgement import Judged, judged
 from evertune.model.bundled import fetch_bundled, resolve_base
 from evertune.model.checkpoint import Checkpoint, describe
@@ -28,7 +30,9 @@ READERS: Mapping[str, Callable[..., dict[str, LoggedTask]]] = {
 }
 
 
-def judge_models(candidate: str, baseline: str, suite: Suite, folder: Path, *, display: Display) -> Judged:
+def judge_models(
+    candidate: str, baseline: str, suite: Suite, folder: Path, *, display: Display, in_batches: bool = False
+) -> Judged:
     """Score both checkpoints on a suite and judge the candidate against the baseline.
 
     Args:
@@ -36,6 +40,8 @@ def judge_models(candidate: str, baseline: str, suite: Suite, folder: Path, *, d
         baseline: what it must not be worse than; it stands for the champion and for the best.
         folder: workspace in which the scores are kept, so that the same question is answered at once next time.
         display: where the scores are printed.
+        in_batches: ask items batch by batch and stop when the gate decides (`early.py`); both models are then open at
+            once, and scores are kept for this question only.
 
     Raises:
         CheckpointError: one of the two is no model.
@@ -47,6 +53,8 @@ def judge_models(candidate: str, baseline: str, suite: Suite, folder: Path, *, d
     with workspace.lock(purpose="gate"):
         workspace.recover()
         workers = Workers()
+        if in_batches:
+            return _judge_in_batches(suite, workspace, workers, after, before, (candidate, baseline), display)
         found = {
             one.digest: score_checkpoint(suite, workspace, workers, one, label=label, display=display).scores
             for one, label in ((before, baseline), (after, candidate))
@@ -61,6 +69,55 @@ def judge_models(candidate: str, baseline: str, suite: Suite, folder: Path, *, d
         before=found[before.digest],
         after=found[after.digest],
         flips=suite.flips(found[after.digest], found[before.digest]),
+    )
+
+
+def _judge_in_batches(
+    suite: Suite,
+    workspace: Workspace,
+    workers: Workers,
+    after: Checkpoint,
+    before: Checkpoint,
+    names: tuple[str, str],
+    display: Display,
+) -> Judged:
+    facts = {name: asdict(one) for name, one in suite.facts.items()}
+    identity = {"kind": "early", "version": 1, "candidate": after.digest, "baseline": before.digest, "facts": facts}
+    probes = [[one.name, one.digest] for one in suite.probes]
+    key = digest_json({**identity, "probes": probes, "settings": suite.gate_body, "numerics": suite.numerics})
+    if workspace.manifest(key) is None:
+        job = {
+            "kind": "early",
+            "workspace": str(workspace.root),
+            "label": names[0],
+            "key": key,
+            "candidate": after.to_json(),
+            "baseline": before.to_json(),
+            "probes": [suite.probe_job(one) for one in suite.probes],
+            "facts": facts,
+            "settings": suite.gate_body,
+            "numerics": suite.numerics,
+        }
+        with display.probing(f"{names[0]} against {names[1]}", len(suite.probes)) as watch:
+            workers.run(job, watch=watch)
+    manifest = workspace.manifest(key)
+    if manifest is None:
+        raise AssertionError("the batches reported success without an object")
+    sides = [
+        {name: ItemScores.read_parquet(workspace.path(key) / f"{side}-{name}.parquet") for name in facts}
+        for side in ("before", "after")
+    ]
+    return judged(
+        candidate=names[0],
+        baseline=names[1],
+        digests={"candidate": after.digest, "baseline": before.digest},
+        source=suite.source,
+        facts=suite.facts,
+        settings=suite.gate_body,
+        before=sides[0],
+        after=sides[1],
+        flips=suite.flips(sides[1], sides[0]),
+        **manifest.record,
     )
 
 

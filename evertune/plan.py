@@ -8,7 +8,7 @@ import importlib.metadata
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -105,15 +105,23 @@ class Plan:
         key: str,
         label: str,
         round_name: str,
-        alpha: float,
+        share: Any,
         start: Checkpoint,
         candidate: Checkpoint,
     ) -> dict[str, Any]:
-        """The ledger's facts of a rescue's winner, which lies between the start and the candidate."""
+        """The ledger's facts of a rescue's winner, which lies between the start and the candidate.
+
+        Args:
+            share: of the candidate: a number, or a list of one per block of layers.
+        """
         body = _checkpoint_body(
             checkpoint, key, label=label, round_name=round_name, stage="interpolate", methods=["wise_ft"]
         )
-        return {**body, "start": start.digest, "parents": [candidate.digest], "settings": {"alpha": alpha}}
+        return {**body, "start": start.digest, "parents": [candidate.digest], "settings": {"alpha": share}}
+
+    def asked(self, *, held_out: bool) -> "Plan":
+        """The same plan with only the probes that are held out, or only the others."""
+        return replace(self, probes=tuple(one for one in self.probes if one.held_out == held_out))
 
     def flips(self, after: Mapping[str, ItemScores], before: Mapping[str, ItemScores]) -> dict[str, list[Any]]:
         """Per probe, the items whose score fell most, then those that rose: what a person wants to see first."""

@@ -124,7 +124,7 @@ def _sighting(event: Event, manifest: Manifest, lines: list[int]) -> Sighting | 
             shown = body["new_rows"] / max(sum(each["rows"] for each in body["data"]), 1)
             return Sighting(body["label"], body["round"], "new", source, lines, round(shown, 3))
     replay = body["replay"]
-    if replay and replay["sources"].get(source):
+    if replay and replay["sources"].get(source) and replay["sha256"][source] in (record["given"], record["kept"]):
         shown = replay["rows"] / max(replay["pool_rows"], 1)
         return Sighting(body["label"], body["round"], "replay", source, lines, round(shown, 3))
     return None

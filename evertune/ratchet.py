@@ -54,6 +54,11 @@ class Ratchet:
         """From the base, which nothing has been compared with yet."""
         return cls(best=dict(scores), since=dict.fromkeys(scores, Since()))
 
+    def begin(self, scores: Mapping[str, ItemScores]) -> "Ratchet":
+        """With the probes that have no best yet: held-out ones, before they are asked for the first time."""
+        new = {name: one for name, one in scores.items() if name not in self.best}
+        return Ratchet(best={**self.best, **new}, since={**self.since, **dict.fromkeys(new, Since())})
+
     @property
     def shares(self) -> dict[str, float]:
         """By probe, the share of alpha for the next comparison with the best."""

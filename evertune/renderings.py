@@ -58,6 +58,8 @@ def to_markdown(body: Body) -> str:
         *[_row(one) for one in _comparisons(body)],
         "",
     ]
+    if body.get("items_asked") is not None:
+        lines += [f"Asked {body['items_asked']:,} of {body['items_in_all']:,} items of each model, in batches.", ""]
     for probe, items in sorted(body["flips"].items()):
         lines += _flips(probe, items)
     lines += [f"Evidence digest `{body['digest'][:16]}`, {body['made_by']}.", ""] if "digest" in body else []

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from evertune import rescue as ladder
 from evertune.display import Display
 from evertune.errors import IntegrityError
-from evertune.gate import Verdict, judge
+from evertune.gate import GateSettings, ProbeFacts, Verdict, judge
 from evertune.hashing import digest_json
 from evertune.ledger import Event, Ledger, record_event, write_current
 from evertune.ledger import champion as champion_of
@@ -26,7 +26,7 @@ from evertune.probe.scores import ItemScores
 from evertune.process import Workers
 from evertune.ratchet import Ratchet
 from evertune.recipe.load import LoadedRecipe
-from evertune.recipe.schema import Round, Rung
+from evertune.recipe.schema import Interpolate, Round, Rung
 from evertune.report.text import next_command
 from evertune.scoring import score_checkpoint
 from evertune.stages import KINDS, Past, Place
@@ -35,11 +35,12 @@ from evertune.workspace import Workspace
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint under the name the report shows, with its item scores by probe."""
+    """A checkpoint under the name the report shows, with its item scores by probe and the steps that trained it."""
 
     checkpoint: Checkpoint
     label: str
     scores: Mapping[str, ItemScores] = field(default_factory=dict)
+    steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class Position:
         ratchet: the best promoted scores per probe: the reference that stops slow decay.
         history: keys of the objects that hold the training rows of promoted rounds.
         settled: key of the last verdict, `base` before the first.
+        verdicts: how many there have been, rescues among them.
+        looks: how often the held-out probes have been asked.
         made: every model of the run so far, in the order they were made; the base first.
         promoted: the model that each promoted round has promoted.
         without: digests of texts that a person asked to remove, in the rounds from here on.
@@ -60,9 +63,20 @@ class Position:
     ratchet: Ratchet
     history: tuple[str, ...] = ()
     settled: str = "base"
+    verdicts: int = 0
+    looks: int = 0
     made: tuple[Model, ...] = ()
     promoted: Mapping[str, Model] = field(default_factory=dict)
     without: tuple[str, ...] = ()
+
+
+class Decided(NamedTuple):
+    """A candidate after its verdict: with the scores that decided, and the position that the verdict leaves behind."""
+
+    verdict: Verdict
+    key: str
+    candidate: Model
+    position: Position
 
 
 @dataclass(frozen=True)
@@ -140,30 +154,28 @@ def run_round(session: Session, one: Round, position: Position) -> Position:
     made = [start]
     for index in range(len(one.stages)):
         made.append(probe(session, perform_stage(session, one, index, made, position)))
-    candidate = made[-1]
-    verdict, key = decide(session, one, candidate, position)
-    position = replace(position, ratchet=position.ratchet.judged(verdict.decision))
+    decided = decide(session, one, made[-1], position)
     by = "gate"
-    if verdict.decision != "PROMOTE":
-        rescued = rescue(session, one, candidate, start, verdict, position)
-        if rescued is not None:
-            candidate, key = rescued
-            by = "rescue"
+    if decided.verdict.decision != "PROMOTE":
+        decided, by = rescue(session, one, made, decided), "rescue"
+    verdict, key, candidate, position = decided
     position = replace(position, made=(*position.made, *made[1:]))
-    promoted = verdict.decision == "PROMOTE" or by == "rescue"
-    session.decisions[one.name] = "PROMOTE" if promoted else verdict.decision
-    if promoted:
+    session.decisions[one.name] = verdict.decision
+    if verdict.decision == "PROMOTE":
         position = promote(session, one, candidate, position, by=by)
     settled = {"round": one.name, "decision": session.decisions[one.name], "champion": position.champion.label}
     _record(session, "settled", key, settled)
     return _after_settling(session, replace(position, settled=key))
 
 
-def perform_stage(session: Session, one: Round, index: int, made: Sequence[Model], position: Position) -> Model:
+def perform_stage(
+    session: Session, one: Round, index: int, made: Sequence[Model], position: Position, *, attempt: str = ""
+) -> Model:
     """Perform one stage of a round, or find it done; returns the checkpoint it made.
 
     Args:
         made: the round's start, then what the stages before this one have made.
+        attempt: the rescue that the round was amended for.
     """
     workspace = session.workspace
     place = Place(
@@ -173,6 +185,7 @@ def perform_stage(session: Session, one: Round, index: int, made: Sequence[Model
         made=[model.checkpoint for model in made],
         champion=position.champion.checkpoint,
         histories=[workspace.path(key) for key in position.history],
+        attempt=attempt,
         past=_past(position, made[1:]),
         without=position.without,
     )
@@ -200,7 +213,7 @@ def perform_stage(session: Session, one: Round, index: int, made: Sequence[Model
     event = digest_json({"label": label, "object": order.key})
     _record(session, "checkpoint", event, body, manifest.record["volatile"])
     session.display.academic(label, named(body["methods"], "academic"))
-    return Model(checkpoint, label)
+    return Model(checkpoint, label, steps=int(body["steps"]))
 
 
 def _past(position: Position, made: Sequence[Model]) -> Past:
@@ -219,9 +232,15 @@ def _past(position: Position, made: Sequence[Model]) -> Past:
     )
 
 
-def probe(session: Session, model: Model) -> Model:
-    """Score a model on every probe it has not been scored on, and record its row of the matrix."""
-    plan = session.plan
+def probe(session: Session, model: Model, *, held_out: bool = False) -> Model:
+    """Score a model on every probe it has not been scored on, and record its row of the matrix.
+
+    Args:
+        held_out: ask the held-out probes, and no others.
+    """
+    plan = session.plan.asked(held_out=held_out)
+    if not plan.probes:
+        return model
     scored = score_checkpoint(
         plan, session.workspace, session.workers, model.checkpoint, label=model.label, display=session.display
     )
@@ -229,25 +248,30 @@ def probe(session: Session, model: Model) -> Model:
     for one in plan.probes:
         manifest = scored.objects[one.name]
         body = {**manifest.record["probe"], "label": model.label, "role": one.role, "safety": one.safety}
+        body |= {"held_out": True} if held_out else {}
         key = digest_json({"label": model.label, "object": manifest.key, "role": one.role})
         _record(session, "probe", key, body, manifest.record.get("volatile"))
-    return replace(model, scores=scored.scores)
+    return replace(model, scores={**model.scores, **scored.scores})
 
 
 def decide(
     session: Session, one: Round, candidate: Model, position: Position, *, tried: int = 1, rescue_facts: Any = None
-) -> tuple[Verdict, str]:
-    """Judge a candidate against the champion and the best, and record the verdict; returns it with its key."""
-    plan = session.plan
-    verdict = judge(
-        candidate.scores,
-        position.champion.scores,
-        position.ratchet.best,
-        plan.facts(one),
-        plan.gate_settings,
-        tried=tried,
-        shares=position.ratchet.shares,
-    )
+) -> Decided:
+    """Judge a candidate against the champion and the best, and record the verdict.
+
+    Held-out probes are asked only when everything else says PROMOTE, and the verdict is then that of all probes.
+    """
+    plan, facts, settings = session.plan, session.plan.facts(one), _settings(session, position)
+    open_facts = {each.name: facts[each.name] for each in plan.asked(held_out=False).probes}
+
+    def judged(asked: Mapping[str, ProbeFacts]) -> Verdict:
+        champion, ratchet = position.champion.scores, position.ratchet
+        return judge(candidate.scores, champion, ratchet.best, asked, settings, tried=tried, shares=ratchet.shares)
+
+    verdict, consulted = judged(open_facts), False
+    if verdict.decision == "PROMOTE" and len(open_facts) < len(facts):
+        candidate, position = look_at_held_out(session, one, candidate, position)
+        verdict, consulted = judged(facts), True
     key = digest_json(
         {
             "version": GATE_VERSION,
@@ -259,7 +283,8 @@ def decide(
             "probes": {each.name: [each.digest, plan.facts(one)[each.name].role] for each in plan.probes},
             "settings": plan.gate_body,
             "tried": tried,
-            "shares": dict(position.ratchet.shares),
+            "alpha": settings.alpha,
+            "shares": position.ratchet.shares,
         }
     )
     kind = "verdict" if rescue_facts is None else "rescue"
@@ -272,6 +297,9 @@ def decide(
         "champion_label": position.champion.label,
         "settings": plan.gate_body,
         "tried": tried,
+        "gate_alpha": settings.alpha,
+        "looks": position.looks,
+        "held_out": consulted if len(open_facts) < len(facts) else None,
         **_provenance(session, candidate, verdict),
         "flips": plan.flips(candidate.scores, position.champion.scores),
         **(rescue_facts or {}),
@@ -279,7 +307,33 @@ def decide(
     _record(session, kind, key, body)
     then = next_command(_seen_from_here(plan.workspace), plan.recipe.name, candidate.label, verdict.decision)
     session.display.verdict(candidate.label, verdict, body, next_command=then)
-    return verdict, key
+    after = replace(position, ratchet=position.ratchet.judged(verdict.decision), verdicts=position.verdicts + 1)
+    return Decided(verdict, key, candidate, after)
+
+
+def _settings(session: Session, position: Position) -> GateSettings:
+    """The gate's settings for the next verdict."""
+    settings = session.plan.gate_settings
+    return settings.at_verdict(position.verdicts + 1) if session.plan.recipe.gate.spend_alpha else settings
+
+
+def look_at_held_out(session: Session, one: Round, candidate: Model, position: Position) -> tuple[Model, Position]:
+    """Ask candidate and champion the held-out probes, and record the look: each wears them out a little."""
+    number = position.looks + 1
+    session.display.looks_at_held_out(number)
+    champion = probe(session, position.champion, held_out=True)
+    candidate = probe(session, candidate, held_out=True)
+    body = {
+        "round": one.name,
+        "label": candidate.label,
+        "candidate": candidate.checkpoint.digest,
+        "champion": champion.checkpoint.digest,
+        "probes": {each.name: each.digest for each in session.plan.asked(held_out=True).probes},
+        "number": number,
+    }
+    _record(session, "look", digest_json({**body, "after": position.settled}), body)
+    ratchet = position.ratchet.begin(champion.scores)
+    return candidate, replace(position, champion=champion, ratchet=ratchet, looks=number)
 
 
 def _provenance(session: Session, candidate: Model, verdict: Verdict) -> dict[str, Any]:
@@ -291,20 +345,38 @@ def _provenance(session: Session, candidate: Model, verdict: Verdict) -> dict[st
     return {"methods": list(used), "standing": standing_of(used), "reasons": [*verdict.reasons, *told]}
 
 
-def rescue(
-    session: Session, one: Round, candidate: Model, start: Model, verdict: Verdict, position: Position
-) -> tuple[Model, str] | None:
-    """Climb the ladder until a rung passes the gate; `None` when the candidate is set aside."""
-    rungs: Sequence[Rung] = one.rescue if one.rescue is not None else session.plan.recipe.rescue
+def rescue(session: Session, one: Round, made: Sequence[Model], decided: Decided) -> Decided:
+    """Climb the ladder until a rung passes the gate; the candidate's own verdict when none does.
+
+    Args:
+        made: the round's start, then what each of its stages has made.
+    """
+    recipe = session.plan.recipe
+    rungs: Sequence[Rung] = one.rescue if one.rescue is not None else recipe.rescue
+    tries, own_steps = ladder.count_tries(rungs), sum(model.steps for model in made)
+    attempts = steps = 0
     for rung in rungs:
-        if rung.interpolate is not None:
-            rescued = _interpolate(session, one, rung, candidate, start, position)
-            if rescued is not None:
-                return rescued
+        position = decided.position
         if rung.discard is not None:
-            _discard(session, one, candidate, position)
-            return None
-    return None
+            _discard(session, one, made[-1], position)
+            break
+        trains = rung.interpolate is None
+        if attempts == recipe.rescue_budget.attempts or (trains and steps >= recipe.rescue_budget.training * own_steps):
+            session.display.line(f"  rescue   {rung.kind} is not tried: the rescue budget is spent")
+            continue
+        if rung.interpolate is not None:
+            attempt = _interpolate(session, one, rung.interpolate, made, position, tries)
+        else:
+            retrained = _retrain(session, one, rung, made, decided, tries)
+            if retrained is None:
+                continue
+            attempt, more = retrained
+            steps += more
+        attempts += 1
+        if attempt.verdict.decision == "PROMOTE":
+            return attempt
+        decided = decided._replace(position=attempt.position)
+    return decided
 
 
 def promote(session: Session, one: Round, candidate: Model, position: Position, *, by: str) -> Position:
@@ -329,73 +401,113 @@ def promote(session: Session, one: Round, candidate: Model, position: Position, 
     )
 
 
+def _retrain(
+    session: Session, one: Round, rung: Rung, made: Sequence[Model], decided: Decided, tries: int
+) -> tuple[Decided, int] | None:
+    """Perform the round as a rung amends it, and judge the result; also the steps that it trained.
+
+    None where the rung would change nothing, or leads to a model that has been judged already.
+    """
+    position, display = decided.position, session.display
+    scores = [model.scores for model in made]
+    proposal = ladder.propose(rung, session.plan.recipe, one, scores, decided.verdict)
+    if proposal is None:
+        display.line(f"  rescue   {rung.kind} is not tried: it would change nothing here")
+        return None
+    display.line(f"  rescue   {proposal.rung}: {proposal.why}")
+    amended = one.model_copy(update={"stages": list(proposal.stages)})
+    again, steps = [made[0]], 0
+    for index in range(len(amended.stages)):
+        model = perform_stage(session, amended, index, again, position, attempt=proposal.rung)
+        if model.checkpoint.digest not in {each.checkpoint.digest for each in made}:
+            steps += model.steps
+        again.append(probe(session, model))
+    if again[-1].checkpoint.digest == made[-1].checkpoint.digest:
+        display.line(f"  rescue   {rung.kind} led to the same model")
+        return None
+    facts: dict[str, Any] = {"rung": proposal.rung, "alpha": None, "why": proposal.why, "scan": []}
+    return decide(session, one, again[-1], position, tried=tries, rescue_facts=facts), steps
+
+
 def _interpolate(
-    session: Session, one: Round, rung: Rung, candidate: Model, start: Model, position: Position
-) -> tuple[Model, str] | None:
-    """Scan the line between start and candidate in memory, write the best point, and judge it like any candidate."""
-    plan = session.plan
-    alphas = list(rung.interpolate.alphas) if rung.interpolate else []
-    scan = _scan(session, one, alphas, candidate, start)
+    session: Session, one: Round, settings: Interpolate, made: Sequence[Model], position: Position, tries: int
+) -> Decided:
+    """Scan between a reference and the candidate in memory, write the best point, and judge it like any candidate."""
+    plan, candidate = session.plan, made[-1]
+    reference = made[0] if settings.toward == "start" else position.champion
+    scan = _scan(session, one, ladder.shares_of(settings.alphas, settings.blocks), candidate, reference)
+    facts_of = plan.facts(one)
     chosen = ladder.choose(
         scan,
         position.champion.scores,
         position.ratchet.best,
-        plan.facts(one),
-        plan.gate_settings,
-        position.ratchet.shares,
+        {each.name: facts_of[each.name] for each in plan.asked(held_out=False).probes},
+        _settings(session, position),
+        tried=tries,
+        shares=position.ratchet.shares,
     )
-    winner = probe(session, _write_interpolation(session, one, chosen.alpha, candidate, start))
-    facts = {"rung": "interpolate", "alpha": chosen.alpha, "scan": chosen.scan_body()}
-    verdict, key = decide(session, one, winner, position, tried=len(alphas), rescue_facts=facts)
-    return (winner, key) if verdict.decision == "PROMOTE" else None
+    winner = probe(session, _write_interpolation(session, one, chosen.share, candidate, reference))
+    blocks = list(chosen.share) if isinstance(chosen.share, tuple) else None
+    facts = {
+        "rung": "interpolate",
+        "alpha": chosen.alpha,
+        "blocks": blocks,
+        "toward": settings.toward,
+        "scan": chosen.scan_body(),
+    }
+    return decide(session, one, winner, position, tried=tries, rescue_facts=facts)
 
 
 def _scan(
-    session: Session, one: Round, alphas: Sequence[float], candidate: Model, start: Model
-) -> dict[float, dict[str, ItemScores]]:
+    session: Session, one: Round, shares: Sequence[ladder.Share], candidate: Model, reference: Model
+) -> dict[ladder.Share, dict[str, ItemScores]]:
     """Item scores by share and probe, found or made."""
-    plan, workspace = session.plan, session.workspace
-    line = _line(session, candidate, start)
-    facts = {"kind": "scan", "version": 1, "alphas": list(alphas), "probes": [each.digest for each in plan.probes]}
+    plan, workspace = session.plan.asked(held_out=False), session.workspace
+    line = _line(session, candidate, reference)
+    facts = {"kind": "scan", "version": 2, "shares": list(shares), "probes": [each.digest for each in plan.probes]}
     key = digest_json({**facts, **line.identity})
     if workspace.manifest(key) is None:
         probes = [plan.probe_job(each) for each in plan.probes]
-        job = {"kind": "scan", "label": one.name, "key": key, "alphas": list(alphas), "probes": probes, **line.job}
-        with session.display.rescuing(one.name, alphas) as watch:
+        job = {"kind": "scan", "label": one.name, "key": key, "shares": list(shares), "probes": probes, **line.job}
+        with session.display.rescuing(one.name, shares, reference.label) as watch:
             session.workers.run(job, watch=watch)
     folder = workspace.path(key)
     return {
-        alpha: {each.name: ItemScores.read_parquet(folder / f"{alpha!r}-{each.name}.parquet") for each in plan.probes}
-        for alpha in alphas
+        share: {each.name: ItemScores.read_parquet(folder / f"{number}-{each.name}.parquet") for each in plan.probes}
+        for number, share in enumerate(shares)
     }
 
 
-def _write_interpolation(session: Session, one: Round, alpha: float, candidate: Model, start: Model) -> Model:
-    """The point of the line at `alpha` as a checkpoint of its own, recorded."""
+def _write_interpolation(
+    session: Session, one: Round, share: ladder.Share, candidate: Model, reference: Model
+) -> Model:
+    """A point between as a checkpoint of its own, recorded."""
     workspace = session.workspace
-    line = _line(session, candidate, start)
-    key = digest_json({"kind": "interpolate", "version": 1, "alpha": alpha, **line.identity})
+    line = _line(session, candidate, reference)
+    plain = list(share) if isinstance(share, tuple) else share
+    key = digest_json({"kind": "interpolate", "version": 2, "share": plain, **line.identity})
     if workspace.manifest(key) is None:
-        session.workers.run({"kind": "interpolate", "label": one.name, "key": key, "alpha": alpha, **line.job})
+        session.workers.run({"kind": "interpolate", "label": one.name, "key": key, "share": plain, **line.job})
     checkpoint = describe(workspace.path(key), cache=workspace.cache / "digests.json")
-    label = f"{one.name}/rescue-{alpha:g}"
+    points = "-".join(f"{each:g}" for each in plain) if isinstance(plain, list) else f"{plain:g}"
+    label = f"{one.name}/rescue-{points}"
     body = session.plan.interpolation_body(
-        checkpoint, key, label, one.name, alpha, start.checkpoint, candidate.checkpoint
+        checkpoint, key, label, one.name, plain, reference.checkpoint, candidate.checkpoint
     )
     _record(session, "checkpoint", digest_json({"label": label, "object": key}), body)
     return Model(checkpoint, label)
 
 
 class _Line(NamedTuple):
-    """The line from a start to a candidate: what identifies it, and what a job needs to walk it."""
+    """The line from a reference to a candidate: what identifies it, and what a job needs to walk it."""
 
     identity: dict[str, Any]
     job: dict[str, Any]
 
 
-def _line(session: Session, candidate: Model, start: Model) -> _Line:
+def _line(session: Session, candidate: Model, reference: Model) -> _Line:
     numerics = session.plan.numerics
-    ends = {"candidate": candidate.checkpoint, "reference": start.checkpoint}
+    ends = {"candidate": candidate.checkpoint, "reference": reference.checkpoint}
     return _Line(
         identity={**{name: one.digest for name, one in ends.items()}, "numerics": numerics},
         job={

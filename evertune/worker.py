@@ -52,26 +52,61 @@ def _probe(job: Job, workspace: Workspace) -> dict[str, Any]:
 
 
 def _scan(job: Job, workspace: Workspace) -> dict[str, Any]:
-    """Score every share of the candidate in memory; one Parquet of item scores per share and probe."""
-    from evertune.merge.interpolate import scan
+    """Score every share of the candidate in memory; one Parquet of item scores per share, by its number, and probe."""
+    from evertune.merge.interpolate import Share, scan
     from evertune.model.checkpoint import Checkpoint
     from evertune.model.open import OpenModel
     from evertune.probe.job import score_open
     from evertune.probe.suite import load_probe
 
     probes = [load_probe(one["name"], settings=one["settings"], root=Path(one["root"])) for one in job["probes"]]
+    shares: list[Share] = [tuple(one) if isinstance(one, list) else one for one in job["shares"]]
 
     def write(folder: Path) -> dict[str, Any]:
-        def visit(alpha: float, opened: OpenModel) -> None:
+        numbers = {share: number for number, share in enumerate(shares)}
+
+        def visit(share: Share, opened: OpenModel) -> None:
             for name, scores in score_open(opened, probes).items():
-                scores.write_parquet(folder / f"{alpha!r}-{name}.parquet")
+                scores.write_parquet(folder / f"{numbers[share]}-{name}.parquet")
 
         numerics = job["numerics"]
         candidate, reference = (Checkpoint.from_json(job[one]) for one in ("candidate", "reference"))
-        scan(candidate, reference, job["alphas"], dtype=numerics["dtype"], device=numerics["device"], visit=visit)
-        return {"alphas": job["alphas"]}
+        scan(candidate, reference, shares, dtype=numerics["dtype"], device=numerics["device"], visit=visit)
+        return {"shares": job["shares"]}
 
     return {"key": workspace.publish(kind="scan", key=job["key"], record={}, write=write).key}
+
+
+def _early(job: Job, workspace: Workspace) -> dict[str, Any]:
+    """Ask both sides batch by batch until the gate decides; both sides' scores so far as Parquet."""
+    from evertune.early import Sides, judge_in_batches
+    from evertune.gate import GateSettings, ProbeFacts
+    from evertune.model.checkpoint import Checkpoint
+    from evertune.model.open import open_model
+    from evertune.probe.job import score_one
+    from evertune.probe.suite import AnyProbe, load_probe
+
+    probes = [load_probe(one["name"], settings=one["settings"], root=Path(one["root"])) for one in job["probes"]]
+    facts = {name: ProbeFacts(**one) for name, one in job["facts"].items()}
+
+    def write(folder: Path) -> dict[str, Any]:
+        before, after = (
+            open_model(
+                Checkpoint.from_json(job[side]), dtype=job["numerics"]["dtype"], device=job["numerics"]["device"]
+            )
+            for side in ("baseline", "candidate")
+        )
+
+        def score(probe: AnyProbe) -> Sides:
+            return Sides(score_one(before, probe), score_one(after, probe))
+
+        done = judge_in_batches(probes, facts, GateSettings.from_json(job["settings"]), score)
+        for side, scores in (("before", done.before), ("after", done.after)):
+            for name, one in scores.items():
+                one.write_parquet(folder / f"{side}-{name}.parquet")
+        return {"look": done.look, "items_asked": done.items_asked, "items_in_all": done.items_in_all}
+
+    return {"key": workspace.publish(kind="early", key=job["key"], record={}, write=write).key}
 
 
 def _interpolate(job: Job, workspace: Workspace) -> dict[str, Any]:
@@ -81,7 +116,8 @@ def _interpolate(job: Job, workspace: Workspace) -> dict[str, Any]:
     candidate, reference = (Checkpoint.from_json(job[one]) for one in ("candidate", "reference"))
 
     def write(folder: Path) -> dict[str, Any]:
-        write_winner(candidate, reference, job["alpha"], folder, dtype=job["numerics"]["dtype"])
+        share = tuple(job["share"]) if isinstance(job["share"], list) else job["share"]
+        write_winner(candidate, reference, share, folder, dtype=job["numerics"]["dtype"])
         return {}
 
     return {"key": workspace.publish(kind="checkpoint", key=job["key"], record={}, write=write).key}
@@ -90,6 +126,7 @@ def _interpolate(job: Job, workspace: Workspace) -> dict[str, Any]:
 _JOBS: dict[str, Callable[[Job, Workspace], dict[str, Any]]] = {
     "probe": _probe,
     "scan": _scan,
+    "early": _early,
     "interpolate": _interpolate,
 }
 

@@ -56,6 +56,10 @@ def gate(
         list[str] | None,
         typer.Option("--set", metavar="PATH=VALUE", help="Change the gate, as gate.margin.probe=0.05."),
     ] = None,
+    in_batches: Annotated[
+        bool,
+        typer.Option("--in-batches", help="Ask 50 items at a time and stop when decided: large losses cost little."),
+    ] = False,
     workspace: Annotated[Path, typer.Option(help="Where scores are kept.")] = Path("gate-workspace"),
     junit: Annotated[Path | None, typer.Option("--junit", metavar="FILE", help="Write JUnit XML.")] = None,
     markdown: Annotated[Path | None, typer.Option("--markdown", metavar="FILE", help="Write Markdown.")] = None,
@@ -95,10 +99,11 @@ def gate(
         from evertune.suites import load_suite
 
         suite = load_suite(probes or (), overrides=overrides or ())
-        done = judge_models(candidate, against, suite, workspace, display=display)
+        done = judge_models(candidate, against, suite, workspace, display=display, in_batches=in_batches)
         body = _with_next(done, candidate)
     else:
         _refuse(probes, "--probes", "logs bring their own items")
+        _refuse(in_batches, "--in-batches", "all of a log's items have been asked already")
         body = _judge_logs(from_lm_eval, from_inspect, from_scores, role, metric, overrides).to_json()
     _write(body, junit=junit, markdown=markdown, evidence=evidence)
     if as_json:

@@ -7,13 +7,14 @@ and tests are one-sided at level alpha; an interval is two bounds, so alpha 0.05
 
 # I items, G clusters
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import optimize, stats
+from scipy import optimize, special, stats
 
 from evertune.measure import anytime
 
@@ -39,7 +40,7 @@ class Estimate(NamedTuple):
 
     def lower_bound(self, alpha: float) -> float:
         """One-sided lower bound at level alpha."""
-        return self.mean - float(stats.t.ppf(1 - alpha, self.degrees)) * self.standard_error
+        return self.mean - float(special.stdtrit(self.degrees, 1 - alpha)) * self.standard_error
 
     def interval(self, alpha: float) -> tuple[float, float]:
         """Two-sided interval whose ends are one-sided bounds at level alpha each."""
@@ -50,7 +51,7 @@ class Estimate(NamedTuple):
         """One-sided p-value against "the mean is not below 0"."""
         if self.standard_error == 0:
             return 0.0 if self.mean < 0 else 1.0
-        return float(stats.t.cdf(self.mean / self.standard_error, self.degrees))
+        return float(special.stdtr(self.degrees, self.mean / self.standard_error))
 
 
 class Comparison(NamedTuple):
@@ -154,22 +155,23 @@ def bca_lower_bound(values: ArrayLike, clusters: Sequence[str], alpha: float) ->
         means[start : start + 500] = sums_G[drawn].sum(axis=1) / sizes_G[drawn].sum(axis=1)
     mean = float(sums_G.sum() / sizes_G.sum())
     below = float(np.mean(means < mean) + np.mean(means == mean) / 2)
-    bias = float(stats.norm.ppf(min(max(below, 0.5 / resamples), 1 - 0.5 / resamples)))
+    bias = float(special.ndtri(min(max(below, 0.5 / resamples), 1 - 0.5 / resamples)))
     left_out_G = (sums_G.sum() - sums_G) / (sizes_G.sum() - sizes_G)
     pulls_G = left_out_G.mean() - left_out_G
     spread = float(np.sum(pulls_G**2))
     acceleration = float(np.sum(pulls_G**3)) / (6 * spread**1.5) if spread > 0 else 0.0
-    z = bias + float(stats.norm.ppf(alpha))
-    return float(np.quantile(means, float(stats.norm.cdf(bias + z / (1 - acceleration * z)))))
+    z = bias + float(special.ndtri(alpha))
+    return float(np.quantile(means, float(special.ndtr(bias + z / (1 - acceleration * z)))))
 
 
+@functools.lru_cache(maxsize=1 << 16)
 def tango_lower_bound(b: int, c: int, n: int, alpha: float) -> float:
     """One-sided lower bound of the difference (c - b) / n of paired proportions.
 
     The score interval of Tango 1998 (Statistics in Medicine 17:891): the smallest difference that the score test does
     not reject. Its level holds with few or no flips too: with b = c = 0 the bound is -z^2 / (n + z^2).
     """
-    z = float(stats.norm.ppf(1 - alpha))
+    z = float(special.ndtri(1 - alpha))
     difference = (c - b) / n
 
     def excess(D: float) -> float:
@@ -187,6 +189,7 @@ def tango_interval(b: int, c: int, n: int, alpha: float) -> tuple[float, float]:
     return tango_lower_bound(b, c, n, alpha), -tango_lower_bound(c, b, n, alpha)
 
 
+@functools.lru_cache(maxsize=1 << 16)
 def mcnemar(b: int, c: int) -> float:
     """One-sided p-value of harm: mid-p, or exact below 10 flips. 1 when nothing flipped."""
     return mcnemar_exact(b, c) if b + c < EXACT_BELOW else mcnemar_midp(b, c)
@@ -295,7 +298,7 @@ def minimum_items(margin: float, alpha: float) -> int:
 
     From Tango's bound at b = c = 0, which must be *above* -margin.
     """
-    z = float(stats.norm.ppf(1 - alpha))
+    z = float(special.ndtri(1 - alpha))
     return math.floor(z * z * (1 - margin) / margin) + 1
 
 
@@ -315,7 +318,7 @@ def _cluster_sums(values: Floats, clusters: Sequence[str]) -> Floats:
 
 def _wilson(share: float, n: int) -> tuple[float, float]:
     """Wilson 1927, 90 %."""
-    z = float(stats.norm.ppf(0.95))
+    z = float(special.ndtri(0.95))
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
     return max(0.0, middle - half), min(1.0, middle + half)
@@ -323,12 +326,12 @@ def _wilson(share: float, n: int) -> tuple[float, float]:
 
 def _least_width(groups: int, alpha: float) -> float:
     """How far Tango's bound is from 0 when none of so many items flips."""
-    z = float(stats.norm.ppf(1 - alpha))
+    z = float(special.ndtri(1 - alpha))
     return z * z / (groups + z * z)
 
 
 def _z_sum(alpha: float) -> float:
-    return float(stats.norm.ppf(1 - alpha) + stats.norm.ppf(POWER))
+    return float(special.ndtri(1 - alpha) + special.ndtri(POWER))
 
 
 def _tango_score(b: int, c: int, n: int, D: float) -> float:

@@ -2,9 +2,11 @@
 
 A candidate that stands on its reference through adapters is moved by scaling those adapters, which is the exact line in
 weights. Any other pair is opened as dense models, and each point is computed from the two ends, never from the last
-point.
+point. A point may also have a share of its own for each block of layers, as RLHF is tempered layer by layer (Lin et al.
+2024, arXiv:2309.06256).
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -15,21 +17,25 @@ from torch import Tensor
 from evertune.errors import MergeError
 from evertune.merge.arithmetic import interpolate
 from evertune.model.adapter import concatenate, read_factors, scale_adapters, scaled, write_adapter
-from evertune.model.checkpoint import Checkpoint
+from evertune.model.checkpoint import Checkpoint, weight_files
 from evertune.model.export import save_dense
+from evertune.model.header import read_header
 from evertune.model.open import OpenModel, open_model
 
 T = TypeVar("T")
+# Of the candidate: one number, or one for each block of layers, from the embedding to the head.
+Share = float | tuple[float, ...]
+_LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks)\.(\d+)\.")
 
 
 def scan(
     candidate: Checkpoint,
     reference: Checkpoint,
-    alphas: Sequence[float],
+    alphas: Sequence[Share],
     *,
     dtype: str,
     device: str,
-    visit: Callable[[float, OpenModel], T],
+    visit: Callable[[Share, OpenModel], T],
 ) -> list[T]:
     """Call `visit(alpha, model)` with (1 - alpha) reference + alpha candidate for each alpha, in order.
 
@@ -38,7 +44,8 @@ def scan(
 
     Args:
         candidate, reference: two checkpoints of one architecture and tokenizer.
-        alphas: 0 is the reference, 1 the candidate, both bit for bit in `dtype`.
+        alphas: 0 is the reference, 1 the candidate, both bit for bit in `dtype`. Several numbers are the shares of as
+            many blocks of layers; the embedding goes with the first, the last norm and the head with the last.
         dtype: `bfloat16` or `float32`, of the ends and of the point; the line is computed in float64.
         device: `cpu`, `cuda` or `auto`.
 
@@ -49,7 +56,7 @@ def scan(
     return [visit(alpha, opened) for alpha, opened in line(candidate, reference, alphas, dtype, device)]
 
 
-def write_winner(candidate: Checkpoint, reference: Checkpoint, alpha: float, folder: Path, *, dtype: str) -> None:
+def write_winner(candidate: Checkpoint, reference: Checkpoint, alpha: Share, folder: Path, *, dtype: str) -> None:
     """Write one point of the line: an adapter on the reference where `scan` scaled adapters, else a dense model.
 
     One adapter keeps its factors and gets a scale; several become one with concatenated factors, the same function up
@@ -67,7 +74,9 @@ def write_winner(candidate: Checkpoint, reference: Checkpoint, alpha: float, fol
         ((_, opened),) = _dense(candidate, reference, [alpha], dtype, "cpu")
         save_dense(opened.model, folder, like=candidate)
         return
-    parts = [scaled(read_factors(one.path), alpha) for one in adapters]
+    read = [read_factors(one.path) for one in adapters]
+    layers = _count_layers(candidate)
+    parts = [scaled(one, _share_of(alpha, layers)) for one in read]
     write_adapter(parts[0] if len(parts) == 1 else concatenate(parts), folder, reference)
 
 
@@ -79,29 +88,53 @@ def above(candidate: Checkpoint, reference: Checkpoint) -> tuple[Checkpoint, ...
     return candidate.stack[digests.index(reference.digest) + 1 :]
 
 
+def _share_of(share: Share, layers: int) -> Callable[[str], float]:
+    """The share of a weight or layer by its name."""
+
+    def share_of(name: str) -> float:
+        if not isinstance(share, tuple):
+            return share
+        found = _LAYER.search(name)
+        if found is None:
+            return share[0] if "embed" in name or "wte" in name else share[-1]
+        return share[min(int(found[1]) * len(share) // layers, len(share) - 1)]
+
+    return share_of
+
+
+def _count_layers(candidate: Checkpoint) -> int:
+    """Layers of the model at the bottom of the stack, from its weights' names: an adapter may skip the last ones."""
+    files = weight_files(candidate.base.path)
+    numbers = [int(found[1]) for file in files for name in read_header(file) if (found := _LAYER.search(name))]
+    return 1 + max(numbers, default=0)
+
+
 def _scaled(
-    candidate: Checkpoint, reference: Checkpoint, alphas: Sequence[float], dtype: str, device: str
-) -> Iterator[tuple[float, OpenModel]]:
+    candidate: Checkpoint, reference: Checkpoint, alphas: Sequence[Share], dtype: str, device: str
+) -> Iterator[tuple[Share, OpenModel]]:
     opened = open_model(candidate, dtype=dtype, device=device)
     # stack[0] is the base, so adapter s0 is stack[1].
     names = [f"s{i}" for i in range(len(reference.stack) - 1, len(candidate.stack) - 1)]
+    layers = opened.model.config.get_text_config().num_hidden_layers
     for alpha in alphas:
-        scale_adapters(opened, names, alpha)
+        scale_adapters(opened, names, _share_of(alpha, layers))
         yield alpha, opened
 
 
 def _dense(
-    candidate: Checkpoint, reference: Checkpoint, alphas: Sequence[float], dtype: str, device: str
-) -> Iterator[tuple[float, OpenModel]]:
+    candidate: Checkpoint, reference: Checkpoint, alphas: Sequence[Share], dtype: str, device: str
+) -> Iterator[tuple[Share, OpenModel]]:
     opened = open_model(candidate, dtype=dtype, device=device, fold=True)
     other = open_model(reference, dtype=dtype, device=device, fold=True)
     _check_one_line(candidate, reference, opened, other)
     moved, start = dict(opened.model.named_parameters()), dict(other.model.named_parameters())
     end = {name: tensor.detach().clone() for name, tensor in moved.items()}
+    layers = opened.model.config.get_text_config().num_hidden_layers
     for alpha in alphas:
+        share_of = _share_of(alpha, layers)
         with torch.no_grad():
             for name, tensor in moved.items():
-                tensor.copy_(interpolate(start[name], end[name], alpha))
+                tensor.copy_(interpolate(start[name], end[name], share_of(name)))
         yield alpha, opened
 
 

@@ -9,7 +9,7 @@ Each adds scale * B @ A to the weights it stands on, so a stack is exactly one a
 import json
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -131,12 +131,17 @@ def scale_new(opened: "OpenModel", alpha: float) -> None:
     scale_adapters(opened, (NEW,), alpha)
 
 
-def scale_adapters(opened: "OpenModel", names: Sequence[str], alpha: float) -> None:
-    """Let the named adapters of the stack count `alpha` times what they were saved or trained with."""
-    for _, layer in _layers(opened.model):
+def scale_adapters(opened: "OpenModel", names: Sequence[str], alpha: float | Callable[[str], float]) -> None:
+    """Let the named adapters of the stack count `alpha` times what they were saved or trained with.
+
+    Args:
+        alpha: a number, or a function of the name of the layer.
+    """
+    for place, layer in _layers(opened.model):
         for name in names:
             if name in layer.lora_A:
-                layer.scaling[name] = layer.evertune_scale[name] * alpha
+                factor = alpha(place) if callable(alpha) else alpha
+                layer.scaling[name] = layer.evertune_scale[name] * factor
 
 
 def adapter_names(model: nn.Module) -> list[str]:
@@ -264,9 +269,10 @@ def concatenate(stack: Sequence[Factors], scales: Sequence[float] | None = None)
     return found
 
 
-def scaled(factors: Factors, alpha: float) -> dict[str, Factor]:
-    """The same adapter counting `alpha` times; tensors are shared."""
-    return {name: replace(factor, scale=factor.scale * alpha) for name, factor in factors.items()}
+def scaled(factors: Factors, alpha: float | Callable[[str], float]) -> dict[str, Factor]:
+    """The same adapter counting `alpha` times, a number or a function of the layer's name; tensors are shared."""
+    factor_of = alpha if callable(alpha) else lambda name: alpha
+    return {name: replace(factor, scale=factor.scale * factor_of(name)) for name, factor in factors.items()}
 
 
 def select_targets(model: nn.Module, targets: str | Sequence[str]) -> list[str]:

@@ -15,8 +15,8 @@ import numpy as np
 from evertune.data.rows import Row, messages_of
 from evertune.model.bundled import resolve_base
 from evertune.model.checkpoint import describe
+from evertune.model.forward import Forward, Tokens, score_rows
 from evertune.model.open import open_model
-from evertune.probe.forward import Forward, Tokens, score_rows
 from evertune.probe.generate import generate_answers
 from evertune.verifiers import check
 

@@ -13,8 +13,8 @@ from evertune.errors import CheckpointError, DataError
 from evertune.model.bundled import resolve_base
 from evertune.model.checkpoint import describe
 from evertune.model.codec import Codec
+from evertune.model.forward import Forward, Tokens, score_rows
 from evertune.model.open import open_classifier, open_model
-from evertune.probe.forward import Forward, Tokens, score_rows
 
 Scorer = Callable[[Sequence[Row]], NDArray[np.float64]]
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from evertune.errors import CheckpointError, ProbeError
+from evertune.hashing import digest_json
 from evertune.model.codec import Codec
 from evertune.model.forward import BATCH_TOKENS, Forward, Tokens, score_branches, score_rows
 from evertune.model.open import OpenModel
@@ -41,8 +42,9 @@ def score_probe(opened: OpenModel, probe: Probe, *, batch_tokens: int = BATCH_TO
         probe=probe.name,
         kind=probe.kind,
         direction="lower" if probe.kind == "bits_per_byte" else "higher",
-        ids=tuple(item.id for item in probe.items),
-        cluster=tuple(item.cluster for item in probe.items),
+        ids=tuple(name for item in probe.items for name in _names(item.id, probe.samples)),
+        cluster=tuple(item.cluster for item in probe.items for _ in range(probe.samples)),
+        samples=probe.samples,
         items_digest=probe.digest,
         template_digest=opened.codec.digest,
         **columns,
@@ -96,21 +98,28 @@ def _bits_per_byte(forward: Forward, codec: Codec, probe: Probe, batch_tokens: i
 
 
 def _generate(forward: Forward, codec: Codec, probe: Probe, batch_tokens: int) -> dict[str, Any]:
-    """Greedy answers, checked by the probe's verifier."""
-    prompts = [codec.encode_prompt(item.messages) for item in probe.items]
-    for item, prompt in zip(probe.items, prompts, strict=True):
+    """Answers, greedy or drawn, checked by the probe's verifier; an item's samples follow each other."""
+    items = [item for item in probe.items for _ in range(probe.samples)]
+    names = [name for item in probe.items for name in _names(item.id, probe.samples)]
+    prompts = [codec.encode_prompt(item.messages) for item in items]
+    for item, prompt in zip(items, prompts, strict=True):
         _check_length(forward, probe, item, len(prompt) + probe.max_new_tokens)
     answers = generate_answers(
-        forward, prompts, max_new_tokens=probe.max_new_tokens, stop_ids=codec.stop_ids, batch_tokens=batch_tokens
+        forward,
+        prompts,
+        max_new_tokens=probe.max_new_tokens,
+        stop_ids=codec.stop_ids,
+        temperature=probe.temperature,
+        # From the item alone, so that every checkpoint is asked with the same noise.
+        seeds=[int(digest_json(name)[:15], 16) for name in names],
+        batch_tokens=batch_tokens,
     )
-    for item, answer in zip(probe.items, answers, strict=True):
+    for item, answer in zip(items, answers, strict=True):
         if not answer.is_finite:
             raise _not_finite(probe, item)
     texts = [codec.decode(answer.ids) for answer in answers]
-    outcomes = [
-        check(probe.verifier, output=text, answer=item.answer) for text, item in zip(texts, probe.items, strict=True)
-    ]
-    failed = [(item, one.error) for item, one in zip(probe.items, outcomes, strict=True) if one.error is not None]
+    outcomes = [check(probe.verifier, output=text, answer=item.answer) for text, item in zip(texts, items, strict=True)]
+    failed = [(item, one.error) for item, one in zip(items, outcomes, strict=True) if one.error is not None]
     if failed:
         raise ProbeError(
             f"probe '{probe.name}': the verifier failed on {len(failed)} of {len(outcomes)} items; the first is "
@@ -120,7 +129,7 @@ def _generate(forward: Forward, codec: Codec, probe: Probe, batch_tokens: int) -
     return {
         "score": [one.score for one in outcomes],
         "prediction": tuple(texts),
-        "expected": tuple(_as_text(item.answer) for item in probe.items),
+        "expected": tuple(_as_text(item.answer) for item in items),
         "valid": [one.valid for one in outcomes],
         "stopped": [answer.stopped for answer in answers],
     }
@@ -176,6 +185,11 @@ def _not_finite(probe: Probe, item: ProbeItem) -> ProbeError:
         f"probe '{probe.name}': the model's logits for item {item.id!r} are NaN or Inf, expected finite numbers.",
         remedy="A model with NaN or Inf in its outputs cannot be judged: go back to an earlier checkpoint.",
     )
+
+
+def _names(item_id: str, samples: int) -> list[str]:
+    """Of an item's samples; an item that is asked once keeps its own."""
+    return [item_id] if samples == 1 else [f"{item_id}#{k + 1}" for k in range(samples)]
 
 
 def _as_text(answer: Any) -> str:

@@ -1,7 +1,7 @@
 """What a probe says of a checkpoint: a score per item, kept as Parquet with the identity of what was measured."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -147,6 +147,25 @@ class ItemScores:
                 f"{' '.join(str(error).split())[:200]}.",
                 remedy="Run 'evertune verify' on its workspace, or score the checkpoint again.",
             ) from error
+
+
+def concatenate(parts: Sequence[ItemScores]) -> ItemScores:
+    """Scores of several parts of one probe's items, one after the other.
+
+    Raises:
+        ValueError: the parts differ in what was measured.
+    """
+    first = parts[0]
+    if any(getattr(one, name) != getattr(first, name) for one in parts for name in _IDENTITY):
+        raise ValueError(f"parts of '{first.probe}' were not measured alike")
+    columns: dict[str, Any] = {}
+    for name in _COLUMNS:
+        values = [getattr(one, name) for one in parts]
+        if name in _ARRAYS:
+            columns[name] = None if values[0] is None else np.concatenate(values)
+        else:
+            columns[name] = tuple(entry for value in values for entry in value)
+    return ItemScores(**{name: getattr(first, name) for name in _IDENTITY}, **columns)
 
 
 def check_paired(after: ItemScores, before: ItemScores) -> None:

@@ -68,6 +68,9 @@ class Probe:
     max_new_tokens: int
     margin: float | None
     digest: str
+    held_out: bool = False
+    samples: int = 1
+    temperature: float | None = None
 
     @property
     def chance(self) -> float | None:
@@ -97,6 +100,7 @@ class LmEvalProbe:
     safety: bool
     margin: float | None
     digest: str
+    held_out: bool = False
     kind: Kind = field(default="lm_eval", init=False)
     chance: None = field(default=None, init=False)
 
@@ -134,12 +138,14 @@ def load_probe(name: str, *, settings: Mapping[str, Any], root: Path) -> AnyProb
     items = tuple(_item(row, kind, settings.get("system"), verifier) for row in rows)
     normalise = settings.get("normalise", "bytes")
     max_new_tokens = settings.get("max_new_tokens", 64)
+    samples, temperature = settings.get("samples", 1), settings.get("temperature")
     identity = {
         "version": ITEM_VERSION,
         "kind": kind,
         "verifier": verifier,
         "normalise": normalise if kind == "choice" else None,
         "max_new_tokens": max_new_tokens if kind == "generate" else None,
+        **({"samples": samples, "temperature": temperature} if samples > 1 else {}),
         "items": [
             [one.id, [dict(turn) for turn in one.messages], one.text, list(one.choices), one.answer, one.cluster]
             for one in items
@@ -156,6 +162,9 @@ def load_probe(name: str, *, settings: Mapping[str, Any], root: Path) -> AnyProb
         max_new_tokens=max_new_tokens,
         margin=settings.get("margin"),
         digest=digest_json(identity),
+        held_out=settings.get("held_out", False),
+        samples=samples,
+        temperature=temperature,
     )
 
 
@@ -173,6 +182,7 @@ def _lm_eval_probe(name: str, settings: Mapping[str, Any], root: Path) -> LmEval
         safety=settings.get("safety", False),
         margin=settings.get("margin"),
         digest=digest_json({"metric": metric, "limit": limit, **task_identity(name, task)}),
+        held_out=settings.get("held_out", False),
     )
 
 

@@ -152,8 +152,8 @@ class Verifier(OneKey):
     json_schema: dict[str, Any] | None = None
     """A JSON Schema the output must satisfy; when the item has an `answer` object, it must equal it too."""
     parts: "Annotated[dict[Name, VerifierPart], Field(min_length=1)] | None" = None
-    """Several verifiers of the same answer, by name. The score is their weighted mean; each part's is logged where an
-    rl stage learns from it."""
+    """Several verifiers of the same answer, by name. The score is their weighted mean; in an rl stage the score of each
+    part is logged."""
 
 
 class VerifierPart(Config):
@@ -196,6 +196,12 @@ class Probe(Config):
     """Use only the first items, in file order."""
     margin: Points | None = None
     """Overrides the gate's margin for this probe: the drop that must be ruled out."""
+    held_out: bool = False
+    """Asked only when everything else says PROMOTE, and each look is recorded: items that nobody tunes against."""
+    samples: int = Field(1, gt=0, le=64)
+    """For `generate`: answers drawn for each item, which counts by their mean. 1 is the likeliest answer."""
+    temperature: Annotated[float, Field(gt=0.0, le=4.0, allow_inf_nan=False)] | None = None
+    """Of drawn answers. Given with `samples` above 1, and only then."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "Probe":
@@ -209,6 +215,10 @@ class Probe(Config):
             raise ValueError("'metric' goes with 'lm_eval' only")
         if (self.kind == "generate") != (self.verifier is not None):
             raise ValueError("'verifier' is needed for kind 'generate', and for no other kind")
+        if (self.samples > 1) != (self.temperature is not None):
+            raise ValueError("'samples' above 1 and 'temperature' go together")
+        if self.held_out and self.role == "watch":
+            raise ValueError("'held_out: true' needs role 'guard' or 'target': a watched probe decides nothing")
         if self.safety and self.role != "guard":
             raise ValueError("'safety: true' needs role 'guard'")
         self._check_unread()
@@ -219,6 +229,7 @@ class Probe(Config):
         readers = {
             "normalise": ("choice",),
             "max_new_tokens": ("generate",),
+            "samples": ("generate",),
             "system": ("choice", "generate", "bits_per_byte"),
         }
         kind = self.kind or "lm_eval"
@@ -897,6 +908,9 @@ class Gate(Config):
     """A guard or target with fewer items cannot promote."""
     min_clusters: int = Field(30, gt=0)
     """A guard or target with fewer clusters cannot promote."""
+    spend_alpha: bool = False
+    """Spend alpha over the run: the k-th verdict is taken at 6 alpha / (pi k)^2, so that the chance of ever promoting a
+    bad candidate, or ever holding an unharmed one, stays alpha over all rounds and rescues together."""
 
 
 class Interpolate(Config):
@@ -904,16 +918,77 @@ class Interpolate(Config):
 
     alphas: list[Annotated[float, Field(gt=0.0, lt=1.0)]] = Field(default=[0.9, 0.8, 0.7, 0.5, 0.3], min_length=1)
     """Shares of the candidate to try, applied in memory; only the winner is written."""
+    toward: Literal["start", "champion"] = "start"
+    """The reference: what the round started from, or the last promoted model."""
+    blocks: int = Field(1, ge=1, le=16)
+    """With more than one, the layers are cut into as many blocks, and each share is tried on one block at a time, the
+    others staying whole: what was lost may lie in one part of the network. Tries blocks times shares."""
+
+
+class MoreReplay(Config):
+    """The round's stages again, with more replay."""
+
+    factor: float = Field(2.0, gt=1.0, allow_inf_nan=False)
+    """Times the share of replay."""
+    most: Share = 0.5
+    """The largest share."""
+    by_probe: dict[Name, Names] = {}
+    """Sources that are replayed too where this probe fell: rows of the skill that was lost."""
+
+
+class Scaled(Config):
+    """The round's stages again, with one setting multiplied."""
+
+    factor: Positive
+
+
+class LowerLr(Scaled):
+    """The round's stages again, with a lower learning rate."""
+
+    factor: float = Field(0.3, gt=0.0, lt=1.0)
+    """Times the learning rate."""
+
+
+class FewerEpochs(Scaled):
+    """The round's stages again, for a shorter time."""
+
+    factor: float = Field(0.5, gt=0.0, lt=1.0)
+    """Times the epochs, or the steps."""
+
+
+class StrongerAnchor(Scaled):
+    """The round's stages again, held closer to their reference."""
+
+    factor: float = Field(4.0, gt=1.0, allow_inf_nan=False)
+    """Times the anchor's weight; 0.05 where it was off."""
 
 
 class Rung(OneKey):
     """One rung of the rescue ladder: exactly one key."""
 
-    bare_names = ("interpolate", "discard")
+    bare_names = (
+        "interpolate",
+        "drop_stage",
+        "more_replay",
+        "stronger_anchor",
+        "lower_lr",
+        "fewer_epochs",
+        "discard",
+    )
     noun = "a rescue rung"
 
     interpolate: Interpolate | None = None
     """Between the reference and the candidate."""
+    drop_stage: NoOptions | None = None
+    """The round without the stage after which the failing guards fell most."""
+    more_replay: MoreReplay | None = None
+    """The round again, with more replay, of the skill that fell where `by_probe` says so."""
+    stronger_anchor: StrongerAnchor | None = None
+    """The round again, held closer to its reference."""
+    lower_lr: LowerLr | None = None
+    """The round again, with a lower learning rate."""
+    fewer_epochs: FewerEpochs | None = None
+    """The round again, for a shorter time."""
     discard: NoOptions | None = None
     """Set the candidate aside; the champion stays, bit for bit."""
 
@@ -947,6 +1022,15 @@ class Consolidate(OneKey):
             return {"merge": {"method": "slerp", "t": share, "models": models}}
         models = {name: {"path": path, "weight": float(weights[name])} for name, path in paths.items()}  # type: ignore[index]
         return {"merge": {"method": "linear", "models": models}}
+
+
+class RescueBudget(Config):
+    """What a round's rescue may cost."""
+
+    attempts: int = Field(6, gt=0)
+    """Rungs that are tried at most."""
+    training: Positive = 3.0
+    """Optimizer steps of all attempts, in multiples of the round's own; no rung that trains begins beyond it."""
 
 
 class Round(Config):
@@ -1033,7 +1117,9 @@ class Recipe(Config):
     """What a promotion must show."""
     rescue: list[Rung] = Field(default_factory=lambda: [Rung(interpolate=Interpolate()), Rung(discard=NoOptions())])
     """Tried in order after a round that is not promoted; each attempt is probed and judged like any candidate.
-    `[interpolate, discard]` when not given."""
+    `[interpolate, discard]` when not given. All bounds are taken at alpha divided by the number that is tried."""
+    rescue_budget: RescueBudget = RescueBudget()
+    """When climbing ends."""
     rounds: list[Round] = Field(min_length=1)
     """Updates, in order; each starts where the promoted ones before it lead."""
     numerics: Numerics = Numerics()

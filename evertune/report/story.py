@@ -148,6 +148,8 @@ def _outcome(last: RoundStory) -> str:
     if last.state == "PROMOTE":
         if last.rescued is None:
             return f"Round {last.name} PROMOTED."
+        if last.rescued["alpha"] is None:
+            return f"Round {last.name} PROMOTED after a rescue: {last.rescued['why']}."
         return f"Round {last.name} PROMOTED after a rescue, which keeps {last.rescued['alpha']:g} of the update."
     if last.state == "PASSED":
         return f"Round {last.name} passed the gate, but its promotion is not recorded yet."

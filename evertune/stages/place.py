@@ -34,6 +34,7 @@ class Place:
         made: what the round starts from, then what each stage before this one has made.
         champion: the last promoted checkpoint, or the base.
         histories: folders with the training rows of promoted rounds.
+        attempt: the rescue whose amended round this is; "" in the round itself.
         past: what the run has made before this stage, earlier stages of this round included.
         without: digests of texts that must not be used again (`evertune data remove`).
     """
@@ -44,6 +45,7 @@ class Place:
     made: Sequence[Checkpoint]
     champion: Checkpoint
     histories: Sequence[Path] = field(default=())
+    attempt: str = ""
     past: Past = field(default_factory=Past)
     without: Sequence[str] = field(default=())
 
@@ -64,7 +66,8 @@ class Place:
     @property
     def label(self) -> str:
         """What people call the stage's checkpoint."""
-        return f"{self.round.name}/{self.index + 1}-{self.kind}"
+        attempt = f"{self.attempt}/" if self.attempt else ""
+        return f"{self.round.name}/{attempt}{self.index + 1}-{self.kind}"
 
     @property
     def start(self) -> Checkpoint:

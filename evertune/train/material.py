@@ -115,6 +115,7 @@ class Material:
             "pool_rows": sum(len(rows) for rows in self.replay.values()),
             "removed_duplicates": self.removed_duplicates,
             "sources": {source: replayed[source] for source in sorted(self.replay)},
+            "sha256": {ref.source: ref.digest for ref in spec.replay},
         }
 
 

@@ -126,7 +126,14 @@ def checkpoint(
     if trained:
         body |= {
             "data": [
-                {"source": source, "sha256": digest_json(source), "rows": 200, "dropped_long": 3, "tokens": 12000}
+                {
+                    "source": source,
+                    "sha256": digest_json(source),
+                    "rows": 200,
+                    "dropped_long": 3,
+                    "removed": {"leaks": {"arithmetic": 2}, "bad": 1},
+                    "tokens": 12000,
+                }
             ],
             "steps": 35,
             "new_rows": 200,
@@ -145,6 +152,7 @@ def checkpoint(
                 "pool_rows": 140,
                 "removed_duplicates": 6,
                 "sources": {"general": 50, "history/1/cards": 30},
+                "sha256": {"general": "1" * 64, "history/1/cards": "2" * 64},
             },
             "anchor": {"kl": 0.1, "to": "start", "on": "replay", "direction": "forward", "cache": "off"},
             "methods": ["replay", "dedup", "anchored_sft_kl"],

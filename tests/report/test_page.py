@@ -242,3 +242,8 @@ def _luminance(colour: str) -> float:
     parts = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
     linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_what_was_left_out_before_training_is_listed_by_probe(page: Node) -> None:
+    table = next(one for one in page.all("table") if "What each stage was trained on" in one.text)
+    assert "2 with items of arithmetic; 1 unreadable" in table.text

@@ -1,0 +1,111 @@
+"""Rounds that need more than a verdict: held-out probes, sampled answers, a ladder that retrains, alpha spent."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evertune.ledger import Event
+from evertune.lineage import current_events, open_workspace
+from evertune.recipe.load import load_recipe
+from evertune.report import write_report
+from evertune.run import Outcome, run_recipe
+
+DEMO = Path(__file__).parent.parent / "recipes" / "demo"
+RECIPE = """
+evertune: 1
+name: rounds
+base: tiny-random
+workspace: run
+seed: 3
+data:
+  cards: {{path: {demo}/cards.jsonl, limit: 8}}
+  general: {{path: {demo}/general.jsonl, limit: 8}}
+probes:
+  routes: {{path: {demo}/probe-routes.jsonl, kind: generate, verifier: exact, max_new_tokens: 3, limit: 4, samples: 3,
+            temperature: 1.0, role: {role}}}
+  knowledge: {{path: {demo}/probe-knowledge.jsonl, kind: choice, limit: 8, margin: 0.9, held_out: {held_out}}}
+  prose: {{path: {demo}/probe-prose.jsonl, kind: bits_per_byte, limit: 6, margin: 0.9}}
+gate:
+  margin: {{pooled: 0.9, probe: 0.9, format: 0.9, ratchet: 0.9}}
+  min_items: 2
+  min_clusters: 2
+  spend_alpha: true
+numerics: {{dtype: float32, device: cpu}}
+rescue: {rescue}
+rounds:
+  - name: one
+    stages: [{{sft: {{data: [cards], steps: 4, lr: 0.05, batch_rows: 2, micro_batch_rows: 2,
+                     tune: {{lora: {{rank: 2}}}}, replay: {{share: 0.25, from: [general]}}, anchor: {{kl: 0.0}}}}}}]
+"""
+
+
+def run(folder: Path, **values: Any) -> tuple[Outcome, list[Event]]:
+    given = {"demo": DEMO, "held_out": "false", "role": "guard", "rescue": "[discard]", **values}
+    (folder / "recipe.yaml").write_text(RECIPE.format(**given))
+    outcome = run_recipe(load_recipe(folder / "recipe.yaml"))
+    events = current_events(open_workspace(folder / "run").ledger)
+    write_report(events, folder / "report.html")
+    return outcome, events
+
+
+def bodies(events: list[Event], kind: str) -> list[dict[str, Any]]:
+    return [one.body for one in events if one.kind == kind]
+
+
+@pytest.mark.path
+def test_held_out_probes_are_asked_once_and_only_where_the_others_pass(tmp_path: Path) -> None:
+    outcome, events = run(tmp_path, held_out="true")
+    assert outcome.last == "PROMOTE"
+    (look,) = bodies(events, "look")
+    assert (look["number"], list(look["probes"])) == (1, ["knowledge"])
+    (verdict,) = bodies(events, "verdict")
+    assert verdict["held_out"] is True
+    assert any(one["probe"] == "knowledge" for one in verdict["probes"])
+    asked = [(one["label"], one["probe"]) for one in bodies(events, "probe") if one.get("held_out")]
+    assert sorted(asked) == [("base", "knowledge"), ("one/1-sft", "knowledge")]
+    # The candidate was scored on it after the verdict of the others, not with the stage.
+    order = [one.kind for one in events]
+    assert order.index("look") < max(i for i, one in enumerate(events) if one.body.get("held_out"))
+    assert "look 1 of this run" in (tmp_path / "report.html").read_text()
+    # The verdict is the first of a run that spends its alpha: 6 / pi^2 of it.
+    assert verdict["gate_alpha"] == pytest.approx(0.05 * 0.6079, rel=1e-3)
+
+
+@pytest.mark.path
+def test_held_out_probes_are_left_alone_where_the_others_do_not_pass(tmp_path: Path) -> None:
+    outcome, events = run(tmp_path, held_out="true", role="target")
+    assert outcome.last != "PROMOTE"
+    assert bodies(events, "look") == []
+    assert {one["probe"] for one in bodies(events, "probe")} == {"routes", "prose"}
+    assert bodies(events, "verdict")[0]["held_out"] is False
+
+
+@pytest.mark.path
+def test_the_ladder_retrains_judges_and_stops_at_its_budget(tmp_path: Path) -> None:
+    # The round has 4 steps, the two rungs 5 together: more than 1.2 times 4, so that the anchor is not tried.
+    rungs = "lower_lr, {fewer_epochs: {factor: 0.25}}, drop_stage, stronger_anchor"
+    ladder = f"[{rungs}, {{interpolate: {{alphas: [0.5], blocks: 2}}}}, discard]\nrescue_budget: {{training: 1.2}}"
+    outcome, events = run(tmp_path, role="target", rescue=ladder)
+    assert outcome.last != "PROMOTE"
+    rescues = bodies(events, "rescue")
+    assert [one["rung"] for one in rescues] == ["lower_lr", "fewer_epochs", "interpolate"]
+    assert [one["label"] for one in rescues][:2] == ["one/lower_lr/1-sft", "one/fewer_epochs/1-sft"]
+    settings = {one["label"]: one["settings"] for one in bodies(events, "checkpoint")}
+    assert settings["one/lower_lr/1-sft"]["lr"] == pytest.approx(0.015)
+    assert settings["one/fewer_epochs/1-sft"]["steps"] == 1
+    assert rescues[2]["blocks"] in ([0.5, 1.0], [1.0, 0.5])
+    # Three rungs that train, one that drops a stage, two points: six candidates. Alpha is spent over the verdicts too.
+    assert {one["tried"] for one in rescues} == {6}
+    assert [one["gate_alpha"] for one in rescues] == [pytest.approx(0.05 * 0.60793 / k**2, rel=1e-3) for k in (2, 3, 4)]
+    page = (tmp_path / "report.html").read_text()
+    assert "learning rates times 0.3" in page
+
+
+@pytest.mark.path
+def test_answers_are_sampled_alike_for_every_checkpoint_and_count_once_an_item(tmp_path: Path) -> None:
+    _, events = run(tmp_path)
+    one = next(row for row in bodies(events, "verdict")[0]["probes"] if row["probe"] == "routes")
+    assert (one["n"], one["samples"]) == (4, 3)
+    assert json.dumps(bodies(events, "probe")).count('"n": 12') == 2
