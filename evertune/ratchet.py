@@ -5,7 +5,8 @@ scores, so that a chain of promotions looks better than it is. Each comparison w
 share of alpha: that of the history there has been since that best was set, told by how many candidates were judged for
 each promotion. The first of them is taken to be promoted with probability 3/4, the g-th with 1/4 / (g (g - 1)); these
 sum to 1, so the shares of all histories with equally many promotions do too. Whatever the rounds bring, the chance that
-the k-th promotion is of a model that has lost the whole cumulative margin stays at alpha. docs/gate.md has the rates.
+the k-th promotion is of a model that has lost the whole cumulative margin stays at alpha.
+`benchmarks.gate --only creep` measures it.
 """
 
 from collections.abc import Mapping
