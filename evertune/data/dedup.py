@@ -116,6 +116,7 @@ def resolve(
                 found.earlier[row], found.jaccard[row] = other, value
         waiting = order[found.stays[order]]
     _drop_similar(found, shingles, waiting, threshold)
+    _name_survivors(found)
     return Resolution(found.cause, found.earlier, found.jaccard, found.is_exact, templates)
 
 
@@ -202,6 +203,15 @@ def _drop_equal(found: Resolution, prints: Fingerprints, order: Indices, earlier
     is_removed = ~found.stays
     found.jaccard[is_removed] = 1.0
     found.is_exact[is_removed] = True
+
+
+def _name_survivors(found: Resolution) -> None:
+    """Copies of a row that turned out to be like another are like that one, too: a cause is a row that stays."""
+    copies = np.flatnonzero(found.cause >= 0)
+    copies = copies[~found.stays[found.cause[copies]]]
+    first = found.cause[copies]
+    found.cause[copies], found.earlier[copies] = found.cause[first], found.earlier[first]
+    found.jaccard[copies], found.is_exact[copies] = found.jaccard[first], False
 
 
 def find_templates(prints: Fingerprints, sources: Indices, share: float = TEMPLATE_SHARE) -> Hashes:

@@ -67,6 +67,13 @@ def test_no_two_survivors_are_similar_and_each_removed_row_is_like_its_survivor(
         assert found.is_exact[i] == (texts[i] == texts[found.cause[i]])
 
 
+def test_a_copy_of_a_removed_row_names_the_row_that_stays() -> None:
+    # Shingles of three words: "a a a" is all there is in any of them, so the shorter text repeats the longer ones.
+    found = settle(["a a a", "a a a a", "a a a a"], threshold=0.5)
+    assert found.cause.tolist() == [-1, 0, 0]
+    assert found.is_exact.tolist() == [False, False, False]
+
+
 @given(rows_of_text, st.sampled_from([0.5, 0.8]))
 @settings(max_examples=50, deadline=None)
 def test_doing_it_twice_removes_nothing_more(texts: list[str], threshold: float) -> None:
