@@ -68,10 +68,11 @@ def test_no_two_survivors_are_similar_and_each_removed_row_is_like_its_survivor(
 
 
 def test_a_copy_of_a_removed_row_names_the_row_that_stays() -> None:
-    # Shingles of three words: "a a a" is all there is in any of them, so the shorter text repeats the longer ones.
-    found = settle(["a a a", "a a a a", "a a a a"], threshold=0.5)
+    # In runs of three words all are the one run "a a a"; of equal sizes the digest of the text decides, here the first.
+    found = settle(["a a a", "a " * 10, "a " * 10], threshold=0.5)
     assert found.cause.tolist() == [-1, 0, 0]
-    assert found.is_exact.tolist() == [False, False, False]
+    assert found.jaccard.tolist() == [0.0, 1.0, 1.0]
+    assert not found.is_exact.any()
 
 
 @given(rows_of_text, st.sampled_from([0.5, 0.8]))
