@@ -60,7 +60,6 @@ class Workers:
         self._context: Any = multiprocessing.get_context(start_method)
         if start_method == "forkserver":
             self._context.set_forkserver_preload([PRELOAD])
-            _start_server()
         self._launch = launch
 
     def run(self, job: worker.Job, *, watch: Callable[[], None] = lambda: None) -> dict[str, Any]:
@@ -82,6 +81,8 @@ class Workers:
         return result
 
     def _run_child(self, job: worker.Job, watch: Callable[[], None]) -> dict[str, Any]:
+        if self._context.get_start_method() == "forkserver":
+            _start_server()
         ours, theirs = self._context.Pipe()
         # A forked child holds a copy of our end and must close it to see us die; a served one never gets it.
         inherited = ours if self._context.get_start_method() == "fork" else None
@@ -133,8 +134,8 @@ class Workers:
 
 
 def _start_server() -> None:
-    """Start the fork server deaf to Ctrl-C: a terminal sends it to every process, and the server would die of it
-    with a traceback while it imports. Its children listen again, see `_child`."""
+    """Start the fork server, unless it runs, deaf to Ctrl-C: a terminal sends it to every process, and the server would
+    die of it with a traceback while it imports. Its children listen again, see `_child`."""
     if threading.current_thread() is not threading.main_thread():
         forkserver.ensure_running()
         return

@@ -65,6 +65,17 @@ def test_an_unchanged_rerun_trains_nothing(finished: tuple[Path, str]) -> None:
     sys.stderr.write(f"unchanged rerun: {time.monotonic() - began:.1f} s\n")
 
 
+def test_an_unchanged_rerun_imports_no_torch_in_any_process(finished: tuple[Path, str]) -> None:
+    # Children inherit -X importtime and write to the same place.
+    command = [sys.executable, "-X", "importtime", "-m", "evertune", "run", str(RECIPE)]
+    done = subprocess.run(
+        [*command, "--set", f"workspace={finished[0]}"], capture_output=True, text=True, timeout=60, check=True
+    )
+    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time")}
+    assert "evertune.run" in imported
+    assert not imported & {"torch", "transformers", "accelerate", "peft"}
+
+
 def test_a_changed_last_round_runs_that_round_only(finished: tuple[Path, str], tmp_path: Path) -> None:
     import shutil
 
