@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from scipy import special
 
 from evertune.errors import ProbeError
 from evertune.measure.stats import Estimate, cluster_mean
 
 Floats = NDArray[np.float64]
-Z90 = float(stats.norm.ppf(0.95))
+Z90 = float(special.ndtri(0.95))
 
 
 class Interval(NamedTuple):
@@ -388,7 +388,7 @@ def _mean_of(estimates: Sequence[Estimate]) -> Interval:
         return Interval(value, value - variances.sum(), value + variances.sum())
     shares = variances[variances > 0] ** 2 / np.array([one.degrees for one in estimates])[variances > 0]
     degrees = variances.sum() ** 2 / shares.sum()
-    half = float(stats.t.ppf(0.95, degrees)) * math.sqrt(variances.sum()) / len(estimates)
+    half = float(special.stdtrit(degrees, 0.95)) * math.sqrt(variances.sum()) / len(estimates)
     return Interval(value, value - half, value + half)
 
 

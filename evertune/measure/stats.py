@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import optimize, special, stats
+from scipy import optimize, special
 
 from evertune.measure import anytime
 
@@ -197,12 +197,12 @@ def mcnemar(b: int, c: int) -> float:
 
 def mcnemar_exact(b: int, c: int) -> float:
     """P(Bin(b + c, 1/2) >= b): b or more of the flips go the wrong way by chance (McNemar 1947)."""
-    return float(stats.binom.sf(b - 1, b + c, 0.5))
+    return float(special.bdtrc(b - 1, b + c, 0.5)) if b else 1.0
 
 
 def mcnemar_midp(b: int, c: int) -> float:
     """The exact p-value less half the probability of what was seen (Lancaster 1961; Fagerland et al. 2013)."""
-    return mcnemar_exact(b, c) - 0.5 * float(stats.binom.pmf(b, b + c, 0.5))
+    return mcnemar_exact(b, c) - math.comb(b + c, b) / 2 ** (b + c + 1)
 
 
 def cluster_mean(values: ArrayLike, clusters: Sequence[str], weights: ArrayLike | None = None) -> Estimate:
