@@ -8,7 +8,7 @@ before it. Everything made is stored under a key of its inputs, so the same comm
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -280,7 +280,7 @@ def decide(
             "after": position.settled,
             "candidate": candidate.checkpoint.digest,
             "champion": position.champion.checkpoint.digest,
-            "probes": {each.name: [each.digest, plan.facts(one)[each.name].role] for each in plan.probes},
+            "probes": {each.name: [each.digest, asdict(facts[each.name])] for each in plan.probes},
             "settings": plan.gate_body,
             "tried": tried,
             "alpha": settings.alpha,

@@ -85,6 +85,18 @@ def test_a_changed_last_round_runs_that_round_only(finished: tuple[Path, str], t
     assert "1 stages trained" in evertune("run", RECIPE, *changed)
 
 
+def test_a_changed_margin_of_one_probe_is_judged_anew(finished: tuple[Path, str], tmp_path: Path) -> None:
+    import shutil
+
+    workspace = tmp_path / "copy"
+    shutil.copytree(finished[0], workspace)
+    printed = evertune("run", RECIPE, "--set", f"workspace={workspace}", "--set", "probes.knowledge.margin=0.6")
+    assert "0 stages trained, 0 probes scored" in printed
+    verdicts = [event["body"] for event in _json("log", workspace)["events"] if event["kind"] == "verdict"]
+    margins = [one["margin"] for body in verdicts for one in body["probes"] if one["probe"] == "knowledge"]
+    assert margins.count(0.5) == margins.count(0.6) > 0
+
+
 def test_verify_is_clean_and_names_an_altered_file(finished: tuple[Path, str], tmp_path: Path) -> None:
     import shutil
 
