@@ -51,8 +51,8 @@ class Resolution:
     Attributes:
         cause: (R,) the row that a removed row repeats; -1 where it stays or where an earlier row is the cause.
         earlier: (R,) the earlier row that a removed row repeats, else -1.
-        jaccard: (R,) similarity to the cause: 1 for an exact duplicate, 0 where the row stays.
-        is_exact: (R,) removed for an equal text.
+        jaccard: (R,) similarity to the cause, 0 where the row stays.
+        is_exact: (R,) removed for an equal text; where that row was removed too, its cause is the cause.
         templates: shingles that were left out of the comparison, ascending.
     """
 
@@ -211,7 +211,7 @@ def _name_survivors(found: Resolution) -> None:
     copies = copies[~found.stays[found.cause[copies]]]
     first = found.cause[copies]
     found.cause[copies], found.earlier[copies] = found.cause[first], found.earlier[first]
-    found.jaccard[copies], found.is_exact[copies] = found.jaccard[first], False
+    found.jaccard[copies] = found.jaccard[first]
 
 
 def find_templates(prints: Fingerprints, sources: Indices, share: float = TEMPLATE_SHARE) -> Hashes:
