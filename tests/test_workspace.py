@@ -441,9 +441,13 @@ workspace = Workspace.open(Path(sys.argv[1]), create=True)
 with workspace.lock(purpose="run team.yaml"):
     child = 0
     if sys.argv[2] == "fork":
+        # The child lets go of the lock when it first runs: only then is it right to look.
+        runs, tell = os.pipe()
         child = os.fork()
         if child == 0:
+            os.write(tell, b"1")
             time.sleep(60)
+        os.read(runs, 1)
     if sys.argv[2] == "exec":
         child = subprocess.Popen(["sleep", "60"]).pid
     print(os.getpid(), child, flush=True)
