@@ -5,13 +5,16 @@ reads, the digests of start, base, data and reference, the seed and the numerics
 """
 
 import importlib.metadata
+import json
 import os
 import platform
+import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlparse
 
 from evertune.data.cleaned import Cleaner, Given, OnBad
 from evertune.data.history import remember, write_history
@@ -72,14 +75,19 @@ class Plan:
         """Facts of the machine that a result does not depend on."""
         return {"machine": platform.machine(), "system": platform.platform(), "cpus": os.cpu_count()}
 
+    def keyed(self, key: str) -> str:
+        """A stage's key under the recipe's policy: with `versions: strict` it covers the packages' versions too."""
+        packages = self.numerics.get("packages")
+        return digest_json({"key": key, "packages": packages}) if packages else key
+
     @cached_property
     def run_body(self) -> dict[str, Any]:
-        versions = {name: importlib.metadata.version(name) for name in RECORDED_PACKAGES}
         return {
             "name": self.recipe.name,
             "recipe": self.loaded.resolved,
             "recipe_digest": self.loaded.digest,
-            "versions": {**versions, "python": platform.python_version()},
+            "versions": package_versions(),
+            "commit": source_commit(),
             "machine": self.machine,
             "round_names": [one.name for one in self.recipe.rounds],
             "seed": self.recipe.seed,
@@ -202,8 +210,34 @@ def make_plan(loaded: LoadedRecipe) -> Plan:
         load_probe(name, settings=probe.model_dump(exclude_none=True), root=loaded.folder)
         for name, probe in recipe.probes.items()
     )
-    numerics = recipe.numerics.model_dump()
+    numerics = recipe.numerics.model_dump(exclude={"versions"})
+    if recipe.numerics.versions == "strict":
+        numerics["packages"] = package_versions()
     return Plan(loaded=loaded, base=base, probes=probes, workspace=workspace, numerics=numerics)
+
+
+def package_versions() -> dict[str, str]:
+    """Of the packages that a result may depend on, and of Python."""
+    versions = {name: importlib.metadata.version(name) for name in RECORDED_PACKAGES}
+    return {**versions, "python": platform.python_version()}
+
+
+def source_commit() -> str | None:
+    """The commit that this package was installed from, where its installer wrote it down or the checkout still tells
+    (PEP 610); None for a release."""
+    # A checkout that was built in holds metadata of its own, without this file.
+    texts = [one.read_text("direct_url.json") for one in importlib.metadata.distributions(name="evertune")]
+    origin = json.loads(next((text for text in texts if text), "{}"))
+    if "vcs_info" in origin:
+        return str(origin["vcs_info"]["commit_id"])
+    if not origin.get("dir_info", {}).get("editable"):
+        return None
+    command = ["git", "-C", unquote(urlparse(origin["url"]).path), "rev-parse", "HEAD"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None
 
 
 def _checkpoint_body(

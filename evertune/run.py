@@ -190,7 +190,8 @@ def perform_stage(
         without=position.without,
     )
     kind, label = KINDS[place.kind], place.label
-    order = kind.order(place)
+    order: Any = kind.order(place)
+    order = replace(order, key=session.plan.keyed(order.key))
     if workspace.manifest(order.key) is None:
         job = {"kind": place.kind, "workspace": str(workspace.root), "label": label, "spec": order.to_json()}
         with session.display.stage(label, order.key, workspace) as watch:

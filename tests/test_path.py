@@ -148,3 +148,38 @@ def test_every_shipped_recipe_passes_check() -> None:
     for recipe in sorted(RECIPES.glob("*.yaml")):
         if "data/" not in recipe.read_text() or (RECIPES / "data").exists():
             evertune("check", recipe)
+
+
+def test_other_versions_make_results_anew_only_where_the_recipe_is_strict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from evertune import plan
+    from evertune.recipe.load import load_recipe
+
+    def keys(policy: str) -> tuple[str, str]:
+        overrides = [f"workspace={tmp_path}", f"numerics.versions={policy}"]
+        made = plan.make_plan(load_recipe(RECIPE, overrides=overrides))
+        return made.keyed("0" * 64), made.probe_key(made.base, made.probes[0])
+
+    recorded, strict = keys("recorded"), keys("strict")
+    assert recorded[0] == "0" * 64
+    versions = plan.package_versions()
+    monkeypatch.setattr(plan, "package_versions", lambda: {**versions, "torch": "0.0"})
+    assert keys("recorded") == recorded
+    assert all(one != other for one, other in zip(keys("strict"), strict, strict=True))
+
+
+def test_a_strict_run_goes_through_and_again_does_nothing(tmp_path: Path) -> None:
+    arguments = ("run", RECIPE, "--set", f"workspace={tmp_path / 'run'}", "--set", "numerics.versions=strict")
+    assert "3 stages trained" in evertune(*arguments)
+    assert "0 stages trained, 0 probes scored" in evertune(*arguments)
+
+
+def test_the_ledger_names_versions_and_commit(finished: tuple[Path, str]) -> None:
+    import importlib.metadata
+
+    run = next(event["body"] for event in _json("log", finished[0])["events"] if event["kind"] == "run")
+    assert run["versions"]["torch"] == importlib.metadata.version("torch")
+    # This checkout is installed as it lies (make test), so its commit is known.
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=RECIPES, capture_output=True, text=True, check=True)
+    assert run["commit"] == head.stdout.strip()

@@ -25,7 +25,9 @@ PROBE_VERSION = 1
 def probe_key(checkpoint: Checkpoint, probe: AnyProbe, numerics: Mapping[str, Any]) -> str:
     """Key of the object that holds the scores of a checkpoint on a probe."""
     facts = {"kind": "probe", "version": PROBE_VERSION, "checkpoint": checkpoint.digest, "probe": probe.digest}
-    return digest_json({**facts, "name": probe.name, "dtype": numerics["dtype"], "device": numerics["device"]})
+    packages = {"packages": numerics["packages"]} if numerics.get("packages") else {}
+    where = {"dtype": numerics["dtype"], "device": numerics["device"], **packages}
+    return digest_json({**facts, "name": probe.name, **where})
 
 
 def run_probes(
@@ -36,7 +38,7 @@ def run_probes(
     An object holds `scores.parquet`; its record has `probe`, the ledger's facts of the result, and `volatile`.
 
     Args:
-        numerics: the recipe's `dtype`, `device` and `threads`.
+        numerics: the recipe's `dtype`, `device` and `threads`; and `packages`, where their versions count.
 
     Returns:
         The keys of the objects, in the order of the probes.

@@ -1113,6 +1113,9 @@ class Numerics(Config):
     """`auto` is a GPU where there is one."""
     threads: int | None = Field(None, gt=0)
     """CPU threads; all available cores when not given."""
+    versions: Literal["recorded", "strict"] = "recorded"
+    """What results of other package versions are worth. `recorded`: they stand, and the ledger names the versions.
+    `strict`: versions are part of every key, and what other ones made is made anew."""
 
 
 Tracker = Literal["trackio", "tensorboard", "mlflow", "wandb"]

@@ -92,7 +92,7 @@ class Place:
 
 
 class Order(Protocol):
-    """What a child is told to do: plain values, and the key of the object that it publishes.
+    """What a child is told to do: a frozen dataclass of plain values, and the key of the object that it publishes.
 
     The key is the digest of everything the result depends on: kind and version of its meaning, settings, digests of
     start, base, data and references, seed and numerics; not where files lie, and not how often it saves.
