@@ -16,12 +16,12 @@ from torch import Tensor
 
 from evertune.data.encode import EncodedPair, Item, encode_pairs
 from evertune.model.codec import Codec
-from evertune.train.batch import collate, counted_positions
+from evertune.train.batch import counted_positions
 from evertune.train.cache import ReferenceCache
-from evertune.train.head import head_loss, target_log_probabilities
+from evertune.train.head import target_log_probabilities
 from evertune.train.losses import preference_losses
 from evertune.train.material import Material, load_material
-from evertune.train.objective import Objective, Policy, StepCounts, penalty_sums, penalty_terms
+from evertune.train.objective import Objective, Policy, StepCounts, backward_beside_replay
 from evertune.train.penalty import Penalty
 from evertune.train.sink import Metrics
 from evertune.train.spec import DpoSpec
@@ -73,33 +73,16 @@ class Preference:
         self, policy: Policy, items: Sequence[Item], counts: StepCounts, penalties: Sequence[Penalty]
     ) -> Tensor:
         pairs = [item for item in items if isinstance(item, EncodedPair)]
-        # First all chosen answers, then all rejected ones, then the replayed rows.
-        paired = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
         replayed = [row for item in items if item.is_replay for row in item.rows]
-        rows = paired + replayed
-        batch = collate(rows, pad_id=policy.pad_id, device=policy.device)
-        hidden_NH, targets_N = policy.hidden(batch.ids_BT)[batch.predicts_BT], batch.targets_N
-        split = sum(map(counted_positions, paired))
-        sums = {name: hidden_NH.new_zeros((), dtype=torch.float32) for name in counts.divisors}
-        penalised: dict[str, Tensor] = {}
-        losses = []
-        if pairs:
-            logp_N = target_log_probabilities(hidden_NH[:split], targets_N[:split], head=policy.head)
-            losses.append(self._pair_loss(logp_N, pairs, counts, sums))
-        for group, places in ((paired, slice(0, split)), (replayed, slice(split, None))):
-            terms = penalty_terms(penalties, group, counts, device=policy.device)
-            # Cross-entropy is for replayed rows; a penalty may hold the pairs too.
-            if (not terms and group is not replayed) or not group:
-                continue
-            weight = self.spec.replay_weight / counts.divisors["replay_loss"] if group is replayed else 0.0
-            found = head_loss(hidden_NH[places], targets_N[places], head=policy.head, ce_weight=weight, terms=terms)
-            losses.append(found.loss)
-            if group is replayed:
-                sums["replay_loss"] = found.ce_sum
-            for name, value in found.term_sums.items():
-                penalised[name] = penalised[name] + value if name in penalised else value
-        torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
-        return torch.stack([*sums.values(), *penalty_sums(penalties, penalised, like=losses[0].detach())])
+
+        def judge(hidden_NH: Tensor, targets_N: Tensor, sums: dict[str, Tensor]) -> Tensor:
+            logp_N = target_log_probabilities(hidden_NH, targets_N, head=policy.head)
+            return self._pair_loss(logp_N, pairs, counts, sums)
+
+        # First all chosen answers, then all rejected ones.
+        paired = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+        weight = self.spec.replay_weight
+        return backward_beside_replay(policy, paired, replayed, counts, penalties, replay_weight=weight, judge=judge)
 
     def _pair_loss(
         self, logp_N: Tensor, pairs: Sequence[EncodedPair], counts: StepCounts, sums: dict[str, Tensor]

@@ -6,7 +6,7 @@ how a step is cut up changes speed and memory, not the result.
 
 # B rows, T tokens, N counted positions, H hidden
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -90,6 +90,48 @@ class CrossEntropy:
         found = head_loss(hidden_NH, batch.targets_N, head=policy.head, ce_weight=ce_weight, terms=terms)
         found.loss.backward()  # type: ignore[no-untyped-call]
         return torch.stack([found.ce_sum, *penalty_sums(penalties, found.term_sums, like=found.ce_sum)])
+
+
+def backward_beside_replay(
+    policy: Policy,
+    judged: Sequence[EncodedRow],
+    replayed: Sequence[EncodedRow],
+    counts: StepCounts,
+    penalties: Sequence[Penalty],
+    *,
+    replay_weight: float,
+    judge: Callable[[Tensor, Tensor, dict[str, Tensor]], Tensor],
+) -> Tensor:
+    """`Objective.backward` where whole answers are judged, beside replayed rows, in one pass of the decoder.
+
+    The judged rows bear the loss that `judge` returns, the replayed ones cross-entropy, both the penalties that apply.
+
+    Args:
+        counts: whose divisor `replay_loss` counts the step's replayed tokens.
+        replay_weight: of the mean cross-entropy of those tokens.
+        judge: (hidden states (N, H) and targets (N,) of the judged rows' counted positions, sums to be filled in) ->
+            the loss, a scalar with gradient. Not called where there are no judged rows.
+    """
+    batch = collate([*judged, *replayed], pad_id=policy.pad_id, device=policy.device)
+    hidden_NH, targets_N = policy.hidden(batch.ids_BT)[batch.predicts_BT], batch.targets_N
+    split = sum(map(counted_positions, judged))
+    sums = {name: hidden_NH.new_zeros((), dtype=torch.float32) for name in counts.divisors}
+    penalised: dict[str, Tensor] = {}
+    losses = [judge(hidden_NH[:split], targets_N[:split], sums)] if judged else []
+    for group, places in ((judged, slice(0, split)), (replayed, slice(split, None))):
+        terms = penalty_terms(penalties, group, counts, device=policy.device)
+        is_replay = group is replayed
+        if not group or not (terms or is_replay):
+            continue
+        weight = replay_weight / counts.divisors["replay_loss"] if is_replay else 0.0
+        found = head_loss(hidden_NH[places], targets_N[places], head=policy.head, ce_weight=weight, terms=terms)
+        losses.append(found.loss)
+        if is_replay:
+            sums["replay_loss"] = found.ce_sum
+        for name, value in found.term_sums.items():
+            penalised[name] = penalised[name] + value if name in penalised else value
+    torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
+    return torch.stack([*sums.values(), *penalty_sums(penalties, penalised, like=losses[0].detach())])
 
 
 def penalty_terms(

@@ -20,11 +20,11 @@ from evertune.data.encode import EncodedRow, Item, encode_prompts
 from evertune.model.codec import Codec
 from evertune.model.forward import Forward
 from evertune.train.batch import collate, counted_positions
-from evertune.train.head import head_loss, target_log_probabilities
+from evertune.train.head import target_log_probabilities
 from evertune.train.loop import Feed
 from evertune.train.losses import clipped_surrogate, sampled_kl
 from evertune.train.material import Material, load_material
-from evertune.train.objective import Objective, Policy, StepCounts, penalty_sums, penalty_terms
+from evertune.train.objective import Objective, Policy, StepCounts, backward_beside_replay
 from evertune.train.penalty import Penalty
 from evertune.train.reference import LiveReference
 from evertune.train.rollout import Check, EncodedAnswer, RolloutFeed, RolloutSettings
@@ -78,33 +78,15 @@ class PolicyGradient:
         self, policy: Policy, items: Sequence[Item], counts: StepCounts, penalties: Sequence[Penalty]
     ) -> Tensor:
         answers = [item for item in items if isinstance(item, EncodedAnswer)]
-        spoken = [answer.row for answer in answers]
         replayed = [row for item in items if item.is_replay for row in item.rows]
-        batch = collate(spoken + replayed, pad_id=policy.pad_id, device=policy.device)
-        hidden_NH, targets_N = policy.hidden(batch.ids_BT)[batch.predicts_BT], batch.targets_N
-        split = sum(map(counted_positions, spoken))
-        sums = {name: hidden_NH.new_zeros((), dtype=torch.float32) for name in counts.divisors}
-        penalised: dict[str, Tensor] = {}
-        losses = []
-        if answers:
-            logp_N = target_log_probabilities(
-                hidden_NH[:split], targets_N[:split], head=policy.head, temperature=self.spec.temperature
-            )
-            losses.append(self._answers_loss(logp_N, answers, counts, sums))
-        for group, places in ((spoken, slice(0, split)), (replayed, slice(split, None))):
-            terms = penalty_terms(penalties, group, counts, device=policy.device)
-            # Cross-entropy is for replayed rows; a penalty may hold the answers too.
-            if (not terms and group is not replayed) or not group:
-                continue
-            weight = self.spec.replay_weight / counts.divisors["replay_loss"] if group is replayed else 0.0
-            found = head_loss(hidden_NH[places], targets_N[places], head=policy.head, ce_weight=weight, terms=terms)
-            losses.append(found.loss)
-            if group is replayed:
-                sums["replay_loss"] = found.ce_sum
-            for name, value in found.term_sums.items():
-                penalised[name] = penalised[name] + value if name in penalised else value
-        torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
-        return torch.stack([*sums.values(), *penalty_sums(penalties, penalised, like=losses[0].detach())])
+
+        def judge(hidden_NH: Tensor, targets_N: Tensor, sums: dict[str, Tensor]) -> Tensor:
+            logp_N = target_log_probabilities(hidden_NH, targets_N, head=policy.head, temperature=self.spec.temperature)
+            return self._answers_loss(logp_N, answers, counts, sums)
+
+        spoken = [answer.row for answer in answers]
+        weight = self.spec.replay_weight
+        return backward_beside_replay(policy, spoken, replayed, counts, penalties, replay_weight=weight, judge=judge)
 
     def _answers_loss(
         self, logp_N: Tensor, answers: Sequence[EncodedAnswer], counts: StepCounts, sums: dict[str, Tensor]
