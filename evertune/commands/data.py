@@ -1,11 +1,14 @@
 """`evertune data`: reading, cleaning and mixing training rows, alone or for a recipe."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+
+if TYPE_CHECKING:
+    from evertune.data.mixed import Mixed
 
 app = typer.Typer(
     no_args_is_help=True, help="Look at training rows; deduplicate, filter and mix them; trace and remove."
@@ -259,14 +262,18 @@ def mix(
     if as_json:
         typer.echo(json.dumps(found.to_json(), indent=2, ensure_ascii=False))
         return
+    for line in _mixed_lines(found, out):
+        typer.echo(line)
+
+
+def _mixed_lines(found: "Mixed", out: Path | None) -> Iterator[str]:
     for name, count in found.rows.items():
-        typer.echo(f"{count:>9} rows  {found.passes[name]:>6.2f} passes  {name}")
-    typer.echo(f"replay is {found.share:.1%} of {sum(found.rows.values())} rows")
-    for warning in found.warnings:
-        typer.echo(f"warning: {warning}")
+        yield f"{count:>9} rows  {found.passes[name]:>6.2f} passes  {name}"
+    yield f"replay is {found.share:.1%} of {sum(found.rows.values())} rows"
+    yield from (f"warning: {warning}" for warning in found.warnings)
     if found.quarantined:
-        typer.echo(f"{found.quarantined} rows could not be read" + (f": see {out}.quarantine.jsonl" if out else ""))
-    typer.echo(f"wrote {out}" if out else "Nothing was written: give --out FILE.")
+        yield f"{found.quarantined} rows could not be read" + (f": see {out}.quarantine.jsonl" if out else "")
+    yield f"wrote {out}" if out else "Nothing was written: give --out FILE."
 
 
 @app.command()

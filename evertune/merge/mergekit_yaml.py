@@ -6,7 +6,7 @@ get ours. What has no counterpart (stacking of layers, tokens from several model
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,9 @@ from evertune.errors import RecipeError
 from evertune.merge.config import MergeConfig
 from evertune.merge.methods import METHODS
 from evertune.recipe.strict_yaml import Document
+
+# (key, what was found, remedy) -> the error, with the line of the file.
+Refuse = Callable[..., RecipeError]
 
 _METHODS = {name: name for name in METHODS if name not in ("ema", "interpolate", "magmax")} | {"nuslerp": "slerp"}
 _TOP_KEYS = {
@@ -53,17 +56,7 @@ def translate(document: Document, path: Path) -> MergeConfig:
     shared = _parameters(value.get("parameters") or {}, refuse)
     entries = _entries(value, refuse)
     base = value.get("base_model")
-    models: dict[str, Any] = {}
-    for i, entry in enumerate(entries):
-        model = entry.get("model")
-        if not isinstance(model, str):
-            raise refuse("models", f"entry {i + 1} has no 'model'.")
-        if "+" in model:
-            raise refuse("models", f"'{model}' is a model with an adapter.", "Name the adapter's folder alone.")
-        if model == base:
-            continue
-        own = _parameters(entry.get("parameters") or {}, refuse)
-        models[f"m{len(models)}-{_short(model)}"] = {"path": model, **own}
+    models = _models(entries, base, refuse)
     config: dict[str, Any] = {"method": method, "models": models, "compat": "mergekit"}
     if base is not None and METHODS[method].base != "none":
         config["base"] = base
@@ -85,11 +78,24 @@ def translate(document: Document, path: Path) -> MergeConfig:
             for settings in models.values():
                 settings.pop(key, None)
     dtype = value.get("out_dtype") or value.get("dtype")
-    if dtype is not None:
-        if dtype not in _DTYPES:
-            raise refuse("dtype", f"found '{dtype}', expected one of {', '.join(sorted(_DTYPES))}.")
-        config["dtype"] = dtype
-    return _checked(config, path)
+    if dtype is not None and dtype not in _DTYPES:
+        raise refuse("dtype", f"found '{dtype}', expected one of {', '.join(sorted(_DTYPES))}.")
+    return _checked(config if dtype is None else {**config, "dtype": dtype}, path)
+
+
+def _models(entries: Sequence[Mapping[str, Any]], base: Any, refuse: Refuse) -> dict[str, Any]:
+    """The merged models, all but the base, by a short name of their own."""
+    models: dict[str, Any] = {}
+    for i, entry in enumerate(entries):
+        model = entry.get("model")
+        if not isinstance(model, str):
+            raise refuse("models", f"entry {i + 1} has no 'model'.")
+        if "+" in model:
+            raise refuse("models", f"'{model}' is a model with an adapter.", "Name the adapter's folder alone.")
+        if model != base:
+            own = _parameters(entry.get("parameters") or {}, refuse)
+            models[f"m{len(models)}-{_short(model)}"] = {"path": model, **own}
+    return models
 
 
 def _checked(config: dict[str, Any], path: Path) -> MergeConfig:
@@ -102,7 +108,7 @@ def _checked(config: dict[str, Any], path: Path) -> MergeConfig:
         raise RecipeError(f"{path}: read as mergekit's configuration: {told}.") from None
 
 
-def _entries(value: Mapping[str, Any], refuse: Any) -> list[dict[str, Any]]:
+def _entries(value: Mapping[str, Any], refuse: Refuse) -> list[dict[str, Any]]:
     """The models of a file; of `slices`, those of one slice that takes whole models."""
     if "slices" not in value:
         found: list[dict[str, Any]] = value.get("models") or []
@@ -117,7 +123,7 @@ def _entries(value: Mapping[str, Any], refuse: Any) -> list[dict[str, Any]]:
     return sources
 
 
-def _parameters(parameters: Mapping[str, Any], refuse: Any) -> dict[str, Any]:
+def _parameters(parameters: Mapping[str, Any], refuse: Refuse) -> dict[str, Any]:
     found = {}
     for key, value in parameters.items():
         if key == "weight" or key in _PARAMETERS:
@@ -129,7 +135,7 @@ def _parameters(parameters: Mapping[str, Any], refuse: Any) -> dict[str, Any]:
     return found
 
 
-def _own_parameters(entries: list[dict[str, Any]], model: str, refuse: Any) -> dict[str, Any]:
+def _own_parameters(entries: list[dict[str, Any]], model: str, refuse: Refuse) -> dict[str, Any]:
     return next(_parameters(one.get("parameters") or {}, refuse) for one in entries if one.get("model") == model)
 
 
@@ -144,7 +150,7 @@ def _value(value: Any) -> Any:
     ]  # fmt: skip
 
 
-def _nuslerp_share(models: dict[str, Any], config: dict[str, Any], refuse: Any) -> None:
+def _nuslerp_share(models: dict[str, Any], config: dict[str, Any], refuse: Refuse) -> None:
     """nuslerp weighs its two models; the arc's share is the second's part of the sum."""
     weights = [one.pop("weight", None) for one in models.values()]
     if len(weights) != 2 or not all(isinstance(one, int | float) for one in weights):
