@@ -42,23 +42,30 @@ class Curve(NamedTuple):
 
 @dataclass(frozen=True)
 class Layer:
-    """Task vectors in one layer, averaged over its tensors by size; layer -1 is what lies outside of layers."""
+    """Task vectors in one layer, averaged over its tensors by size; layer -1 is what lies outside of layers.
+
+    The least cosine of two of them, and the share of elements that differ in sign, are None without a base.
+    """
 
     layer: int
     of_reference: dict[str, float]
-    cosine: float
-    sign_conflict: float
+    cosine: float | None
+    sign_conflict: float | None
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What was found, and what follows."""
+    """What was found, and what follows.
+
+    `cosines` are empty and `sign_conflict` is None without a base: differences from a mean point away from each other
+    whatever the models have learnt (those of two models have the cosine -1, those of n on average -1 / (n - 1)).
+    """
 
     starts: tuple[Likeness, ...]
     relative_to: str
     of_reference: dict[str, float]
     cosines: dict[str, float]
-    sign_conflict: float
+    sign_conflict: float | None
     layers: tuple[Layer, ...]
     curves: tuple[Curve, ...]
     unit: str
@@ -82,7 +89,7 @@ class Inspection:
         lines += [f"  {one.first} - {one.second}: {one.cosine:.4f}" for one in self.starts]
         lines.append(f"length of differences from the {self.relative_to}, as a share of it")
         lines += [f"  {name}: {value:.2%}" for name, value in self.of_reference.items()]
-        if self.cosines:
+        if self.sign_conflict is not None and self.cosines:
             lines.append("cosine between differences")
             lines += [f"  {pair}: {value:+.3f}" for pair, value in self.cosines.items()]
             lines.append(f"sign conflicts: {self.sign_conflict:.0%} of the elements that two models change")
@@ -109,12 +116,12 @@ def inspect_models(plan: MergePlan, *, loss: Loss | None = None, unit: str = "",
     starts = tuple(likeness(plan))
     facts = _facts(plan)
     names = [one.name for one in plan.sources if one is not plan.base]
-    reference = "base" if plan.base else "mean"
+    has_base = plan.base is not None
     lengths = {name: _pooled(facts, name) for name in names}
     pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
-    cosines = {f"{a} - {b}": _mean(facts, (a, b)) for a, b in pairs}
-    conflict = _weighted([(one["sign_conflict"], one["elements"]) for one in facts.values()])
-    layers = tuple(_layers(facts, names, pairs))
+    cosines = {f"{a} - {b}": _mean(facts, (a, b)) for a, b in pairs} if has_base else {}
+    conflict = _conflict(facts) if has_base else None
+    layers = tuple(_layers(facts, names, pairs if has_base else None))
     shares = tuple(i / (points - 1) for i in range(points))
     curves: tuple[Curve, ...] = ()
     if loss is not None:
@@ -122,17 +129,17 @@ def inspect_models(plan: MergePlan, *, loss: Loss | None = None, unit: str = "",
         between = pairs or [("base", names[0])]
         curves = tuple(_curve(a, b, shares, tuple(loss(checkpoints[a], checkpoints[b], shares))) for a, b in between)
     said = tuple(recommend(starts, lengths, cosines, conflict, curves))
-    return Inspection(starts, reference, lengths, cosines, conflict, layers, curves, unit, said)
+    return Inspection(starts, "base" if has_base else "mean", lengths, cosines, conflict, layers, curves, unit, said)
 
 
 def recommend(
     starts: Sequence[Likeness],
     lengths: dict[str, float],
     cosines: dict[str, float],
-    conflict: float,
+    conflict: float | None,
     curves: Sequence[Curve],
 ) -> list[str]:
-    """Plain words; the first is the verdict."""
+    """Plain words; the first is the verdict. `conflict` is None where there is no base."""
     apart = [one for one in starts if one.cosine < SAME_START_COSINE]
     if apart:
         return [
@@ -158,10 +165,12 @@ def recommend(
         said.append(f"{opposed[0]} pull in opposite directions: one will cost the other.")
     if parallel:
         said.append(f"{parallel[0]} learnt much the same: a mean loses little, a sum counts it twice.")
-    if conflict > CONFLICTING and not opposed:
+    if conflict is not None and conflict > CONFLICTING and not opposed:
         said.append(f"{conflict:.0%} of the shared changes differ in sign: try ties, and compare it with linear.")
     if not said:
         said.append("Fit to merge: start with linear (equal weights); let probes decide on anything else.")
+    if conflict is None:
+        said.append("Name the base that they come from ('base:') to see whether their changes agree.")
     return said
 
 
@@ -206,7 +215,7 @@ def _mean(facts: dict[str, dict[str, Any]], pair: tuple[str, str]) -> float:
 
 
 def _layers(
-    facts: dict[str, dict[str, Any]], names: Sequence[str], pairs: Sequence[tuple[str, str]]
+    facts: dict[str, dict[str, Any]], names: Sequence[str], pairs: Sequence[tuple[str, str]] | None
 ) -> Sequence[Layer]:
     by_layer: dict[int, dict[str, dict[str, Any]]] = {}
     for name, one in facts.items():
@@ -216,8 +225,8 @@ def _layers(
         Layer(
             layer=layer,
             of_reference={name: _pooled(part, name) for name in names},
-            cosine=min((_mean(part, pair) for pair in pairs), default=0.0),
-            sign_conflict=_weighted([(one["sign_conflict"], one["elements"]) for one in part.values()]),
+            cosine=None if pairs is None else min((_mean(part, pair) for pair in pairs), default=0.0),
+            sign_conflict=None if pairs is None else _conflict(part),
         )
         for layer, part in sorted(by_layer.items())
     ]
@@ -229,9 +238,10 @@ def _curve(first: str, second: str, shares: tuple[float, ...], losses: tuple[flo
     return Curve(first, second, shares, losses, barrier)
 
 
-def _weighted(values: Sequence[tuple[float, int]]) -> float:
-    size = sum(weight for _, weight in values)
-    return sum(value * weight for value, weight in values) / size if size else 0.0
+def _conflict(facts: dict[str, dict[str, Any]]) -> float:
+    """Share of the elements that two models change which they change in opposite directions."""
+    size = sum(one["elements"] for one in facts.values())
+    return sum(one["sign_conflict"] * one["elements"] for one in facts.values()) / size if size else 0.0
 
 
 def _layer_line(one: Layer) -> str:

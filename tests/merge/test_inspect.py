@@ -71,6 +71,19 @@ def test_a_barrier_is_the_rise_above_the_straight_line(tmp_path: Path) -> None:
     assert found.relative_to == "mean"
 
 
+def test_without_a_base_nothing_is_said_of_directions(tmp_path: Path) -> None:
+    # Two differences from their mean have the cosine -1 whatever was learnt: that is no conflict.
+    write_family(tmp_path, experts=2)
+    plan = plan_merge(configure("linear", {"e0": {}, "e1": {}}), folder=tmp_path)
+    found = inspect_models(plan)
+    assert found.cosines == {}
+    assert found.sign_conflict is None
+    assert {(one.cosine, one.sign_conflict) for one in found.layers} == {(None, None)}
+    assert not any("opposite" in one or "differ in sign" in one for one in found.recommendation)
+    assert "base:" in found.recommendation[-1]
+    assert "cosine between differences" not in "\n".join(found.lines())
+
+
 def test_the_command_measures_a_curve_on_a_text(tmp_path: Path, tiny_model: Path) -> None:
     from tests.model.folders import change_tensors, copy
 
