@@ -216,7 +216,9 @@ def mix(
     ],
     out: Annotated[Path | None, typer.Option("--out", help="A new file, .jsonl (.gz, .zst) or .parquet.")] = None,
     replay: Annotated[list[Path] | None, typer.Option(help="Old rows to mix in.")] = None,
-    share: Annotated[float, typer.Option(min=0.0, max=0.99, help="Share of all rows that is replay.")] = 0.2,
+    share: Annotated[
+        float | None, typer.Option(min=0.0, max=0.99, help="Share of all rows that is replay; 0.2 when not given.")
+    ] = None,
     by: Annotated[Literal["rows", "tokens"], typer.Option(help="What weights are shares of.")] = "rows",
     temperature: Annotated[
         float | None, typer.Option(help="Instead of weights: above 1 small sources get more.")
@@ -243,6 +245,10 @@ def mix(
         raise RecipeError("found weights for some files, expected them for all or for none.")
     if by == "tokens" and model is None:
         raise RecipeError("--by tokens needs --model: whose tokens are counted.")
+    if by == "tokens" and not given:
+        raise RecipeError("--by tokens needs weights: write each file as FILE=WEIGHT.")
+    if share and not replay:
+        raise RecipeError("--share needs --replay: the old rows to mix in.")
     every = sift.sources_of([*(path for path, _ in weighted), *(replay or [])], format)
     new, old = every[: len(weighted)], every[len(weighted) :]
     mixing = Mixing(
@@ -257,7 +263,7 @@ def mix(
         out,
         mixing=mixing,
         replay=old,
-        share=share if old else 0.0,
+        share=(0.2 if share is None else share) if old else 0.0,
         epochs=epochs,
         rows=rows,
         seed=seed,
