@@ -9,6 +9,7 @@ from typing import Any, Literal
 from evertune.errors import MergeError
 from evertune.hashing import digest_json
 from evertune.merge.config import MergeConfig
+from evertune.merge.engine import check_new
 from evertune.merge.in_memory import apply_into
 from evertune.merge.plan import plan_checkpoints
 from evertune.merge.run import Result, merge_planned
@@ -78,12 +79,14 @@ def search_weights(
     Bits per byte count negated, so that higher is better everywhere; the objective is the mean over probes.
 
     Raises:
-        MergeError: a method without weights, or the same start is missing.
+        MergeError: a method without weights, models with different starts, or `out` holds files.
     """
     from evertune.model.open import open_model
 
     if "weight" not in config.table.per_model:
         raise MergeError(f"'{config.method}' has no weights to search for.", remedy="Use linear or task_arithmetic.")
+    if out is not None:
+        check_new(out)  # before the search, not after
     models = {name: describe(folder / one.path, cache=cache) for name, one in config.models.items()}
     base = describe(folder / config.base, cache=cache) if config.base is not None else None
     numerics = recipe.recipe.numerics

@@ -91,10 +91,10 @@ def remove(opened: Opened, texts: Sequence[str], *, reason: str) -> tuple[Event,
     what was trained on the rows is named, so that a person can decide about it.
 
     Raises:
-        RecipeError: there are no texts.
+        RecipeError: there are no texts, or one is empty.
     """
-    if not texts:
-        raise RecipeError("found no text to remove, expected one or more.")
+    if not texts or not all(one.strip() for one in texts):
+        raise RecipeError("found no text to remove, expected one or more, none of them empty.")
     traces = [trace(opened, one) for one in texts]
     settled = [one.key for one in opened.ledger.events("settled")]
     body = {

@@ -59,6 +59,11 @@ def test_a_text_that_nothing_was_given_is_told_so(debug_run: DebugRun) -> None:
     assert "No stage of this workspace was given it" in evertune("data", "trace", debug_run.workspace, "never seen")
 
 
+def test_an_empty_text_removes_nothing(debug_run: DebugRun) -> None:
+    for text in ("", " "):
+        assert "found no text to remove" in evertune("data", "remove", debug_run.workspace, "--text", text, code=3)
+
+
 def test_promoted_rows_are_in_the_index(debug_run: DebugRun, tmp_path: Path) -> None:
     index = open_index(debug_run.workspace / "dedup", DEFAULT, create=False)
     labels = [label for one in index.segments for label in one.labels]

@@ -36,7 +36,7 @@ def dedup(
         list[Path] | None, typer.Option(help="Rows that win over those of FILES: new ones against replay, say.")
     ] = None,
     index: Annotated[Path | None, typer.Option(help="Folder of an index of all rows kept before.")] = None,
-    extend: Annotated[bool, typer.Option("--extend", help="Keep what stays in the index.")] = False,
+    extend: Annotated[bool, typer.Option("--extend", help="Keep in the index what stays and is written.")] = False,
     part: Annotated[Part, typer.Option(help="What of a row is compared.")] = "both",
     threshold: Annotated[float, typer.Option(min=0.5, max=1.0, help="Jaccard similarity; 1 finds equal texts.")] = 0.8,
     width: Annotated[int, typer.Option(min=1, max=20, help="Words in a shingle.")] = 3,
@@ -55,18 +55,21 @@ def dedup(
 
     if extend and index is None:
         raise RecipeError("--extend needs --index: the folder of the index.")
+    if extend and out is None:
+        raise RecipeError("--extend needs --out: a row that the index knows and no file holds would be lost.")
+    sift.check_out(out)
     sources = sift.sources_of(files, format)
     settings = sift.DedupSettings(part, width, threshold, template_share, workers)
     opened = open_index(index, IndexSettings(part, width, threshold), create=extend) if index is not None else None
     bad = sift.BadRows()
-    decide = sift.dedup(
-        sources, settings, against=sift.sources_of(against or [], None), index=opened, extend=extend, bad=bad
-    )
+    decide, keep = sift.dedup(sources, settings, against=sift.sources_of(against or [], None), index=opened, bad=bad)
     asked = {name: value for name, value in settings.__dict__.items() if name != "workers"}
     asked |= {"against": [str(one) for one in against or []], "index": str(index) if index else None}
     told = sift.sift(
         sources, decide, out, operation="dedup", settings=asked, bad=bad, suffix=f".{written_as}", examples=3
     )
+    if extend:
+        keep()
     _tell(told.to_json(), out, as_json)
 
 
@@ -103,6 +106,7 @@ def filter_(
         typer.echo("classifier       reward, or probability of --label, under --classifier")
         typer.echo(f"\ndefault rules: {', '.join(DEFAULT_RULES)}")
         return
+    sift.check_out(out)
     scorers: dict[str, Any] = {}
     if model is not None:
         from evertune.probe.rows import answer_bits
@@ -212,7 +216,9 @@ def mix(
     ],
     out: Annotated[Path | None, typer.Option("--out", help="A new file, .jsonl (.gz, .zst) or .parquet.")] = None,
     replay: Annotated[list[Path] | None, typer.Option(help="Old rows to mix in.")] = None,
-    share: Annotated[float, typer.Option(min=0.0, max=0.99, help="Share of all rows that is replay.")] = 0.2,
+    share: Annotated[
+        float | None, typer.Option(min=0.0, max=0.99, help="Share of all rows that is replay; 0.2 when not given.")
+    ] = None,
     by: Annotated[Literal["rows", "tokens"], typer.Option(help="What weights are shares of.")] = "rows",
     temperature: Annotated[
         float | None, typer.Option(help="Instead of weights: above 1 small sources get more.")
@@ -239,6 +245,10 @@ def mix(
         raise RecipeError("found weights for some files, expected them for all or for none.")
     if by == "tokens" and model is None:
         raise RecipeError("--by tokens needs --model: whose tokens are counted.")
+    if by == "tokens" and not given:
+        raise RecipeError("--by tokens needs weights: write each file as FILE=WEIGHT.")
+    if share and not replay:
+        raise RecipeError("--share needs --replay: the old rows to mix in.")
     every = sift.sources_of([*(path for path, _ in weighted), *(replay or [])], format)
     new, old = every[: len(weighted)], every[len(weighted) :]
     mixing = Mixing(
@@ -253,7 +263,7 @@ def mix(
         out,
         mixing=mixing,
         replay=old,
-        share=share if old else 0.0,
+        share=(0.2 if share is None else share) if old else 0.0,
         epochs=epochs,
         rows=rows,
         seed=seed,
@@ -297,6 +307,7 @@ def select(
     from evertune.data import sift
     from evertune.errors import RecipeError
 
+    sift.check_out(out)
     scorer = None
     if policy == "highest_loss":
         if model is None:

@@ -26,7 +26,7 @@ from evertune.errors import DataError
 from evertune.hashing import digest_file, digest_json
 from evertune.workspace import Workspace
 
-VERSION = 2
+VERSION = 3
 KIND = "cleaned"
 ROWS = "rows.jsonl"
 SEEN, SEEN_LINES = "seen.npy", "seen-lines.npy"
@@ -134,14 +134,15 @@ class Cleaner:
 
 def row_digests(row: Row) -> list[str]:
     """Digests by which a row is found: of all that is compared of it, then of each turn or text, normalised."""
-    texts = [row.value["text"]] if row.format == "text" else [one for one in _contents(row.value) if one]
-    return list(dict.fromkeys([_digest(compared_text(row)), *(_digest(normalise_text(one)) for one in texts)]))
+    texts = [row.value["text"]] if row.format == "text" else list(_contents(row.value))
+    turns = [_text_digest(one) for one in texts if one.strip()]
+    return list(dict.fromkeys([_digest(compared_text(row)), *turns]))
 
 
 def text_digests(text: str) -> list[str]:
     """The digest of a row given as JSON, or else of a text that may be one turn of a row."""
     row = _row_in(text)
-    return [_digest(normalise_text(text))] if row is None else row_digests(row)[:1]
+    return [_text_digest(text)] if row is None else row_digests(row)[:1]
 
 
 def line_digests(line: str) -> list[str]:
@@ -191,6 +192,11 @@ def _contents(value: dict[str, Any]) -> Iterator[str]:
         elif isinstance(given, list):
             # A system turn is shared by many rows and stands for none of them.
             yield from (one["content"] for one in given if one.get("role") != "system")
+
+
+def _text_digest(text: str) -> str:
+    """Of a text for comparison; one of nothing but marks, which would be as any other such, counts as it is."""
+    return _digest(normalise_text(text) or text.strip())
 
 
 def _digest(text: str) -> str:

@@ -77,7 +77,9 @@ def mix(
     with tempfile.TemporaryDirectory(prefix=".mix-", dir=parent) as name:
         folder = Path(name)
         stores = {
-            one.name: write_store(rows_of(one, bad), folder / f"{i}.arrow", count_tokens=count_tokens)
+            one.name: write_store(
+                rows_of(one, bad), folder / f"{i}.arrow", count_tokens=count_tokens, place=str(one.path)
+            )
             for i, one in enumerate([*new, *replay])
         }
         sizes = {one.name: len(stores[one.name]) for one in new}

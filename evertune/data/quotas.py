@@ -1,5 +1,6 @@
 """How many rows of each source an epoch shows: by rows or tokens, by temperature, or by passes; and what that means."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -37,7 +38,7 @@ def quotas_of(mixing: Mixing, rows: Mapping[str, int], tokens: Mapping[str, int]
     in every stretch.
 
     Raises:
-        DataError: names that are no sources, a number that is not positive, or two ways at once.
+        DataError: names that are no sources, a number that is not positive and finite, or two ways at once.
     """
     given = [name for name in ("weights", "temperature", "passes") if getattr(mixing, name) is not None]
     if len(given) > 1:
@@ -46,13 +47,16 @@ def quotas_of(mixing: Mixing, rows: Mapping[str, int], tokens: Mapping[str, int]
     unknown = sorted(set(named) - set(rows))
     if unknown:
         raise DataError(f"mix: found '{unknown[0]}', expected one of the sources {', '.join(rows)}.")
-    if any(not one > 0 for one in [*named.values(), mixing.temperature or 1.0]):
-        raise DataError(f"mix: found {dict(named) or mixing.temperature}, expected numbers above 0.")
+    numbers = [*named.values(), *([] if mixing.temperature is None else [mixing.temperature])]
+    if not all(0 < one < math.inf for one in numbers):
+        raise DataError(f"mix: found {dict(named) or mixing.temperature}, expected finite numbers above 0.")
     if mixing.passes is not None:
         return {name: max(1, round(count * mixing.passes.get(name, 1.0))) for name, count in rows.items()}
     total = sum(rows.values())
     if mixing.temperature is not None:
-        return quotas_by_weight({name: count ** (1 / mixing.temperature) for name, count in rows.items()}, total)
+        largest = max(rows.values())  # a power of a ratio does not overflow
+        shares = {name: (count / largest) ** (1 / mixing.temperature) for name, count in rows.items()}
+        return quotas_by_weight(shares, total)
     if mixing.weights is None:
         return dict(rows)
     missing = sorted(set(rows) - set(mixing.weights))

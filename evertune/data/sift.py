@@ -137,13 +137,13 @@ def dedup(
     *,
     against: Sequence[Source] = (),
     index: DedupIndex | None = None,
-    extend: bool = False,
     bad: BadRows | None = None,
-) -> Decide:
+) -> tuple[Decide, Callable[[], None]]:
     """Decide which rows of the sources repeat another one, one of `against`, or one of the index.
 
-    Args:
-        extend: keep the rows that stay in the index.
+    Returns:
+        What decides, and what keeps the rows that stay in the index. Call that when they are written, not before: rows
+        that the index knows and no file holds would be lost, as repeats of themselves.
     """
     places = Places()
     prints, of_source = _prints(sources, settings, places, bad)
@@ -179,10 +179,12 @@ def dedup(
         assert index is not None
         return {"reason": f"{reason} of an earlier round", "of": index.label(earlier - old_count), "jaccard": value}
 
-    if extend and index is not None:
+    def keep() -> None:
+        assert index is not None
         rows = np.flatnonzero(found.stays)
         index.add(prints.take(rows), [places[int(one)] for one in rows], found.templates)
-    return decide
+
+    return decide, keep
 
 
 def _prints(
@@ -328,6 +330,14 @@ class Sifted:
         return dict(self.__dict__)
 
 
+def check_out(out: Path | None) -> None:
+    """Raise DataError where the folder to write holds something: before hours of scoring, not after."""
+    if out is not None and out.exists() and any(out.iterdir() if out.is_dir() else [out]):
+        raise DataError(
+            f"{out}: found something there, expected a new or empty folder.", remedy="Choose another --out."
+        )
+
+
 def sift(
     sources: Sequence[Source],
     decide: Decide,
@@ -344,10 +354,7 @@ def sift(
     Raises:
         DataError: `out` holds something already, or rows fit no one Parquet schema.
     """
-    if out is not None and out.exists() and any(out.iterdir() if out.is_dir() else [out]):
-        raise DataError(
-            f"{out}: found something there, expected a new or empty folder.", remedy="Choose another --out."
-        )
+    check_out(out)
     told = Sifted({}, {}, len(bad.found), {})
     # What was bad in the first reading is bad again, and told already.
     again = BadRows()

@@ -24,11 +24,14 @@ OPEN_BATCHES = 64
 _SCHEMA = pyarrow.schema([("id", pyarrow.large_string()), ("row", pyarrow.large_binary()), ("tokens", pyarrow.int32())])
 
 
-def write_store(rows: Iterable[Row], path: Path, *, count_tokens: Callable[[Row], int] | None = None) -> "RowStore":
+def write_store(
+    rows: Iterable[Row], path: Path, *, count_tokens: Callable[[Row], int] | None = None, place: str = "the source"
+) -> "RowStore":
     """Write rows in their order; the file appears when it is whole.
 
     Args:
         count_tokens: length of a row as a model reads it; 0 for all when not given.
+        place: where the rows come from, for the message.
 
     Raises:
         DataError: there are no rows.
@@ -46,7 +49,7 @@ def write_store(rows: Iterable[Row], path: Path, *, count_tokens: Callable[[Row]
             writer.write_batch(pyarrow.record_batch(columns, schema=_SCHEMA))
     if not count:
         temporary.unlink()
-        raise DataError(f"{path}: found no rows, expected one or more.")
+        raise DataError(f"{place}: found no rows, expected one or more.")
     sync_file(temporary)
     temporary.rename(path)
     sync_folder(path.parent)

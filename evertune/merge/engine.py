@@ -79,10 +79,7 @@ def run_merge(plan: MergePlan, out: Path, *, threads: int | None = None, progres
         CheckpointError: an input is cut, or was changed while it was read.
     """
     out = out.absolute()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise MergeError(
-            f"{out} exists and is not an empty folder.", remedy="Give a new folder; nothing is overwritten."
-        )
+    check_new(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f"{out.name}.partial-{plan.digest[:12]}")
     partial.mkdir(exist_ok=True)
@@ -106,6 +103,14 @@ def run_merge(plan: MergePlan, out: Path, *, threads: int | None = None, progres
         os.close(lock)
     known = {out / name: facts["sha256"] for name, facts in manifest["files"].items()}
     return Merged(describe(out, known=known), manifest, seconds, resumed)
+
+
+def check_new(out: Path) -> None:
+    """Raise MergeError where a folder to write exists and is not empty."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise MergeError(
+            f"{out.absolute()} exists and is not an empty folder.", remedy="Give a new folder; nothing is overwritten."
+        )
 
 
 def merge_into(

@@ -20,7 +20,8 @@ from evertune.model.checkpoint import Checkpoint
 
 LONG = 0.2
 OPPOSED, PARALLEL = -0.1, 0.5
-CONFLICTING = 0.4
+# Above what signs drawn by a coin would give.
+CONFLICTING = 0.1
 # Of the mean loss of the two ends.
 BARRIER = 0.01
 _LAYER = re.compile(r"\.(\d+)\.")
@@ -92,7 +93,11 @@ class Inspection:
         if self.sign_conflict is not None and self.cosines:
             lines.append("cosine between differences")
             lines += [f"  {pair}: {value:+.3f}" for pair, value in self.cosines.items()]
-            lines.append(f"sign conflicts: {self.sign_conflict:.0%} of the elements that two models change")
+            chance = chance_of_conflict(len(self.of_reference))
+            lines.append(
+                f"sign conflicts: {self.sign_conflict:.0%} of the elements that two models change "
+                f"(unrelated changes: up to {chance:.0%})"
+            )
             lines.append("layer   length   cosine   conflicts")
             lines += [_layer_line(one) for one in self.layers]
         for curve in self.curves:
@@ -109,7 +114,8 @@ def inspect_models(plan: MergePlan, *, loss: Loss | None = None, unit: str = "",
     """Measure the inputs of a planned merge.
 
     Args:
-        loss: the losses at shares of the second model on the line from a first one; without it there are no curves.
+        loss: the losses at shares of the second model on the line from a first one; without it, or with one model and
+            no base, there are no curves.
         unit: of the loss.
         points: on each line, ends included.
     """
@@ -126,7 +132,7 @@ def inspect_models(plan: MergePlan, *, loss: Loss | None = None, unit: str = "",
     curves: tuple[Curve, ...] = ()
     if loss is not None:
         checkpoints = {one.name: one.checkpoint for one in plan.sources}
-        between = pairs or [("base", names[0])]
+        between = pairs or ([("base", names[0])] if has_base else [])
         curves = tuple(_curve(a, b, shares, tuple(loss(checkpoints[a], checkpoints[b], shares))) for a, b in between)
     said = tuple(recommend(starts, lengths, cosines, conflict, curves))
     return Inspection(starts, "base" if has_base else "mean", lengths, cosines, conflict, layers, curves, unit, said)
@@ -165,13 +171,26 @@ def recommend(
         said.append(f"{opposed[0]} pull in opposite directions: one will cost the other.")
     if parallel:
         said.append(f"{parallel[0]} learnt much the same: a mean loses little, a sum counts it twice.")
-    if conflict is not None and conflict > CONFLICTING and not opposed:
-        said.append(f"{conflict:.0%} of the shared changes differ in sign: try ties, and compare it with linear.")
+    chance = chance_of_conflict(len(lengths))
+    if conflict is not None and conflict > chance + CONFLICTING and not opposed:
+        said.append(
+            f"{conflict:.0%} of the shared changes differ in sign, {chance:.0%} would by chance: try ties, and compare "
+            "it with linear."
+        )
     if not said:
         said.append("Fit to merge: start with linear (equal weights); let probes decide on anything else.")
     if conflict is None:
         said.append("Name the base that they come from ('base:') to see whether their changes agree.")
     return said
+
+
+def chance_of_conflict(models: int) -> float:
+    """Share of the elements that all of some models change which they do not all push one way, were each sign a coin.
+
+    1 - 2^(1 - n), so half for two. Task vectors that have nothing to do with each other, which averages suit best,
+    come to this.
+    """
+    return 1.0 - 0.5 ** max(models - 1, 0)
 
 
 def _facts(plan: MergePlan) -> dict[str, dict[str, Any]]:

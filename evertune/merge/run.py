@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from evertune.errors import MergeError
-from evertune.merge.engine import MANIFEST, Merged, Progress, run_merge
+from evertune.merge.engine import MANIFEST, Merged, Progress, check_new, run_merge
 from evertune.merge.factored import Residual, common_base, write_factored
 from evertune.merge.plan import MergePlan
 from evertune.model.checkpoint import Checkpoint, describe
@@ -69,10 +69,7 @@ def merge_planned(
         merged = run_merge(plan, out, threads=threads, progress=progress)
         return Result(plan, merged.checkpoint, merged)
     out = out.absolute()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise MergeError(
-            f"{out} exists and is not an empty folder.", remedy="Give a new folder; nothing is overwritten."
-        )
+    check_new(out)
     temporary = out.with_name(f".{out.name}.writing")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

@@ -25,6 +25,10 @@ def workspace(tmp_path: Path) -> Workspace:
     return Workspace.open(tmp_path / "w", create=True)
 
 
+def chat(question: str, answer: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
 def test_a_source_without_leaks_is_used_as_it_lies(tmp_path: Path) -> None:
     source = given(tmp_path / "rows.jsonl", ["fine", "also fine"])
     found = Cleaner(ITEMS, on_leak="error").clean(source, workspace(tmp_path))
@@ -98,8 +102,16 @@ def test_a_row_that_someone_asked_to_remove_is_left_out(tmp_path: Path) -> None:
     assert find_seen(folder, text_digests("absent")) == ([], [])
 
 
+def test_a_turn_of_nothing_but_marks_is_no_other_one() -> None:
+    # Normalised all of them are empty: to remove "..." would remove every row in which someone says "?".
+    row = Row("s", "r", 1, Path("r"), {"messages": chat("What is it?", "?!")}, "messages")
+    assert set(text_digests(" ?! ")) <= set(row_digests(row))
+    for other in ("...", "?", "", "  "):
+        assert set(row_digests(row)).isdisjoint(text_digests(other))
+
+
 def test_a_row_is_known_by_its_turns_and_as_a_whole() -> None:
-    turns = [{"role": "user", "content": "Why is it so?"}, {"role": "assistant", "content": "Because of the rain."}]
+    turns = chat("Why is it so?", "Because of the rain.")
     row = Row("s", "r", 1, Path("r"), {"messages": turns, "id": "r"})
     known = set(row_digests(row))
     assert set(text_digests("why is it so")) <= known

@@ -74,14 +74,20 @@ def test_a_mix_in_parquet(tmp_path: Path, files: dict[str, Path]) -> None:
         (["{a}=1", "{b}"], "found weights for some files"),
         (["{a}=x"], "expected a name, '=' and a number"),
         (["{a}=1", "--by", "tokens"], "--by tokens needs --model"),
+        (["{a}", "--by", "tokens", "--model", "tiny-random"], "--by tokens needs weights"),
+        (["{a}", "--share", "0.5"], "--share needs --replay"),
+        (["{empty}", "--format", "messages"], r"empty\.jsonl: found no rows"),
         (["{a}", "--passes", "z=2"], "found 'z', expected one of the sources a"),
         (["{a}", "--out", "{b}"], "found something there, expected a new file"),
         (["{a}", "--out", "mix.csv"], "found a name that ends with '.csv'"),
     ],
 )
-def test_a_mix_that_makes_no_sense_is_named(files: dict[str, Path], options: list[str], message: str) -> None:
+def test_a_mix_that_makes_no_sense_is_named(
+    tmp_path: Path, files: dict[str, Path], options: list[str], message: str
+) -> None:
+    empty = write(tmp_path / "empty.jsonl", [])
     with pytest.raises(EvertuneError, match=message):
-        run("data", "mix", *(one.format(**files) for one in options))
+        run("data", "mix", *(one.format(**files, empty=empty) for one in options))
 
 
 def test_select_keeps_a_budget(tmp_path: Path) -> None:

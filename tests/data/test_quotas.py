@@ -35,6 +35,10 @@ def test_a_temperature_gives_smaller_sources_more() -> None:
     assert quotas_of(Mixing(temperature=1e9), rows) == {"a": 500, "b": 500}
 
 
+def test_a_temperature_near_zero_gives_all_to_the_largest() -> None:
+    assert quotas_of(Mixing(temperature=1e-3), {"a": 20, "b": 10}) == {"a": 30, "b": 0}
+
+
 def test_passes_of_a_source() -> None:
     assert quotas_of(Mixing(passes={"a": 2.5}), {"a": 4, "b": 3}) == {"a": 10, "b": 3}
 
@@ -56,8 +60,11 @@ def test_an_epoch_keeps_its_length_and_its_order_of_sizes(rows: dict[str, int], 
         ({"weights": {"a": 1.0}, "temperature": 2.0}, "found weights and temperature, expected one of them"),
         ({"weights": {"a": 1.0, "x": 1.0}}, "found 'x', expected one of the sources a, b"),
         ({"weights": {"a": 1.0}}, "found no weight for 'b'"),
-        ({"passes": {"a": 0.0}}, "expected numbers above 0"),
-        ({"temperature": -1.0}, "expected numbers above 0"),
+        ({"passes": {"a": 0.0}}, "expected finite numbers above 0"),
+        ({"temperature": 0.0}, "expected finite numbers above 0"),
+        ({"weights": {"a": float("inf"), "b": 1.0}}, "expected finite numbers above 0"),
+        ({"passes": {"a": float("inf")}}, "expected finite numbers above 0"),
+        ({"temperature": -1.0}, "expected finite numbers above 0"),
     ],
 )
 def test_what_makes_no_mix_is_named(mixing: dict[str, Any], message: str) -> None:

@@ -106,6 +106,20 @@ def test_an_index_remembers_earlier_rounds(tmp_path: Path) -> None:
     assert (removed[0]["reason"], removed[0]["of"]) == ("exact duplicate of an earlier round", f"{first}:4")
 
 
+@pytest.mark.parametrize("options", [[], ["--out", "taken"], ["--out", "new", "--as", "parquet"]])
+def test_rows_that_were_not_written_are_not_in_the_index(
+    tmp_path: Path, options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # They would be repeats of themselves in the next attempt, and gone.
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "taken/file.jsonl", ROWS)
+    source = write(tmp_path / "rows.jsonl", [{"text": "a b c", "id": "x"}, {"text": "d e f", "id": 3}])
+    with pytest.raises(EvertuneError):
+        run("data", "dedup", source, "--index", "index", "--extend", *options)
+    run("data", "dedup", source, "--index", "index", "--extend", "--out", "out")
+    assert len(lines(tmp_path / "out/rows.jsonl")) == 2
+
+
 def test_bad_rows_go_to_quarantine_with_the_reason(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", ROWS)
     path.write_bytes(path.read_bytes() + b'{"messages": 3}\n{"messa\n' + json.dumps(ROWS[3]).encode() + b"\n")
@@ -160,6 +174,12 @@ def test_a_folder_that_holds_something_is_refused(tmp_path: Path) -> None:
     source = write(tmp_path / "rows.jsonl", ROWS)
     with pytest.raises(EvertuneError, match="expected a new or empty folder"):
         run("data", "dedup", source, "--out", tmp_path)
+    for command in (
+        ["filter"],
+        ["select", "--rows", 1, "--policy", "highest_loss"],
+    ):  # before a model is even looked for
+        with pytest.raises(EvertuneError, match="expected a new or empty folder"):
+            run("data", *command, source, "--model", tmp_path / "none", "--out", tmp_path)
 
 
 def test_rows_that_fit_no_one_schema_are_refused(tmp_path: Path) -> None:

@@ -84,6 +84,8 @@ def test_a_value_by_layer_reaches_the_numbers(tmp_path: Path) -> None:
     ],
 )
 def test_a_wrong_configuration_is_named_by_place(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m/config.json").write_text('{"num_hidden_layers": 8}')
     (tmp_path / "m.yaml").write_text(text)
     with pytest.raises(RecipeError, match=said):
         load_config(tmp_path / "m.yaml")
@@ -146,6 +148,34 @@ def test_slices_of_whole_models_and_nuslerp_weights_are_read(tmp_path: Path) -> 
     assert load_config(tmp_path / "n.yaml").t == 0.75
 
 
+TIES = "merge_method: ties\nbase_model: a\nmodels:\n  - {model: b, parameters: {weight: 1}}\n"
+
+
+@pytest.mark.parametrize(
+    ("method", "density", "normalize"),
+    [("ties", 1.0, True), ("dare_ties", 1.0, False), ("della", 1.0, True), ("breadcrumbs", 1.0, False)],
+)
+def test_what_a_mergekit_file_leaves_out_is_mergekits_default(
+    tmp_path: Path, method: str, density: float, normalize: bool
+) -> None:
+    # Ours keep a fifth with ties, half with dare and della: another merge.
+    (tmp_path / "m.yaml").write_text(TIES.replace("ties", method))
+    config = load_config(tmp_path / "m.yaml")
+    assert (config.density, config.normalize) == (density, normalize)
+
+
+def test_a_slices_own_parameters_win_and_a_base_that_is_averaged_gives_the_configuration(tmp_path: Path) -> None:
+    (tmp_path / "m.yaml").write_text(
+        "merge_method: ties\nbase_model: a\nparameters: {density: 0.9, lambda: 0.5}\nslices:\n  - sources:\n"
+        "      - {model: a, layer_range: [0, 4]}\n      - {model: b, layer_range: [0, 4]}\n"
+        "    parameters: {density: 0.3}\n"
+    )
+    config = load_config(tmp_path / "m.yaml")
+    assert (config.density, config.scale) == (0.3, 0.5)
+    (tmp_path / "n.yaml").write_text("merge_method: linear\nbase_model: b\nmodels: [{model: a}, {model: b}]\n")
+    assert load_config(tmp_path / "n.yaml").config_from == "base-model"
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -155,9 +185,27 @@ def test_slices_of_whole_models_and_nuslerp_weights_are_read(tmp_path: Path) -> 
         ("merge_method: linear\nmodels: [{model: a+b}]", r"'a\+b' is a model with an adapter"),
         ("merge_method: linear\nmodels: [{model: a}]\nmodules: {}", r"m\.yaml:3, modules: this mergekit setting"),
         ("merge_method: linear\nmodels: [{model: a, parameters: {scale: 2}}]", r"'scale' has no counterpart"),
+        ("merge_method: [linear]\nmodels: []", r"merge_method: '\['linear'\]' is not among"),
+        ("merge_method: linear\nmodels: [a, b]", r"models: found something else, expected a list of entries"),
+        ("merge_method: linear\nmodels: [{model: a}]\nparameters: [1]", r"parameters: found \[1\], expected settings"),
+        ("merge_method: linear\nmodels: [{model: a, parameters: {weight: [{filter: x}]}}]", r"entries with 'value'"),
+        ("merge_method: linear\nmodels: [{model: a, parameters: {weight: [{value: 1}, 2]}}]", r"entries with 'value'"),
+        ("merge_method: linear\nmodels: [{model: a}]\nchat_template: chatml", r"chat_template: the result has the"),
+        ("merge_method: linear\nslices: [{sources: [], base_model: a}]", r"'base_model' of a slice has no counterpart"),
+        ("merge_method: linear\nslices: [{sources: [{model: a, layer_range: [1, 4]}]}]", r"the layers \[1, 4\] of 'a'"),
+        ("merge_method: linear\nslices: [{sources: [{model: m, layer_range: [0, 4]}]}]", r"the layers \[0, 4\] of 'm'"),
+        (TIES + "parameters: {rescale: true}", r"'rescale: true' has no counterpart"),
+        (TIES.replace("ties", "dare_ties") + "parameters: {rescale: false}", r"'rescale: false' has no counterpart"),
+        (
+            "merge_method: nuslerp\nmodels:\n  - {model: a, parameters: {weight: 1}}\n"
+            "  - {model: b, parameters: {weight: -1}}",
+            r"whose sum is not 0",
+        ),
     ],
 )
 def test_what_mergekit_has_and_we_have_not_is_said(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m/config.json").write_text('{"num_hidden_layers": 8}')
     (tmp_path / "m.yaml").write_text(text)
     with pytest.raises(RecipeError, match=said):
         load_config(tmp_path / "m.yaml")

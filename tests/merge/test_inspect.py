@@ -9,7 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 from evertune.cli import app
-from evertune.merge.inspect import Curve, inspect_models, recommend
+from evertune.merge.inspect import Curve, chance_of_conflict, inspect_models, recommend
 from evertune.merge.plan import plan_merge
 from evertune.merge.starts import Likeness
 from tests.merge.folders import configure, random_tensors, write_family, write_model
@@ -42,8 +42,25 @@ def test_independent_small_changes_are_fit_to_merge(tmp_path: Path) -> None:
     write_family(tmp_path, experts=2, dtype=torch.float32, delta=5e-4)
     found = _inspect(tmp_path, {"e0": {}, "e1": {}})
     assert abs(found.cosines["e0 - e1"]) < 0.06
-    assert found.sign_conflict == pytest.approx(0.5, abs=0.05)
-    assert "try ties" in found.recommendation[0]
+    assert found.sign_conflict == pytest.approx(0.5, abs=0.05)  # as two coins: no reason against an average
+    assert found.recommendation[0].startswith("Fit to merge")
+    assert "(unrelated changes: up to 50%)" in "\n".join(found.lines())
+
+
+def test_three_independent_changes_differ_somewhere_in_three_quarters(tmp_path: Path) -> None:
+    write_family(tmp_path, experts=3, dtype=torch.float32, delta=5e-4)
+    found = _inspect(tmp_path, {"e0": {}, "e1": {}, "e2": {}})
+    assert found.sign_conflict == pytest.approx(0.75, abs=0.05)
+    assert chance_of_conflict(3) == 0.75
+    assert found.recommendation[0].startswith("Fit to merge")
+    words = recommend(FIT, {"a": 0.01, "b": 0.01}, {"a - b": 0.0}, 0.61, [])
+    assert "61% of the shared changes differ in sign, 50% would by chance: try ties" in words[0]
+
+
+def test_one_model_without_a_base_has_no_line_to_walk(tmp_path: Path) -> None:
+    write_family(tmp_path, experts=1)
+    plan = plan_merge(configure("linear", {"e0": {}}), folder=tmp_path)
+    assert inspect_models(plan, loss=lambda one, two, shares: [0.0] * len(shares)).curves == ()
 
 
 def test_strangers_are_told_not_to_merge(tmp_path: Path) -> None:

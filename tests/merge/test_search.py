@@ -120,5 +120,7 @@ def test_a_search_reports_what_it_never_saw_and_writes_only_the_winner(family: P
     written = tensors_of(family / "winner")
     again = tensors_of(merge_planned(expected, family / "again").checkpoint.path)
     assert all(torch.equal(written[name], again[name]) for name in written)
+    with pytest.raises(MergeError, match="winner exists and is not an empty folder"):
+        search_weights(configure("linear", {"none": {}, "e1": {}}), family, recipe, how="grid", out=family / "winner")
     with pytest.raises(MergeError, match="'slerp' has no weights"):
         search_weights(configure("slerp", {"e0": {}, "e1": {}}), family, recipe, how="grid")
