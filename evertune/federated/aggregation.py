@@ -185,18 +185,19 @@ def aggregation_error(found: Factors, updates: Sequence[Factors], weights: Seque
 
     Computed from inner products of factors, in float64: |X - Y| of two low-rank matrices needs neither.
     """
-    exact = [replace(one, scale=1.0) for one in stacked(updates, weights).factors.values()]
-    names = list(stacked(updates, weights).factors)
-    difference = concatenate([found, dict(zip(names, exact, strict=True))], [1.0, -1.0])
-    square = sum(_square(one) for one in difference.values())
-    whole = sum(_square(one) for one in exact)
-    return (max(square, 0.0) / whole) ** 0.5 if whole > 0 else 0.0
+    exact = stacked(updates, weights).factors
+    difference = concatenate([found, exact], [1.0, -1.0])
+    square = sum(squared_norm(one) for one in difference.values())
+    whole = sum(squared_norm(one) for one in exact.values())
+    return (square / whole) ** 0.5 if whole > 0 else 0.0
 
 
-def _square(factor: Factor) -> float:
-    """Squared norm of s B A."""
-    q, r = torch.linalg.qr(factor.b_OR.double())
-    del q
+def squared_norm(factor: Factor) -> float:
+    """Squared Frobenius norm of s B A, in float64, without forming it.
+
+    From B = Q R as |R A|: from Gram matrices a small product of large factors, whose parts cancel, would come out as 0.
+    """
+    r = torch.linalg.qr(factor.b_OR.double()).R
     return float((r @ factor.a_RI.double() * factor.scale).square().sum())
 
 

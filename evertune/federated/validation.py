@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from evertune.federated.aggregation import squared_norm
 from evertune.model.adapter import Factor, Factors
 
 Shapes = Mapping[str, tuple[int, int]]
@@ -33,13 +34,8 @@ def shapes_of(factors: Factors) -> dict[str, tuple[int, int]]:
 
 
 def norm_of(factors: Factors) -> float:
-    """Frobenius norm of all s B A together, from the Gram matrices, in float64."""
-    squares = [
-        float(((one.b_OR.double().T @ one.b_OR.double()) * (one.a_RI.double() @ one.a_RI.double().T)).sum())
-        * one.scale**2
-        for one in factors.values()
-    ]
-    return math.sqrt(max(sum(squares), 0.0))
+    """Frobenius norm of all s B A together, in float64."""
+    return math.sqrt(sum(squared_norm(one) for one in factors.values()))
 
 
 def check_update(

@@ -16,6 +16,7 @@ from torch import Tensor
 from evertune.data.encode import EncodedPrompt, EncodedRow, Encoding, encode_prompts
 from evertune.data.rows import Row
 from evertune.errors import DataError
+from evertune.hashing import digest_json
 from evertune.model.codec import Codec
 from evertune.model.forward import Forward
 from evertune.train.distill_spec import DistillSpec
@@ -43,12 +44,21 @@ def write_answers(
     """Let the teachers answer the prompts that they have not answered yet."""
     for source in dict.fromkeys(one.source for one in prompts):
         (teacher,) = spec.of(source)
-        own = {one.prompt.digest: one for one in prompts if one.source == source}
+        own = {asked(spec, one).digest: one for one in prompts if one.source == source}
 
         def author(forward: Forward, live: LiveReference, row: EncodedRow, own: Any = own) -> dict[str, Tensor]:
             return {"ids": torch.tensor([START, *_best(spec, own[row.digest], forward, live, codec, check)]).int()}
 
-        teachers.write(teacher, [one.prompt for one in own.values()], targets.written(teacher, source), author)
+        rows = [asked(spec, one) for one in own.values()]
+        teachers.write(teacher, rows, targets.written(teacher, source), author)
+
+
+def asked(spec: DistillSpec, prompt: EncodedPrompt) -> EncodedRow:
+    """The prompt as the store knows it. Which answer is kept depends on the right one too, where it is verified."""
+    assert spec.answers is not None, "nobody writes answers"
+    if spec.answers.keep != "verified":
+        return prompt.prompt
+    return replace(prompt.prompt, digest=digest_json([prompt.prompt.digest, prompt.answer]))
 
 
 def with_answers(spec: DistillSpec, targets: Targets) -> Callable[..., Encoding[EncodedRow]]:
@@ -65,7 +75,7 @@ def with_answers(spec: DistillSpec, targets: Targets) -> Callable[..., Encoding[
         source = rows[0].source
         (teacher,) = spec.of(source)
         store = targets.written(teacher, source)
-        answers = [store.read(one.prompt)["ids"][1:].tolist() for one in found.rows]
+        answers = [store.read(asked(spec, one))["ids"][1:].tolist() for one in found.rows]
         kept = [_conversation(one, ids) for one, ids in zip(found.rows, answers, strict=True) if ids]
         if not kept:
             raise DataError(

@@ -227,6 +227,8 @@ class _Rewarded(Lesson):
 
     def brake(self, metrics: Metrics) -> str | None:
         """The stage's budget of drift: a bound on the KL to the reference, and a floor of the entropy."""
+        if "entropy" not in metrics:  # a step of replayed rows alone
+            return None
         most, least = self._spec.max_kl, self._spec.min_entropy
         if most is not None and metrics["policy_kl"] > most:
             return f"the KL to the reference is {metrics['policy_kl']:.4f} nats per token, above max_kl {most:g}."

@@ -290,11 +290,13 @@ def _publish(
 
 def _facts(spec: TrainingSpec, lesson: Lesson, material: Material, history: Sequence[Metrics]) -> dict[str, Any]:
     """The ledger's fields known before the checkpoint is written."""
-    first, last = history[:FINAL_STEPS], history[-FINAL_STEPS:]
-    final = {"loss": mean_of(last, "loss"), **lesson.final(last)}
+    last = history[-FINAL_STEPS:]
+    # Where replayed rows are no part of the loss, a step of these alone has none. The first step always has a new row.
+    taught = [one for one in history if "loss" in one]
+    final = {"loss": mean_of(taught[-FINAL_STEPS:], "loss"), **lesson.final(last)}
     if any("kl" in one for one in last):
         final["kl"] = mean_of(last, "kl")
-    stride = -(-len(history) // LOSS_POINTS)
+    stride = -(-len(taught) // LOSS_POINTS)
     used = _methods(spec, lesson, has_replay=bool(material.replay))
     facts = {
         "label": spec.label,
@@ -306,7 +308,7 @@ def _facts(spec: TrainingSpec, lesson: Lesson, material: Material, history: Sequ
         "start": spec.start.digest,
         "settings": spec.settings(),
         "anchor": _anchor_facts(spec),
-        "losses": [[one["step"], one["loss"]] for one in history[::stride]],
+        "losses": [[one["step"], one["loss"]] for one in taught[::stride]],
         "final": final,
         **material.facts(spec),
         "steps": len(history),
@@ -315,7 +317,7 @@ def _facts(spec: TrainingSpec, lesson: Lesson, material: Material, history: Sequ
     }
     if parents := lesson.parents():
         facts["parents"] = parents
-    warnings = lesson.warnings(first, last)
+    warnings = lesson.warnings(taught[:FINAL_STEPS], taught[-FINAL_STEPS:])
     reason = lesson.brake(history[-1])
     if reason:
         warnings.append({"name": "stopped_early", "text": f"the stage ended after step {len(history)}: {reason}"})

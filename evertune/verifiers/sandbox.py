@@ -3,7 +3,8 @@ library, no process of their own, limits of time and memory. Linux on x86-64 or 
 
 What the kernel must refuse is refused by the kernel: resource limits, Landlock for files, seccomp for system calls. At
 first use a few programs show that honest ones run and hostile ones are held; where they are not, nothing is run at all.
-Not covered: errors of the kernel, and what can be learnt from timing.
+Not covered: errors of the kernel, and what can be learnt from timing. Nor is what stat tells: whether a path exists
+that the program can name, and its size and dates, never what is in it.
 """
 
 import contextlib
@@ -82,6 +83,7 @@ def _canaries(secret: Path) -> dict[str, str]:
         "start a process": "import os\nif os.fork() == 0:\n    os._exit(0)\ndone = 1",
         "run a command": "import os\nos.execv('/bin/true', ['true'])",
         "signal a process": f"import os\nos.kill({os.getpid()}, 0)\ndone = 1",
+        "have a process signalled": f"import fcntl\nfcntl.fcntl(1, fcntl.F_SETOWN, {os.getpid()})\ndone = 1",
     }
 
 

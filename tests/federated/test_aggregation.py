@@ -174,6 +174,17 @@ def test_what_would_spoil_the_mean_is_refused_with_its_reason(spoil, told: str) 
     assert told in found.reason
 
 
+def test_an_update_cannot_hide_behind_large_factors_that_cancel() -> None:
+    # B A is 1e12 in one entry; in the Gram matrices it is lost beside 1e21 squared.
+    a_RI = torch.full((2, 16), 1e12)
+    a_RI[0, 0], a_RI[1, 0] = 1.0, 0.0
+    b_OR = torch.zeros(24, 2)
+    b_OR[0, 0], b_OR[0, 1] = 1e12, -1e12
+    hidden = {"layers.0.q": Factor(a_RI, b_OR, 1.0)}
+    assert norm_of(hidden) == pytest.approx(1e12)
+    assert check_update(hidden, shapes=shapes_of(hidden), max_rank=4, norm_bound=1000.0).factors is None
+
+
 def test_clipping_scales_an_update_down_to_the_bound() -> None:
     one = client(0)
     found = check_update(one, shapes=shapes_of(one), max_rank=4, norm_bound=1.0, clip=True)

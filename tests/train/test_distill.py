@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from evertune.data.encode import EncodedPrompt, EncodedRow, encode_prompts
 from evertune.errors import CheckpointError, DataError, IntegrityError, RecipeError
-from evertune.hashing import canonical_json
+from evertune.hashing import canonical_json, digest_file
 from evertune.model.checkpoint import Checkpoint, describe
 from evertune.model.codec import Codec, load_codec
 from evertune.model.forward import Forward
@@ -657,9 +657,8 @@ def _written(folder: Path, model: Path, teacher: Checkpoint, **changes: Any) -> 
 def _stored_answers(spec: DistillSpec, workspace: Workspace) -> dict[str, list[int]]:
     """By question, what was kept of its answers."""
     targets, codec = Targets(spec, root=workspace.cache, tmp=workspace.tmp), load_codec(spec.start.base.path)
-    prompts = load_material(spec, codec, world_size=1, encode=encode_prompts).new["asked"]
     store = targets.written(spec.teachers[0], "asked")
-    return {one.id: store.read(one.rows[0])["ids"][1:].tolist() for one in prompts}
+    return {one.id: store.read(distill_answers.asked(spec, one))["ids"][1:].tolist() for one in _prompts(spec, codec)}
 
 
 def test_the_likeliest_of_the_answers_that_end_is_learnt_and_nothing_else(tmp_path, tiny_model, teachers, workspace):
@@ -712,6 +711,22 @@ def test_only_verified_answers_are_kept(tmp_path, tiny_model, teachers, workspac
     assert any(len(output) % 2 for _, output, _ in asked)
     lines = [json.loads(line) for line in Path(spec.new[0].path).read_text().splitlines()]
     assert {answer for _, _, answer in asked} <= {line["messages"][-1]["content"] for line in lines}
+
+
+def test_a_prompt_with_another_right_answer_is_verified_anew(tmp_path, tiny_model, teachers, workspace):
+    verified = {"keep": "verified", "verifiers": {"asked": {"exact": {}}}}
+    first = _written(tmp_path, tiny_model, teachers[2], **verified)
+    run_distill(first, workspace, lambda *_: True)
+    answered = next(i for i, ids in enumerate(_stored_answers(first, workspace).values()) if ids)
+    file = Path(first.new[0].path)
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    lines[answered]["messages"][-1]["content"] = "corrected"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    spec = replace(first, key="1" * 64, new=[replace(first.new[0], digest=digest_file(file))])
+    asked: list[Any] = []
+    run_distill(spec, workspace, lambda source, output, answer: bool(asked.append(answer)))
+    assert set(asked) == {"corrected"}
+    assert list(_stored_answers(spec, workspace).values())[answered] == []
 
 
 def test_a_teacher_none_of_whose_answers_is_kept_is_an_error(tmp_path, tiny_model, teachers, workspace):

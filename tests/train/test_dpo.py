@@ -124,6 +124,18 @@ def test_the_order_survives_json(tmp_path: Path, tiny_model: Path) -> None:
     assert DpoSpec.from_json(json.loads(canonical_json(spec.to_json()))) == spec
 
 
+def test_a_step_of_replayed_rows_alone_has_no_pair_to_tell_of(tmp_path: Path, tiny_model: Path) -> None:
+    spec = make_dpo(tmp_path, tiny_model, batch_rows=1, micro_batch_rows=1, share=0.5, steps=4)
+    workspace = open_workspace(tmp_path / "w")
+    facts = run_dpo(spec, workspace)["checkpoint"]
+    metrics = _metrics(workspace, spec)
+    assert ["loss" in one for one in metrics] == [one["new_rows"] == 1 for one in metrics]
+    assert facts["replay_rows"] > 0
+    assert [step for step, _ in facts["losses"]] == [one["step"] for one in metrics if one["new_rows"]]
+    assert facts["final"]["loss"] == pytest.approx(sum(loss for _, loss in facts["losses"]) / len(facts["losses"]))
+    assert "replay_loss" in facts["final"]
+
+
 @pytest.mark.parametrize("tune", [{"lora": {"rank": 4, "targets": "all-linear"}}, {"full": {}}])
 def test_the_chosen_answers_gain_and_the_record_says_so(tune: dict[str, Any], tmp_path: Path, tiny_model: Path) -> None:
     spec = make_dpo(tmp_path, tiny_model, tune=tune, steps=12, lr=1e-2, anchor={"on": "both"})

@@ -243,6 +243,14 @@ def test_a_brake_ends_the_stage_and_is_named(
     assert words in warning["text"]
 
 
+def test_a_step_of_replayed_rows_alone_has_no_answer_and_no_brake(tmp_path: Path, tiny_model: Path) -> None:
+    alone = {"batch_rows": 1, "micro_batch_rows": 1, "share": 0.5, "steps": 4}
+    spec = make_rl(tmp_path, tiny_model, **alone, max_kl=100.0, min_entropy=1e-9)
+    facts = run_rl(spec, open_workspace(tmp_path / "w"), plain_letters)["checkpoint"]
+    assert (facts["steps"], len(facts["losses"])) == (4, 4 - facts["replay_rows"])
+    assert facts["replay_rows"] > 0
+
+
 def test_a_verifier_that_fails_rewards_nothing_and_is_counted(tmp_path: Path, tiny_model: Path) -> None:
     def fails_on_odd(source: str, output: str, answer: Any) -> Checked:
         return Checked(0.0, "it broke") if len(output) % 2 else Checked(0.5)

@@ -40,6 +40,11 @@ HOSTILE = {
     "fetch a page": "import urllib.request\nurllib.request.urlopen('http://127.0.0.1:9', timeout=1); did.append(1)",
     "kill a neighbour": "import os\nos.kill({pid}, 0); did.append(1)",
     "kill its group": "import os\nos.killpg(os.getpgid({pid}), 0); did.append(1)",
+    "have a neighbour signalled": "import fcntl\nfcntl.fcntl(1, fcntl.F_SETOWN, {pid}); did.append(1)",
+    "choose the signal": "import fcntl\nfcntl.fcntl(1, 10, 9); did.append(1)",
+    "have a group signalled": "import ctypes\nif ctypes.CDLL(None).fcntl(1, 15, ctypes.byref((ctypes.c_int * 2)(2, 1)))"
+    " == 0: did.append(1)",
+    "watch a folder": "import fcntl, os\nfcntl.fcntl(os.open('/usr/lib', 0), fcntl.F_NOTIFY, 1); did.append(1)",
     "trace a neighbour": "import ctypes\nif ctypes.CDLL(None).ptrace(16, {pid}, 0, 0) == 0: did.append(1)",
     "leave its session": "import os\nos.setsid(); did.append(1)",
     "become another user": "import os\nos.setuid(1); did.append(1)",

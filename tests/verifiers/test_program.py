@@ -113,7 +113,8 @@ def _guarded(program: str) -> str:
 UNHELD = (
     "read a file outside", "read the passwords", "read its own token", "list a folder", "write a file",
     "delete a file", "rename a file", "make a folder", "change a mode", "fork", "start a process", "run a shell",
-    "open a TCP connection", "send a datagram", "open a unix socket", "kill a neighbour", "make a file in memory",
+    "open a TCP connection", "send a datagram", "open a unix socket", "kill a neighbour",
+    "have a neighbour signalled", "choose the signal", "make a file in memory",
     "make a symbolic link",
 )  # fmt: skip
 
@@ -129,6 +130,24 @@ def test_without_the_sandbox_the_same_programs_do_their_harm(
         [sys.executable, "-I", "-S", "-c", program], capture_output=True, text=True, cwd=canary, timeout=30
     )
     assert json.loads(done.stdout) == 1, done
+
+
+def test_reading_a_programs_reply_ends_no_process() -> None:
+    """Who may choose the owner and the signal of the pipe it answers on can have our reading kill the owner."""
+    program = (
+        "import fcntl\n"
+        "def f(x):\n"
+        "    for n in range(1, 32):\n"
+        "        for command, value in ((8, {pid}), (10, 9), (4, 0o20001)):\n"
+        "            try: fcntl.fcntl(n, command, value)\n"
+        "            except OSError: pass\n"
+        "    return x"
+    )
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as victim:
+        ran = run_program(program.format(pid=victim.pid), ["f(3)"])
+        assert ran.values == (3,)
+        victim.communicate(b"\n", timeout=30)
+    assert victim.returncode == 0
 
 
 @pytest.mark.parametrize("name", WASTEFUL)
