@@ -131,7 +131,8 @@ def replay(path: Path) -> dict[str, Any]:
         sides = [{name: _scores(name, body["items"][name], side) for name in facts} for side in ("before", "after")]
         settings, look = GateSettings.from_json(body["settings"]), body["look"]
         verdict = judge(sides[1], sides[0], sides[0], facts, settings, look=look).to_json()
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        _check_shown(body)
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise ProbeError(f"{path}: not evidence of this version: {type(error).__name__}: {error}.") from error
     for name, value in verdict.items():
         difference = _difference(body.get(name), value, name)
@@ -140,7 +141,30 @@ def replay(path: Path) -> dict[str, Any]:
                 f"{path}: replayed, the verdict is not the one it tells: {difference}.",
                 remedy=f"It was made by {body.get('made_by')}; this is {MADE_BY}.",
             )
+    if _texts(verdict) != _texts(body):
+        # Another version's words, or altered ones with a digest made anew: what is shown is what was found here.
+        body = {**body, **verdict}
+        told = digest_json(body)
     return {**body, "digest": told}
+
+
+def _texts(verdict: Mapping[str, Any]) -> list[str]:
+    """What is said in a verdict, beside its numbers."""
+    rows = [*([verdict["pooled"]] if verdict["pooled"] else []), *verdict["probes"]]
+    return [*verdict["reasons"], *(one["reason"] for one in rows)]
+
+
+def _check_shown(body: Mapping[str, Any]) -> None:
+    """Raise unless what a person is shown beside the verdict is there."""
+    texts = [body[name] for name in ("label", "champion_label", "source", "made_by", "next")]
+    for one in (one for items in body["flips"].values() for one in items):
+        texts += [one[name] for name in ("id", "prompt", "expected", "before", "after")]
+        numbers = float(one["before_score"]), float(one["after_score"])
+        if not all(map(math.isfinite, numbers)):
+            raise ValueError("a score that is not finite")
+    counts = [body[name] for name in ("items_asked", "items_in_all") if body[name] is not None]
+    if not all(isinstance(one, str) for one in texts) or not all(isinstance(one, int) for one in counts):
+        raise TypeError("a text or a count is something else")
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """A judgement for other readers: JUnit XML for a CI system's test view, Markdown for its summary page."""
 
+import html
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 from xml.etree import ElementTree
@@ -13,7 +15,7 @@ MEANINGS = {
     "INCONCLUSIVE": "the evidence is too thin to decide",
 }
 # Characters that XML 1.0 cannot hold, whatever they are written as.
-_FORBIDDEN = {code: "\N{REPLACEMENT CHARACTER}" for code in range(32) if code not in (9, 10, 13)}
+_FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 
 
 def to_junit(body: Body) -> str:
@@ -120,7 +122,8 @@ def _flips(probe: str, items: Sequence[Body]) -> list[str]:
         for one in worse
     ]
     return [
-        f"<details><summary>{_escape(probe)}: items that changed most</summary>",
+        # Inside a tag Markdown is not read, so a backslash would be shown.
+        f"<details><summary>{html.escape(_one_line(probe))}: items that changed most</summary>",
         "",
         "| item | prompt | expected | before | after | score |",
         "|---|---|---|---|---|---|",
@@ -132,21 +135,25 @@ def _flips(probe: str, items: Sequence[Body]) -> list[str]:
 
 
 def _cell(text: str) -> str:
-    flat = " ".join(text.split())
+    flat = _one_line(text)
     return _escape(flat if len(flat) <= 160 else f"{flat[:157]}...")
 
 
 def _escape(text: str) -> str:
     """Text that stays text: no table cell ends early, and no markup or tag begins."""
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    for char in "\\`*_[]|~$":
+    for char in "\\`*_[]|~$#":
         text = text.replace(char, f"\\{char}")
     return text.replace("\r", " ").replace("\n", " ")
 
 
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
 def _code(text: str) -> str:
-    return " ".join(text.replace("`", "'").split())
+    return _one_line(text.replace("`", "'"))
 
 
 def _clean(text: str) -> str:
-    return text.translate(_FORBIDDEN)
+    return _FORBIDDEN.sub("\N{REPLACEMENT CHARACTER}", text)

@@ -178,7 +178,8 @@ def _anchor(now: ResolvedTraining, factor: float) -> Anchor:
 
 def _drop_stage(one: Round, made: Sequence[Scores], verdict: Verdict) -> Proposal | None:
     """Leave out the stage after which the guards that failed fell most."""
-    fallen = _fallen(verdict)
+    # Held-out probes are not asked after each stage: which of them cost a skill is not known.
+    fallen = [name for name in _fallen(verdict) if all(name in scores for scores in made)]
     if len(one.stages) < 2 or not fallen:
         return None
     falls = [sum(_fall(made[i][name], made[i + 1][name]) for name in fallen) for i in range(len(one.stages))]

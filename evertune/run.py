@@ -281,11 +281,12 @@ def decide(
             "after": position.settled,
             "candidate": candidate.checkpoint.digest,
             "champion": position.champion.checkpoint.digest,
-            "probes": {each.name: [each.digest, asdict(facts[each.name])] for each in plan.probes},
+            "probes": {each.name: [each.digest, asdict(facts[each.name]), each.held_out] for each in plan.probes},
             "settings": plan.gate_body,
             "tried": tried,
             "alpha": settings.alpha,
             "shares": position.ratchet.shares,
+            "rescue": rescue_facts,
         }
     )
     kind = "verdict" if rescue_facts is None else "rescue"
@@ -354,7 +355,7 @@ def rescue(session: Session, one: Round, made: Sequence[Model], decided: Decided
     """
     recipe = session.plan.recipe
     rungs: Sequence[Rung] = one.rescue if one.rescue is not None else recipe.rescue
-    tries, own_steps = ladder.count_tries(rungs), sum(model.steps for model in made)
+    tries, own_steps = ladder.count_tries(rungs), sum(model.steps for model in made[1:])
     attempts = steps = 0
     for rung in rungs:
         position = decided.position
@@ -410,7 +411,9 @@ def _retrain(
     None where the rung would change nothing, or leads to a model that has been judged already.
     """
     position, display = decided.position, session.display
-    scores = [model.scores for model in made]
+    # A round that starts from elsewhere than the champion has not needed its start's scores until now.
+    start = probe(session, made[0]) if rung.drop_stage is not None else made[0]
+    scores = [model.scores for model in (start, *made[1:])]
     proposal = ladder.propose(rung, session.plan.recipe, one, scores, decided.verdict)
     if proposal is None:
         display.line(f"  rescue   {rung.kind} is not tried: it would change nothing here")
@@ -465,8 +468,8 @@ def _scan(
     """Item scores by share and probe, found or made."""
     plan, workspace = session.plan.asked(held_out=False), session.workspace
     line = _line(session, candidate, reference)
-    facts = {"kind": "scan", "version": 2, "shares": list(shares), "probes": [each.digest for each in plan.probes]}
-    key = digest_json({**facts, **line.identity})
+    asked = [[each.name, each.digest] for each in plan.probes]
+    key = digest_json({"kind": "scan", "version": 3, "shares": list(shares), "probes": asked, **line.identity})
     if workspace.manifest(key) is None:
         probes = [plan.probe_job(each) for each in plan.probes]
         job = {"kind": "scan", "label": one.name, "key": key, "shares": list(shares), "probes": probes, **line.job}
@@ -562,6 +565,7 @@ def _agree_on_champion(session: Session, position: Position) -> None:
         "label": now.label,
         "checkpoint": now.checkpoint.digest,
         "from": recorded.body["label"],
+        "by": "recipe",
         "reason": "the recipe as it stands ends here",
     }
     _record(session, "rollback", digest_json({**body, "head": session.ledger.head()}), body)

@@ -71,8 +71,44 @@ def test_altered_evidence_is_refused_whichever_way_it_was_altered(tmp_path: Path
     body["digest"] = digest_json(body)
     with pytest.raises(IntegrityError, match="decision is 'PROMOTE', replayed 'HOLD'"):
         replay(write(tmp_path / "e.json", body))
+    # Nor are words taken over that say something else than the numbers.
+    words = judge_sides(40)
+    true = words["reasons"]
+    words["reasons"] = ["facts +50.0 points.", *true[1:]]
+    words["probes"][0]["reason"] = "nothing was lost"
+    told = replay(write(tmp_path / "e.json", signed(words)))
+    assert told["reasons"] == true
+    assert told["probes"][0]["reason"] != "nothing was lost"
+    assert replay(write(tmp_path / "e.json", told)) == told
     with pytest.raises(ProbeError, match="found version None in 'evertune_evidence', expected 1"):
         replay(write(tmp_path / "e.json", {"a": 1}))
+
+
+def signed(body: dict[str, Any]) -> dict[str, Any]:
+    """The body with a digest that fits."""
+    from evertune.hashing import digest_json
+
+    plain = {name: value for name, value in body.items() if name != "digest"}
+    return {**plain, "digest": digest_json(plain)}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda body: body.pop("flips"),
+        lambda body: body.pop("label"),
+        lambda body: body.update(flips={"facts": [{"id": "i1"}]}),
+        lambda body: body.update(items_asked="many"),
+        lambda body: body["settings"].update(alpha=0),
+        lambda body: body["items"]["facts"].update(samples=0),
+        lambda body: body["items"]["facts"].update(weight=[0] * 300),
+    ],
+)
+def test_evidence_that_is_not_whole_is_one_error(tmp_path: Path, change: Any) -> None:
+    body = judge_sides(40)
+    change(body)
+    with pytest.raises(ProbeError, match="not evidence of this version"):
+        replay(write(tmp_path / "e.json", signed(body)))
 
 
 def test_junit_has_a_failure_for_each_thing_that_stands_in_the_way() -> None:
@@ -90,8 +126,23 @@ def test_junit_has_a_failure_for_each_thing_that_stands_in_the_way() -> None:
 
 def test_junit_holds_characters_that_xml_does_not_know() -> None:
     body = judge_sides(40)
-    body["label"] = "a\x00\x1b & <"
-    assert "a\ufffd\ufffd & <" in ElementTree.fromstring(to_junit(body))[0].attrib["name"]
+    body["label"] = "a\x00\x1b\ud83d\ufffe\uffff & <"
+    text = to_junit(body).encode("utf-8")
+    assert "a\ufffd\ufffd\ufffd\ufffd\ufffd & <" in ElementTree.fromstring(text)[0].attrib["name"]
+
+
+def test_half_a_surrogate_pair_in_an_answer_is_shown_and_in_a_prompt_refused(tmp_path: Path) -> None:
+    old, new = (inspect_log(["C"] * (300 - lost) + ["I"] * lost) for lost in (0, 60))
+    for one in new["samples"]:
+        next(iter(one["scores"].values()))["answer"] = "half \ud83d"
+    places = [write_inspect(tmp_path / f"{name}.eval", log) for name, log in (("old", old), ("new", new))]
+    done = judge_logs("inspect", *places, gate=Gate(), roles={}, metrics={})
+    assert json.dumps(done.to_json(), ensure_ascii=False).encode("utf-8").count("half \ufffd".encode()) == 5
+    for log in (old, new):
+        log["samples"][0]["input"] = "half \ud83d"
+    places = [write_inspect(tmp_path / f"{name}.eval", log) for name, log in (("old", old), ("new", new))]
+    with pytest.raises(ProbeError, match="half of a surrogate pair"):
+        judge_logs("inspect", *places, gate=Gate(), roles={}, metrics={})
 
 
 def test_markdown_shows_the_numbers_and_lets_no_text_become_markup() -> None:
@@ -103,6 +154,11 @@ def test_markdown_shows_the_numbers_and_lets_no_text_become_markup() -> None:
     assert "<script>" not in text
     assert "a \\| b &lt;script&gt;" in text
     assert "y\\`" in text
+    body = judge_sides(40)
+    body["reasons"], body["flips"] = ["# head"], {"a_<b>": body["flips"]["facts"]}
+    text = to_markdown(body)
+    assert "\n- \\# head\n" in text
+    assert "<summary>a_&lt;b&gt;: items" in text
 
 
 def test_lm_eval_logs_are_judged_and_roles_hold(tmp_path: Path) -> None:

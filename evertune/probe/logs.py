@@ -5,6 +5,7 @@ not measured alike and says what differs, then makes the `ItemScores` that the g
 """
 
 import difflib
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from evertune.probe.scores import ItemScores
 
 DIFFERENCES_SHOWN = 3
 SHOWN_CHARACTERS = 60
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,8 @@ class LoggedItem:
         id: of the item, unique within the task; each sample of an item has its own.
         asked: what must be the same on both sides, by name: `prompt`, `target`, or digests of them.
         score: finite, in the metric's unit.
-        prompt, prediction, expected: what a person is shown.
+        prompt, prediction, expected: what a person is shown; half a surrogate pair, which JSON can hold and no file
+            in UTF-8 can, is shown as U+FFFD.
         cluster: items that are not independent share one.
     """
 
@@ -37,6 +40,10 @@ class LoggedItem:
     prediction: str
     expected: str
     cluster: str
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "prediction", "expected"):
+            object.__setattr__(self, name, _HALF_PAIR.sub("\N{REPLACEMENT CHARACTER}", getattr(self, name)))
 
 
 @dataclass(frozen=True)
@@ -81,12 +88,24 @@ def pair_logs(old: Mapping[str, LoggedTask], new: Mapping[str, LoggedTask], *, k
             remedy="Run both with the same tasks, limits, few-shot examples and chat template.",
         )
     prompts = {name: {item.id: item.prompt for item in task.items} for name, task in new.items()}
-    digests = {name: digest_json([[item.id, dict(item.asked)] for item in task.items]) for name, task in new.items()}
+    digests = {name: _digest(task) for name, task in new.items()}
     sides = [
         {name: _scores(side[name], items_digest=digests[name], kind=kind) for name in sorted(side)}
         for side in (old, new)
     ]
     return PairedLogs(before=sides[0], after=sides[1], prompts=prompts)
+
+
+def _digest(task: LoggedTask) -> str:
+    """Identity of a task's items and of how they were asked."""
+    try:
+        return digest_json([[item.id, dict(item.asked)] for item in task.items])
+    except UnicodeEncodeError as error:
+        raise ProbeError(
+            f"{task.place}: task '{task.name}' has an id or a prompt with half of a surrogate pair (\\ud800 to \\udfff), "
+            "which is no character.",
+            remedy="Correct the items and ask them again.",
+        ) from error
 
 
 def settings_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

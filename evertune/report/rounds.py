@@ -56,7 +56,10 @@ def tell_rounds(events: Sequence[Event]) -> tuple[RoundStory, ...]:
 
 def _tell_round(events: Sequence[Event], name: str, *, began: bool, last: bool) -> RoundStory:
     mine = [one for one in events if one.body.get("round") == name]
-    verdicts, promotions = bodies(mine, "verdict"), bodies(mine, "promotion")
+    verdicts = bodies(mine, "verdict")
+    # With an edited recipe a round may be judged otherwise than when it was promoted: the newest verdict stands.
+    words = {one.body["label"]: one.body["decision"] for one in mine if one.kind in ("verdict", "rescue")}
+    promotions = [one for one in bodies(mine, "promotion") if words.get(one["label"]) == "PROMOTE"]
     verdict = verdicts[-1] if verdicts else None
     promotion = promotions[-1] if promotions else None
     if verdict is None:

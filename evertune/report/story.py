@@ -102,10 +102,13 @@ def build_report(events: Sequence[Event]) -> Report:
 
 
 def _by_hand(events: Sequence[Event]) -> tuple[Body, ...]:
-    """What people decided, in order: promotions by hand and rollbacks."""
-    return tuple(
-        one.body for one in events if one.kind == "rollback" or (one.kind == "promotion" and one.body["by"] == "user")
-    )
+    """What people decided, in order: promotions and rollbacks by hand."""
+    return tuple(one.body for one in events if one.kind in ("promotion", "rollback") and _is_by_hand(one))
+
+
+def _is_by_hand(one: Event) -> bool:
+    """The other rollbacks are of a run whose edited recipe ends at another champion."""
+    return bool(one.body["by"] == "user" if one.kind == "promotion" else one.body.get("by") != "recipe")
 
 
 def _sentence(events: Sequence[Event], rounds: Sequence[RoundStory], line: Sequence[str]) -> str:
@@ -195,9 +198,11 @@ def _afterwards(events: Sequence[Event]) -> list[str]:
     for one in events:
         if judged and one.seq < judged[-1]:
             continue
-        if one.kind == "rollback":
+        if one.kind == "rollback" and not _is_by_hand(one):
+            told.append(f"The recipe as it stands ends at {one.body['label']}, no longer at {one.body['from']}.")
+        elif one.kind == "rollback":
             told.append(f"Then rolled back by hand from {one.body['from']} to {one.body['label']}.")
-        elif one.kind == "promotion" and one.body["by"] == "user":
+        elif one.kind == "promotion" and _is_by_hand(one):
             told.append(f"Then {one.body['label']} was promoted by hand.")
     return told
 
