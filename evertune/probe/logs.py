@@ -102,8 +102,8 @@ def _digest(task: LoggedTask) -> str:
         return digest_json([[item.id, dict(item.asked)] for item in task.items])
     except UnicodeEncodeError as error:
         raise ProbeError(
-            f"{task.place}: task '{task.name}' has an id or a prompt with half of a surrogate pair (\\ud800 to \\udfff), "
-            "which is no character.",
+            f"{task.place}: task '{task.name}' has an id or a prompt with half of a surrogate pair, "
+            "\\ud800 to \\udfff, which is no character.",
             remedy="Correct the items and ask them again.",
         ) from error
 
