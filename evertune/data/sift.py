@@ -163,11 +163,12 @@ def dedup(
         template_share=settings.template_share,
     )
     old_count = kept[0][1] if against else 0
-    starts = np.searchsorted(of_source, np.arange(len(sources)))
+    starts = np.searchsorted(of_source, np.arange(len(sources))).tolist()
+    stays = found.stays
 
     def decide(source: int, number: int, row: Row) -> Mapping[str, Any] | None:
-        at = int(starts[source]) + number
-        if found.stays[at]:
+        at = starts[source] + number
+        if stays[at]:
             return None
         reason = "exact duplicate" if found.is_exact[at] else "near-duplicate"
         value = round(float(found.jaccard[at]), 4)
@@ -181,7 +182,7 @@ def dedup(
 
     def keep() -> None:
         assert index is not None
-        rows = np.flatnonzero(found.stays)
+        rows = np.flatnonzero(stays)
         index.add(prints.take(rows), [places[int(one)] for one in rows], found.templates)
 
     return decide, keep
