@@ -276,10 +276,10 @@ def run_files(peers: Path, name: str, work: Path) -> dict[str, Any]:
             command += ["--workers", workers]
         else:
             command = [str(peers / "bin/python"), str(work / "peer.py"), "files", name, str(work / "in"), str(out)]
-        _adopt_orphans()
-        began, used = time.time(), _children()
+        adopt_orphans()
+        began, used = time.time(), children_cpu()
         _run(command, Path(folder))
-        facts: dict[str, Any] = {"wall": time.time() - began, "cpu": _children() - used}
+        facts: dict[str, Any] = {"wall": time.time() - began, "cpu": children_cpu() - used}
         lines = [line for path in out.glob("*.jsonl") if path.name != "removed.jsonl" for line in path.open()]
         return {**facts, "kept": sorted(int(json.loads(line)["id"]) for line in lines)}
 
@@ -289,12 +289,12 @@ def _run(command: list[str], folder: Path) -> None:
     environment["PYTHONPATH"] = str(Path(__file__).parents[1]) if command[0] == sys.executable else ""
     # Some peers leave logs where they are run.
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder)
-    _adopt_orphans(wait=True)
+    adopt_orphans(wait=True)
     if done.returncode:
         raise SystemExit(f"{command} failed:\n{done.stderr[-2000:]}")
 
 
-def _adopt_orphans(*, wait: bool = False) -> None:
+def adopt_orphans(*, wait: bool = False) -> None:
     """Processes whose parent ended become ours (Linux), so that their time counts: datatrove's workers are such."""
     PR_SET_CHILD_SUBREAPER = 36
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
@@ -303,7 +303,7 @@ def _adopt_orphans(*, wait: bool = False) -> None:
             os.waitpid(-1, 0)
 
 
-def _children() -> float:
+def children_cpu() -> float:
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
