@@ -51,7 +51,7 @@ from evertune.recipe.schema import (
     kept_sources,
 )
 from evertune.train.distill_spec import check_teacher, check_words
-from evertune.verifiers import validate
+from evertune.verifiers import located, validate
 
 MERGED_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -143,7 +143,12 @@ def look_at_rewards(view: StageView) -> Planned | None:
     look, settings = view.look, view.resolved
     for name in view.settings.new_sources:
         verifier = look.recipe.data[name].verifier
-        rule = verifier.model_dump(exclude_none=True) if verifier else {}
+        if verifier is None:
+            continue
+        given = verifier.model_dump(exclude_none=True)
+        rule = look.attempt(f"data.{name}.verifier", located, given, look.loaded.folder)
+        if rule is None:
+            continue
         for row in look.rows.get(name, ()):
             if look.attempt(f"data.{name}", _can_be_checked, rule, row) is None:
                 break

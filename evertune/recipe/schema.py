@@ -151,9 +151,27 @@ class Verifier(OneKey):
     """A pattern that must match the whole trimmed output. The item's `answer` is not read."""
     json_schema: dict[str, Any] | None = None
     """A JSON Schema the output must satisfy; when the item has an `answer` object, it must equal it too."""
+    function: "OwnFunction | None" = None
+    """A function of your own, `module:function`: called with the output and the item's `answer`, it returns a number
+    from 0 to 1 or a truth value."""
     parts: "Annotated[dict[Name, VerifierPart], Field(min_length=1)] | None" = None
     """Several verifiers of the same answer, by name. The score is their weighted mean; in an rl stage the score of each
     part is logged."""
+
+
+class OwnFunction(Config):
+    """A function of your own that checks outputs, in a child process. It is trusted: nothing confines it."""
+
+    call: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+    """`module:function`. The module is looked for beside the recipe, then among what is installed. Its file's digest is
+    part of what a result depends on; of what it imports nothing is known."""
+    seconds: Positive = 5.0
+    """The longest a call may take. What takes longer has failed, and is counted as such."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare(cls, value: Any) -> Any:
+        return {"call": value} if isinstance(value, str) else value
 
 
 class VerifierPart(Config):
@@ -451,6 +469,9 @@ class Training(StageSettings):
         return _replayed(self.replay)
 
 
+NormRatio = Annotated[float | None, Field(gt=0.0, le=1.0)]
+
+
 class Sft(Training):
     """Supervised fine-tuning: cross-entropy on completion tokens."""
 
@@ -477,12 +498,28 @@ class Dpo(Training):
     """What the log-probabilities are compared with: `start`, `sft`, `base`, `champion`, or the path of a checkpoint."""
     replay_weight: NonNegative = 1.0
     """Weight of the replayed rows' cross-entropy, per token, beside the mean preference loss."""
+    replay_ratio: NormRatio = None
+    """Instead of `replay_weight`: in each step the replayed rows, their anchor included, are weighed so that their
+    gradient has this share of the norm of the pairs' gradient. 0.1 to 0.3 is usual."""
 
     @model_validator(mode="after")
     def _read_by_loss(self) -> Self:
+        _check_replay_weight(self)
         if self.loss == "ipo" and self.label_smoothing:
             raise ValueError("'label_smoothing' is read by sigmoid and sigmoid_norm only, this loss is ipo")
         return self
+
+
+class Protected(Config):
+    """A skill that must not fall: a floor under its mean reward, and how hard it is held (a Lagrange multiplier)."""
+
+    at_least: Annotated[float, Field(gt=0.0, le=1.0)]
+    """The floor, such as what the start reaches less a margin."""
+    rate: Positive = 1.0
+    """How much the multiplier, which begins at 1, rises for each step and unit below the floor, and falls above it,
+    down to 0."""
+    most: Annotated[float, Field(ge=1.0, allow_inf_nan=False)] = 5.0
+    """Its upper bound."""
 
 
 class Rl(Training):
@@ -521,6 +558,12 @@ class Rl(Training):
     """The reference: `sft` (what this round's newest sft stage has made), `start`, `base`, `champion`, or a path."""
     replay_weight: NonNegative = 1.0
     """Weight of the replayed rows' cross-entropy, per token, beside the mean loss of the answers."""
+    replay_ratio: NormRatio = None
+    """Instead of `replay_weight`: in each step the replayed rows, their anchor included, are weighed so that their
+    gradient has this share of the norm of the answers' gradient. 0.1 to 0.3 is usual."""
+    protect: dict[Name, Protected] = {}
+    """Sources of `data` whose mean reward must not fall below a floor, each held by a multiplier of its answers'
+    advantages. Without an entry a source counts by its share of the questions alone."""
     max_kl: Positive | None = None
     """Budget of drift: the stage ends after a step in which the KL to the reference is above, in nats per token."""
     min_entropy: NonNegative | None = None
@@ -532,11 +575,20 @@ class Rl(Training):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        _check_replay_weight(self)
+        absent = [name for name in self.protect if name not in self.new_sources]
+        if absent:
+            raise ValueError(f"'protect' names '{absent[0]}', which is no source in this stage's 'data'")
         if self.max_kl is not None and not self.kl:
             raise ValueError("'max_kl' needs 'kl' above 0: without a reference there is no KL to bound")
         if self.anchor is not None and self.anchor.on != "replay" and self.anchor.cache != "off":
             raise ValueError("an anchor on answers needs 'cache: off': no answer comes twice")
         return self
+
+
+def _check_replay_weight(stage: Dpo | Rl) -> None:
+    if stage.replay_ratio is not None and "replay_weight" in stage.model_fields_set and stage.replay_weight != 1.0:
+        raise ValueError("'replay_weight' and 'replay_ratio' do not go together: the ratio sets the weight")
 
 
 class Teacher(Config):
