@@ -22,6 +22,8 @@ from evertune.probe.suite import AnyProbe
 from evertune.workspace import Workspace
 
 COLOURS = {"PROMOTE": "bold green", "HOLD": "bold red", "INCONCLUSIVE": "bold yellow"}
+# A fall is told when its p-value, adjusted over the probes, is below.
+SHOWN = 0.05
 # Width of a log file, where there is no terminal to ask.
 LOG_COLUMNS = 120
 OUTCOME_COLOURS = {"pass": "green", "harm": "red", "too_few": "yellow", "undecided": "yellow", "watch": "dim"}
@@ -144,6 +146,15 @@ class Display:
 
     def discarded(self, round_name: str, label: str, champion: str) -> None:
         self._console.print(f"  set aside {escape(label)}; champion stays {escape(champion)}, digest unchanged")
+
+    def erosion(self, body: Mapping[str, Any]) -> None:
+        """The capabilities that a stage has shown to have worn away, and since when."""
+        for each in body["against"]:
+            for one in each["changes"]:
+                if one["p_harm"] < SHOWN:
+                    low, high = one["ci90"]
+                    told = f"{one['probe']} {one['difference']:+.3f} ({low:+.3f} to {high:+.3f}) since {each['since']}"
+                    self._console.print(f"  [yellow]eroded[/]   {escape(told)}")
 
     def warnings(self, label: str, warnings: Sequence[Mapping[str, str]]) -> None:
         """What a person should know of how a stage ended."""

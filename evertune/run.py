@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from evertune import rescue as ladder
 from evertune.display import Display
+from evertune.erosion import erosion_body
 from evertune.errors import IntegrityError
 from evertune.gate import GateSettings, ProbeFacts, Verdict, judge
 from evertune.hashing import digest_json
@@ -154,6 +155,7 @@ def run_round(session: Session, one: Round, position: Position) -> Position:
     made = [start]
     for index in range(len(one.stages)):
         made.append(probe(session, perform_stage(session, one, index, made, position)))
+        record_erosion(session, one, made)
     decided = decide(session, one, made[-1], position)
     by = "gate"
     if decided.verdict.decision != "PROMOTE":
@@ -166,6 +168,27 @@ def run_round(session: Session, one: Round, position: Position) -> Position:
     settled = {"round": one.name, "decision": session.decisions[one.name], "champion": position.champion.label}
     _record(session, "settled", key, settled)
     return _after_settling(session, replace(position, settled=key))
+
+
+def record_erosion(session: Session, one: Round, made: Sequence[Model]) -> None:
+    """What the newest stage of a round of several did to each capability: since the checkpoint before it, and since
+    the newest sft stage before it, or the round's start.
+
+    Args:
+        made: the round's start, then what its stages have made, all scored but for a start that nobody asked.
+    """
+    if len(one.stages) == 1:
+        return
+    before, last = made[:-1], made[-1]
+    taught = [i + 1 for i, stage in enumerate(one.stages[: len(before) - 1]) if stage.sft is not None]
+    compared = {model.label: model.scores for model in (before[-1], before[taught[-1] if taught else 0])}
+    body = {
+        "round": one.name,
+        "label": last.label,
+        "against": erosion_body(last.scores, {label: scores for label, scores in compared.items() if scores}),
+    }
+    _record(session, "erosion", digest_json(body), body)
+    session.display.erosion(body)
 
 
 def perform_stage(
@@ -438,7 +461,7 @@ def _interpolate(
 ) -> Decided:
     """Scan between a reference and the candidate in memory, write the best point, and judge it like any candidate."""
     plan, candidate = session.plan, made[-1]
-    reference = made[0] if settings.toward == "start" else position.champion
+    reference = {"start": made[0], "before": made[-2], "champion": position.champion}[settings.toward]
     scan = _scan(session, one, ladder.shares_of(settings.alphas, settings.blocks), candidate, reference)
     facts_of = plan.facts(one)
     chosen = ladder.choose(

@@ -1001,8 +1001,8 @@ class Interpolate(Config):
 
     alphas: list[Annotated[float, Field(gt=0.0, lt=1.0)]] = Field(default=[0.9, 0.8, 0.7, 0.5, 0.3], min_length=1)
     """Shares of the candidate to try, applied in memory; only the winner is written."""
-    toward: Literal["start", "champion"] = "start"
-    """The reference: what the round started from, or the last promoted model."""
+    toward: Literal["start", "before", "champion"] = "start"
+    """The reference: what the round started from, what its last stage started from, or the last promoted model."""
     blocks: int = Field(1, ge=1, le=16)
     """With more than one, the layers are cut into as many blocks, and each share is tried on one block at a time, the
     others staying whole: what was lost may lie in one part of the network. Tries blocks times shares."""

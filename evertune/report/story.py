@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from evertune.ledger import Event
 from evertune.report.curves import RescueCurve, rescue_curves
+from evertune.report.erosion import Erosion, tell_erosion
 from evertune.report.rounds import Body, RoundStory, bodies, champion_line, judged_labels, open_failures, tell_rounds
 from evertune.report.scores import Matrix, build_matrix
 from evertune.report.skills import Skill, Summary, list_skills, summarise
@@ -39,6 +40,7 @@ class Report:
     skills: tuple[Skill, ...]
     probes: tuple[Body, ...]
     curves: tuple[RescueCurve, ...]
+    erosion: tuple[Erosion, ...]
     stages: tuple[Stage, ...]
     costs: tuple[Cost, ...]
     lineage: tuple[Origin, ...]
@@ -87,6 +89,7 @@ def build_report(events: Sequence[Event]) -> Report:
         skills=list_skills(matrix, line, verdicts),
         probes=tuple(bodies(events, "probe")),
         curves=rescue_curves(events, rounds, matrix),
+        erosion=tell_erosion(events),
         stages=stages,
         costs=round_costs(events, stages, line),
         lineage=origins(events, rounds),
