@@ -10,9 +10,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
-# A shell that starts the tests in the background has told them, and what they start, to ignore Ctrl-C.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-
 from pathlib import Path
 
 import pytest
@@ -20,6 +17,9 @@ from hypothesis import settings
 
 from tests.command import RECIPE, DebugRun, evertune
 from tests.tiny import write_tiny_model
+
+# A shell that starts the tests in the background has told them, and what they start, to ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Elsewhere property tests look at new cases each time; CI repeats its own, so that a red build is about the change.
 settings.register_profile("ci", derandomize=True)

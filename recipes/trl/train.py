@@ -5,6 +5,7 @@ python train.py --model MODEL --data FOLDER --output FOLDER --seed 7 --probes gu
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from datasets import Dataset
@@ -45,7 +46,7 @@ def main() -> None:
     )
     trainer.train()
     for step, verdict in probes.verdicts.items():
-        print(f"probes at step {step}: {verdict.decision}")
+        sys.stdout.write(f"probes at step {step}: {verdict.decision}\n")
     trainer.save_model(str(given.output))
 
 
