@@ -31,6 +31,7 @@ from evertune.data.encode import (
     question_of,
     tokens_of,
 )
+from evertune.data.history import Budget, choose
 from evertune.data.quotas import Mixing
 from evertune.data.replay import drop_duplicates
 from evertune.data.rows import Row, digest_rows
@@ -370,7 +371,9 @@ def _replay_pool(
         for name in _history(look.recipe, view.round_index):
             found = _encode(view, name, settings) if name in look.rows else None
             if found is not None and name not in pool:
-                pool[name], rows[name] = found, look.rows[name]
+                rows[name] = choose(look.rows[name], Budget(**look.recipe.history.model_dump()), look.recipe.seed)
+                remembered = {row.id for row in rows[name]}
+                pool[name] = [row for row in found if row.id in remembered]
     both = [name for name in settings.replay.sources if name in learnt]
     if both:
         told = f"'{both[0]}' is both new data and replay."

@@ -125,6 +125,10 @@ class DataSource(Config):
     bad_rows: Literal["error", "quarantine"] = "error"
     """A row that cannot be read or has the wrong shape stops the run, or is left out, counted and kept with the reason.
     """
+    keep: list[str] = []
+    """Quality rules: `words>=3`, `repetition<=0.3`, with a quantile of the source `words<=q0.99`; `defaults` stands for
+    the default rules. A row that breaks one is left out, counted and kept with the rule. `evertune data filter
+    --signals` lists the signals."""
     verifier: "Verifier | None" = None
     """How answers to the source's questions are checked, where an rl stage learns from it."""
 
@@ -314,6 +318,19 @@ class Anchor(Config):
     cache: Literal["off", "hidden", "top64"] = "off"
     """`off`: the reference runs beside the policy. `hidden`: its last hidden states are stored once, exact.
     `top64`: its 64 largest log-probabilities and one tail bucket are stored, a lower bound of the KL."""
+
+
+class History(Config):
+    """What of a promoted round's new rows is kept for later replay: of each source and round, a budget of rows."""
+
+    rows: int = Field(10_000, gt=0)
+    """At most so many rows of a source."""
+    bytes: int | None = Field(None, gt=0)
+    """At most so many bytes of a source, as JSONL; one row is kept in any case."""
+    policy: Literal["reservoir", "class_balanced", "coverage"] = "reservoir"
+    """Which rows, where not all can be: each equally likely; classes alike; or those that add new runs of words."""
+    by: PlaceText = "answer"
+    """Field with a row's class, for `class_balanced`; `answer` is what is said where rows have no such field."""
 
 
 class Ema(Config):
@@ -1197,6 +1214,8 @@ class Recipe(Config):
     leaks: Literal["error", "remove"] = "error"
     """A training row that holds a probe item stops the run, or is left out of training, replay and history, and
     counted. What holds an item: docs/data.md."""
+    history: History = History()
+    """What is kept of promoted rounds for replay."""
     defaults: Defaults = Defaults()
     """What stages have in common."""
     gate: Gate = Gate()
