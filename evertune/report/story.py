@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from evertune.ledger import Event
+from evertune.report.consolidations import Consolidated, consolidations
 from evertune.report.curves import RescueCurve, rescue_curves
 from evertune.report.rounds import Body, RoundStory, bodies, champion_line, judged_labels, open_failures, tell_rounds
 from evertune.report.scores import Matrix, build_matrix
@@ -38,6 +39,7 @@ class Report:
     summaries: tuple[Summary, ...]
     skills: tuple[Skill, ...]
     probes: tuple[Body, ...]
+    consolidations: tuple[Consolidated, ...]
     curves: tuple[RescueCurve, ...]
     stages: tuple[Stage, ...]
     costs: tuple[Cost, ...]
@@ -86,6 +88,7 @@ def build_report(events: Sequence[Event]) -> Report:
         summaries=summarise(matrix, line, verdicts),
         skills=list_skills(matrix, line, verdicts),
         probes=tuple(bodies(events, "probe")),
+        consolidations=consolidations(events),
         curves=rescue_curves(events, rounds, matrix),
         stages=stages,
         costs=round_costs(events, stages, line),
