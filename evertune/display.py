@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.status import Status
 from rich.table import Table
 
+from evertune.consolidation import Best, gain
 from evertune.gate import Verdict
 from evertune.probe.scores import ItemScores
 from evertune.probe.suite import AnyProbe
@@ -118,6 +119,13 @@ class Display:
         for reason in body["reasons"]:
             self._console.print(f"  - {escape(reason)}")
         self._console.print(f"  [dim]next:[/] {escape(next_command)}")
+
+    def ways(self, best: Best) -> None:
+        """What each way to consolidate a round came to, and the one that is kept."""
+        for name, verdict in best.verdicts.items():
+            kept = "  [bold]kept[/]" if name == best.name else ""
+            told = f"{verdict.decision} by itself, gain {100 * gain(verdict):+.1f} points"
+            self._console.print(f"  best of  {escape(name.ljust(10))} {told}{kept}")
 
     def academic(self, label: str, methods: Sequence[str]) -> None:
         """Say that a checkpoint was made with methods that nobody has validated in production, if it was."""

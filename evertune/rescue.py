@@ -100,7 +100,7 @@ def choose(
         share: judge(scores, champion, best, probes, settings, tried=tried, shares=shares)
         for share, scores in scan.items()
     }
-    chosen = min(verdicts, key=lambda one: (_rank(verdicts[one]), _by_size(one)))
+    chosen = min(verdicts, key=lambda one: (rank(verdicts[one]), _by_size(one)))
     return Chosen(
         share=chosen,
         values={one: {name: scores.value for name, scores in scan[one].items()} for one in scan},
@@ -208,6 +208,7 @@ def _by_size(share: Share) -> tuple[float, tuple[float, ...]]:
     return -kept(share), tuple(-one for one in share) if isinstance(share, tuple) else ()
 
 
-def _rank(verdict: Verdict) -> tuple[int, int]:
+def rank(verdict: Verdict) -> tuple[int, int]:
+    """Sorts a verdict before those that are further from a promotion."""
     order = {"PROMOTE": 0, "INCONCLUSIVE": 1, "HOLD": 2}
     return order[verdict.decision], len(verdict.failing)

@@ -47,9 +47,11 @@ from evertune.recipe.schema import (
     RUN,
     Recipe,
     Round,
+    Stage,
     StageSettings,
     Training,
     kept_sources,
+    placed_stages,
 )
 from evertune.train.distill_spec import check_teacher, check_words
 from evertune.verifiers import located, validate
@@ -71,22 +73,25 @@ class StageView:
     """One stage of the recipe under inspection, with its settings given and filled in."""
 
     look: Look
+    place: str
     round_index: int
+    round: Round
     index: int
-    kind: str
-    settings: StageSettings
+    stage: Stage
+    way: str = ""
 
     @property
-    def round(self) -> Round:
-        return self.look.recipe.rounds[self.round_index]
+    def kind(self) -> str:
+        return self.stage.kind
 
     @property
-    def place(self) -> str:
-        return f"rounds[{self.round_index}].stages[{self.index}].{self.kind}"
+    def settings(self) -> StageSettings:
+        return self.stage.settings
 
     @property
     def label(self) -> str:
-        return f"{self.round.name}/{self.index + 1}-{self.kind}"
+        way = f"{self.way}/" if self.way else ""
+        return f"{self.round.name}/{way}{self.index + 1}-{self.kind}"
 
     @property
     def resolved(self) -> Any:
@@ -99,11 +104,7 @@ class StageView:
 
 def look_at_stages(look: Look) -> list[Planned]:
     """Estimates of the stages whose rows and base could be read; what is odd about them becomes findings."""
-    views = [
-        StageView(look, i, k, stage.kind, stage.settings)
-        for i, one in enumerate(look.recipe.rounds)
-        for k, stage in enumerate(one.stages)
-    ]
+    views = [StageView(look, **vars(one)) for one in placed_stages(look.recipe)]
     return [found for view in views if (found := LOOKS[view.kind](view)) is not None]
 
 

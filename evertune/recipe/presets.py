@@ -23,6 +23,7 @@ from evertune.recipe.schema import (
     Protected,
     Recipe,
     Replay,
+    Retrain,
     Rl,
     Sft,
     StageSettings,
@@ -329,6 +330,7 @@ def resolve_merge(recipe: Recipe, stage: Merge) -> ResolvedMerge:
 
 RESOLVERS: dict[type[StageSettings], Callable[[Recipe, Any], Resolved]] = {
     Sft: resolve_sft,
+    Retrain: resolve_sft,
     Dpo: resolve_dpo,
     Rl: resolve_rl,
     Distill: resolve_distill,
@@ -351,6 +353,11 @@ def resolve_recipe(recipe: Recipe) -> dict[str, Any]:
                 inner[stage.kind] = resolved.settings.model_dump(mode="json", by_alias=True)
                 continue
             inner[stage.kind] |= {name: _plain(value) for name, value in asdict(resolved).items()}
+        for j, way in enumerate(one.ways):
+            if isinstance(way.settings, Training):
+                filled: Any = resolve_stage(recipe, way.settings)
+                inner = written["consolidate"]["best_of"][j][way.kind]
+                inner |= {name: _plain(value) for name, value in asdict(filled).items()}
     return body
 
 

@@ -6,7 +6,8 @@ Python build the same objects; `problems.py` adds file, line and "did you mean" 
 
 import shlex
 import string
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
@@ -34,6 +35,13 @@ Points = Annotated[float, Field(gt=0.0, lt=1.0, allow_inf_nan=False)]
 NAMED_REFERENCES = ("start", "sft", "base", "champion")
 # What a teacher may be beside those: `round:NAME`, `stage:KIND` or `stage:LABEL`, and every checkpoint of the run.
 OF_ROUND, OF_STAGE, RUN = "round:", "stage:", "run"
+# Words for several sources at once, where a round is consolidated: what it learns from, and the rounds before it too.
+OWN_SOURCES, ALL_SOURCES = "round", "rounds"
+RESERVED = {
+    "history": "the rows of promoted rounds",
+    OWN_SOURCES: "the sources of a round, where it is consolidated",
+    ALL_SOURCES: "those of a round and of all before it",
+}
 
 PlaceText = Annotated[str, Field(min_length=1)]
 
@@ -1098,30 +1106,90 @@ class Consolidation(Config):
 
     method: Literal["linear", "slerp"] = "linear"
     """`linear` is what published pipelines use."""
-    weights: dict[Literal["candidate", "champion", "base", "origin"], Positive] = Field(min_length=2)
-    """By what: `candidate` is what the stages made, `origin` what the round starts from."""
+    weights: dict[Literal["candidate", "champion", "base", "origin"], Positive] = Field(
+        {"candidate": 0.5, "champion": 0.5}, min_length=2
+    )
+    """By what: `candidate` is what the stages made, `origin` what the round starts from. Half and half is what WiSE-FT
+    (arXiv:2109.01903) recommends where nothing is known."""
+
+    def as_stage(self) -> "Stage":
+        """The same as a stage."""
+        weights = self.weights
+        paths = {name: "start" if name == "candidate" else name for name in weights}
+        if self.method == "slerp":
+            first, second = weights
+            share = weights[second] / (weights[first] + weights[second])
+            models: dict[str, Any] = {name: {"path": path} for name, path in paths.items()}
+            return Stage.model_validate({"merge": {"method": "slerp", "t": share, "models": models}})
+        models = {name: {"path": path, "weight": float(weights[name])} for name, path in paths.items()}  # type: ignore[index]
+        return Stage.model_validate({"merge": {"method": "linear", "models": models}})
+
+
+class Retrain(Sft):
+    """The rows of all stages in one supervised stage, from a model that none of them has touched."""
+
+    start: PlaceText = "base"
+    """What it starts from: `base`, `champion`, or the path of a checkpoint."""
+
+    def as_stage(self) -> "Stage":
+        """The same as a stage, wherever it starts."""
+        return Stage(sft=Sft.model_validate(self.model_dump(exclude_unset=True, exclude={"start"})))
+
+
+def _distills_back(value: Any) -> Any:
+    """Without teachers of its own a way distils back what the round's checkpoints were best at."""
+    if not isinstance(value, dict):
+        return value
+    teachers = {} if "teachers" in value else {"teachers": RUN, "route": "best"}
+    return {"data": [OWN_SOURCES], **teachers, **value}
+
+
+def _retrains(value: Any) -> Any:
+    return {"data": [ALL_SOURCES], **value} if isinstance(value, dict) else value
+
+
+class Way(OneKey):
+    """One way to consolidate a round: exactly one key."""
+
+    bare_names = ("merge", "distill", "retrain")
+    noun = "a way to consolidate"
+
+    merge: Consolidation | None = None
+    """A weighted merge of the candidate."""
+    distill: Annotated[Distill | None, BeforeValidator(_distills_back)] = None
+    """A distillation into the candidate: without `teachers` from the run's checkpoint that was best at each source's
+    skill, without `data` on the sources of the round's stages."""
+    retrain: Annotated[Retrain | None, BeforeValidator(_retrains)] = None
+    """One supervised stage from the base; without `data` on the sources of this round and of all before it."""
+
+    @property
+    def settings(self) -> Consolidation | Distill | Retrain:
+        """The settings of the one way that is given."""
+        settings: Consolidation | Distill | Retrain = getattr(self, self.kind)
+        return settings
+
+    def with_sources(self, known: Mapping[str, list[str]]) -> Self:
+        """The same with `round` and `rounds` in its `data` replaced by the sources that they stand for."""
+        own = self.settings
+        if isinstance(own, Consolidation) or not any(name in known for name in own.data):
+            return self
+        named = list(dict.fromkeys(one for name in own.data for one in known.get(name) or [name]))
+        filled = type(own).model_validate({**own.model_dump(exclude_unset=True), "data": named})
+        return type(self).model_validate({self.kind: filled})
 
 
 class Consolidate(OneKey):
     """The last step of a round: exactly one key."""
 
+    bare_names = ("merge",)
     noun = "consolidate"
 
     merge: Consolidation | None = None
     """A weighted merge."""
-
-    def as_stage(self) -> dict[str, Any]:
-        """The same as a stage."""
-        assert self.merge is not None
-        weights = self.merge.weights
-        paths = {name: "start" if name == "candidate" else name for name in weights}
-        if self.merge.method == "slerp":
-            first, second = weights
-            share = weights[second] / (weights[first] + weights[second])
-            models: dict[str, Any] = {name: {"path": path} for name, path in paths.items()}
-            return {"merge": {"method": "slerp", "t": share, "models": models}}
-        models = {name: {"path": path, "weight": float(weights[name])} for name, path in paths.items()}  # type: ignore[index]
-        return {"merge": {"method": "linear", "models": models}}
+    best_of: Annotated[list[Way], Field(min_length=2)] | None = None
+    """Several ways, each tried on the same candidate and judged by the same probes, every bound at alpha divided by
+    their number; the one that passes with the largest gain is the round's candidate. What each has cost is recorded.
+    """
 
 
 class RescueBudget(Config):
@@ -1143,7 +1211,8 @@ class Round(Config):
     stages: list[Stage] = Field(min_length=1)
     """Done one after the other; the last one's checkpoint is the candidate."""
     consolidate: Consolidate | None = None
-    """A last stage that merges what the others made, before the verdict. Written out, it is a `merge` stage."""
+    """A last step before the verdict: a merge of what the stages made, which is a `merge` stage written otherwise; or
+    the best of several ways."""
     roles: dict[Name, Role] = {}
     """Roles of probes in this round where they differ from the probe's own: a skill is the `target` of the round that
     teaches it and a `guard` in later ones."""
@@ -1152,16 +1221,32 @@ class Round(Config):
 
     @model_validator(mode="after")
     def _consolidate_is_a_stage(self) -> Self:
-        if self.consolidate is not None:
-            stages = [*self.stages, Stage.model_validate(self.consolidate.as_stage())]
+        if self.consolidate is not None and self.consolidate.merge is not None:
+            stages = [*self.stages, self.consolidate.merge.as_stage()]
             object.__setattr__(self, "stages", stages)  # frozen from here on
             object.__setattr__(self, "consolidate", None)
         return self
 
+    @property
+    def ways(self) -> list[Way]:
+        """The ways of `best_of`; none where there is nothing to choose."""
+        return (self.consolidate.best_of or []) if self.consolidate is not None else []
 
-def new_sources(one: Round) -> list[str]:
-    """Names of the sources that a round's stages learn from, each once, in order."""
-    return list(dict.fromkeys(name for stage in one.stages for name in stage.settings.new_sources))
+    def written_out(self) -> "dict[str, Round]":
+        """The round as each of its ways completes it, by the way's name: with its stage behind the others, and for
+        `retrain` in their place."""
+        found: dict[str, Round] = {}
+        for j, way in enumerate(self.ways):
+            number = sum(one.kind == way.kind for one in self.ways[:j])
+            own = way.settings
+            if isinstance(own, Retrain):
+                change: dict[str, Any] = {"start": own.start, "stages": [own.as_stage()]}
+            else:
+                last = own.as_stage() if isinstance(own, Consolidation) else Stage(distill=own)
+                change = {"stages": [*self.stages, last]}
+            name = way.kind if not number else f"{way.kind}-{number + 1}"
+            found[name] = self.model_copy(update={"consolidate": None, **change})
+        return found
 
 
 def kept_sources(one: Round) -> list[str]:
@@ -1236,8 +1321,19 @@ class Recipe(Config):
 
     @model_validator(mode="after")
     def _names_resolve(self) -> "Recipe":
+        for i, one in enumerate(self.rounds):
+            if one.ways:
+                known = {OWN_SOURCES: _readable(self, [one]), ALL_SOURCES: _readable(self, self.rounds[: i + 1])}
+                ways = [way.with_sources(known) for way in one.ways]
+                object.__setattr__(one, "consolidate", Consolidate(best_of=ways))  # frozen from here on
         _check_references(self)
         return self
+
+
+def _readable(recipe: Recipe, rounds: Sequence[Round]) -> list[str]:
+    """Sources that these rounds' stages learn from and that a stage with cross-entropy can read."""
+    names = dict.fromkeys(name for one in rounds for name in kept_sources(one))
+    return [name for name in names if name in recipe.data and recipe.data[name].format in REPLAYABLE]
 
 
 def _check_references(recipe: Recipe) -> None:
@@ -1249,8 +1345,9 @@ def _check_references(recipe: Recipe) -> None:
             "'academic: allow' at the top of the recipe, if that is what you want"
             for place, method in academic_choices(recipe)
         ]
-    if "history" in recipe.data:
-        problems.append("data.history: 'history' is a reserved name: the rows of promoted rounds")
+    for name, meaning in RESERVED.items():
+        if name in recipe.data:
+            problems.append(f"data.{name}: '{name}' is a reserved name: {meaning}")
     if problems:
         raise ValueError("\n".join(problems))
 
@@ -1270,17 +1367,16 @@ def _round_problems(recipe: Recipe) -> Iterator[str]:
 
 def _source_problems(recipe: Recipe) -> Iterator[str]:
     named = [("defaults.replay.from", name, "replay", REPLAYABLE) for name in _replayed(recipe.defaults.replay)]
-    for i, one in enumerate(recipe.rounds):
-        for k, stage in enumerate(one.stages):
-            place, settings = f"rounds[{i}].stages[{k}].{stage.kind}", stage.settings
-            named += [(f"{place}.data", name, stage.kind, settings.formats) for name in settings.new_sources]
-            named += [(f"{place}.replay.from", name, "replay", REPLAYABLE) for name in settings.replayed_sources]
-            named += [
-                (place, name, "a memory", REPLAYABLE) for name in settings.remembered_sources if name != "history"
-            ]
+    for one in placed_stages(recipe):
+        place, stage, settings = one.place, one.stage, one.stage.settings
+        named += [(f"{place}.data", name, stage.kind, settings.formats) for name in settings.new_sources]
+        named += [(f"{place}.replay.from", name, "replay", REPLAYABLE) for name in settings.replayed_sources]
+        named += [(place, name, "a memory", REPLAYABLE) for name in settings.remembered_sources if name != "history"]
     for place, name, reader, formats in named:
         source = recipe.data.get(name)
-        if source is None:
+        if source is None and name in (OWN_SOURCES, ALL_SOURCES):
+            yield f"{place}: no stage before it learns from {' or '.join(REPLAYABLE)}; expected the names of sources"
+        elif source is None:
             yield f"{place}: no data source '{name}'; data has: {', '.join(recipe.data)}"
         elif source.format not in formats:
             yield f"{place}: '{name}' has format '{source.format}'; {reader} reads {' and '.join(formats)}"
@@ -1289,23 +1385,22 @@ def _source_problems(recipe: Recipe) -> Iterator[str]:
 
 
 def _teacher_problems(recipe: Recipe) -> Iterator[str]:
-    for i, one in enumerate(recipe.rounds):
-        for k, stage in enumerate(one.stages):
-            if stage.distill is None:
-                continue
-            place, settings = f"rounds[{i}].stages[{k}].distill", stage.distill
-            for j, teacher in enumerate(settings.teachers):
-                known = known_teachers(recipe, i, k)
-                if teacher.checkpoint.startswith((OF_ROUND, OF_STAGE)) and teacher.checkpoint not in known:
-                    told = ", ".join(known) or "nothing comes before this stage"
-                    yield f"{place}.teachers[{j}].checkpoint: found '{teacher.checkpoint}', expected one of: {told}"
-            yield from _answer_problems(recipe, settings, place)
-            for source in settings.data if settings.route == "best" else ():
-                if settings.skill(source) not in recipe.probes:
-                    yield (
-                        f"{place}.skills: no probe '{settings.skill(source)}' measures '{source}'; probes has: "
-                        f"{', '.join(recipe.probes)}"
-                    )
+    for one in placed_stages(recipe):
+        place, settings = one.place, one.stage.distill
+        if settings is None:
+            continue
+        for j, teacher in enumerate(settings.teachers):
+            known = known_teachers(recipe, one.round_index, one.index)
+            if teacher.checkpoint.startswith((OF_ROUND, OF_STAGE)) and teacher.checkpoint not in known:
+                told = ", ".join(known) or "nothing comes before this stage"
+                yield f"{place}.teachers[{j}].checkpoint: found '{teacher.checkpoint}', expected one of: {told}"
+        yield from _answer_problems(recipe, settings, place)
+        for source in settings.data if settings.route == "best" else ():
+            if settings.skill(source) not in recipe.probes:
+                yield (
+                    f"{place}.skills: no probe '{settings.skill(source)}' measures '{source}'; probes has: "
+                    f"{', '.join(recipe.probes)}"
+                )
 
 
 def _answer_problems(recipe: Recipe, settings: Distill, place: str) -> Iterator[str]:
@@ -1333,6 +1428,29 @@ def known_teachers(recipe: Recipe, round_index: int, stage_index: int) -> list[s
     ]
 
 
+@dataclass(frozen=True)
+class PlacedStage:
+    """A stage that a run may perform, where the recipe says so, and the round that it is in as its way completes it;
+    `way` is "" where it does not depend on one."""
+
+    place: str
+    round_index: int
+    round: Round
+    index: int
+    stage: Stage
+    way: str = ""
+
+
+def placed_stages(recipe: Recipe) -> Iterator[PlacedStage]:
+    """The stages of all rounds, and behind those of a round the last one of each way to consolidate it."""
+    for i, one in enumerate(recipe.rounds):
+        for k, stage in enumerate(one.stages):
+            yield PlacedStage(f"rounds[{i}].stages[{k}].{stage.kind}", i, one, k, stage)
+        for j, (name, whole) in enumerate(one.written_out().items()):
+            place, last = f"rounds[{i}].consolidate.best_of[{j}].{one.ways[j].kind}", len(whole.stages) - 1
+            yield PlacedStage(place, i, whole, last, whole.stages[last], name)
+
+
 def stage_labels(one: Round) -> list[str]:
     """What people call the checkpoints of a round's stages."""
     return [f"{one.name}/{k + 1}-{stage.kind}" for k, stage in enumerate(one.stages)]
@@ -1342,16 +1460,12 @@ def academic_choices(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """Place and method of everything academic that a recipe chooses: plug-ins, and keys of the table of methods."""
     chosen = {key: one for one in methods().values() if one.standing == "academic" for key in one.keys}
     yield from _chosen(recipe, chosen, "")
-    for i, one in enumerate(recipe.rounds):
-        for k, stage in enumerate(one.stages):
-            if isinstance(stage.settings, Training):
-                for kind, name, _ in stage.settings.plugins:
-                    plugin = find_plugin(kind, name)
-                    if plugin.standing == "academic":
-                        yield (
-                            f"rounds[{i}].stages[{k}].{stage.kind}.{kind}.{name}",
-                            named([plugin.method], "academic")[0],
-                        )
+    for one in placed_stages(recipe):
+        if isinstance(one.stage.settings, Training):
+            for kind, name, _ in one.stage.settings.plugins:
+                plugin = find_plugin(kind, name)
+                if plugin.standing == "academic":
+                    yield f"{one.place}.{kind}.{name}", named([plugin.method], "academic")[0]
 
 
 def _chosen(value: Any, chosen: Mapping[str, Method], place: str) -> Iterator[tuple[str, str]]:

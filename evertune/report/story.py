@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from evertune.ledger import Event
+from evertune.report.consolidations import Consolidated, consolidations
 from evertune.report.curves import RescueCurve, rescue_curves
 from evertune.report.erosion import Erosion, tell_erosion
 from evertune.report.rounds import Body, RoundStory, bodies, champion_line, judged_labels, open_failures, tell_rounds
@@ -39,6 +40,7 @@ class Report:
     summaries: tuple[Summary, ...]
     skills: tuple[Skill, ...]
     probes: tuple[Body, ...]
+    consolidations: tuple[Consolidated, ...]
     curves: tuple[RescueCurve, ...]
     erosion: tuple[Erosion, ...]
     stages: tuple[Stage, ...]
@@ -88,6 +90,7 @@ def build_report(events: Sequence[Event]) -> Report:
         summaries=summarise(matrix, line, verdicts),
         skills=list_skills(matrix, line, verdicts),
         probes=tuple(bodies(events, "probe")),
+        consolidations=consolidations(events),
         curves=rescue_curves(events, rounds, matrix),
         erosion=tell_erosion(events),
         stages=stages,
