@@ -150,3 +150,16 @@ def test_a_round_judged_otherwise_by_an_edited_recipe_is_told_by_its_newest_verd
     assert told.sentence.startswith("Round one INCONCLUSIVE. ")
     assert told.sentence.endswith("The recipe as it stands ends at base, no longer at one/1-sft.")
     assert told.by_hand == ()
+
+
+@pytest.mark.path
+def test_the_rows_of_a_stage_that_a_rescue_left_out_are_not_replayed_later(tmp_path: Path) -> None:
+    # At a rate of 1 the second stage ruins the model: prose costs more than 90 % more bits.
+    ruin = (
+        STAGE.replace("[cards]", "[general]").replace("share: 0.25", "share: 0.0").replace("{lora: {rank: 2}}", "full")
+    )
+    ruin = ruin.replace("lr: 0.05", "lr: 1.0")
+    _, events = run(tmp_path, rescue="[drop_stage]", stages=f"{STAGE}, {ruin}")
+    assert [one["label"] for one in bodies(events, "promotion")] == ["one/drop_stage/1-sft"]
+    kept = [one for one in open_workspace(tmp_path / "run").workspace.manifests() if one.kind == "history"]
+    assert [sorted(one.record["formats"]) for one in kept] == [["cards"]]
