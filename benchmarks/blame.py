@@ -80,8 +80,8 @@ def main() -> None:
         place = folder / f"trial-{number}.json"
         if not place.is_file() or number in given.retrain:
             place.write_text(json.dumps(trial(number, data, folder, start, given)), encoding="utf-8")
-    print(f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} CPUs, one thread; {given.rows} rows a source, "
-          f"{given.items} items\n")  # fmt: skip
+    print(f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} CPUs, one thread; "
+          f"{given.rows} rows a source, {given.items} items\n")  # fmt: skip
     heads = ["trial", "planted", "the probe's change", "named", "push of it", "share of all that pushes up",
              "next", "largest push of another over it", "without it", "CPU seconds"]  # fmt: skip
     print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")

@@ -1,11 +1,11 @@
 """The gate on real weights with known damage, beside a gate on mean token probability. `python -m benchmarks.gate_real`
 
 The bundled SmolLM2-135M-Instruct against copies of itself: saved again by transformers, and with normal noise on every
-matrix, of the standard deviation in the first column; the matrices' own are 0.05 to 0.40, most near 0.19, and with `x` it
-is a multiple of each matrix's own. The general suite is asked in batches, and
-as `answers` (watched) the likelihood of its right answers. From these and from the prose the other gate's numbers are
-made: the mean over items of the geometric mean probability of their tokens; it calls a model healthy unless that fell
-by 0.10. What it says depends on what it is asked, so both are printed.
+matrix, of the standard deviation in the first column; the matrices' own are 0.05 to 0.40, most near 0.19, and with `x`
+it is a multiple of each matrix's own. The general suite is asked in batches, and as `answers` (watched) the likelihood
+of its right answers. From these and from the prose the other gate's numbers are made: the mean over items of the
+geometric mean probability of their tokens; it calls a model healthy unless that fell by 0.10. What it says depends on
+what it is asked, so both are printed.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Why a probe fell: the stage after which it fell most, then that stage's data: which source, which cluster of rows.
 
-    scores on record -> the stage -> pushes of its rows (`influence.py`) -> perhaps: the stage again without the source
+    scores on record -> the stage -> pushes of its rows (`influence/`) -> perhaps: the stage again without the source
 
 What is found is an event of the ledger, so that the report shows it. Nothing is changed by it.
 """
@@ -19,7 +19,7 @@ from evertune.display import Display
 from evertune.errors import DataError, ProbeError, RecipeError
 from evertune.gate import Evidence, GateSettings, ProbeFacts, judge
 from evertune.hashing import digest_json
-from evertune.influence import VERSION, SourceOrder
+from evertune.influence.order import VERSION, SourceOrder
 from evertune.ledger import Event, record_event, write_current
 from evertune.lineage import Opened, checkpoint_path, current_events, open_workspace
 from evertune.model.checkpoint import Checkpoint, describe
@@ -81,7 +81,7 @@ def blame(
     Returns:
         `{"round", "label", "probe", "start", "steps": [{"label", "before", "after", "difference", "ci90", "unit"}],
         "stage": the label of the stage that is examined, or None where no stage made the probe fall, "unread": sources
-        that hold no answers to learn, "points", "items", "sources", "clusters", "rows" (see `influence.find_pushes`),
+        that hold no answers to learn, "points", "items", "sources", "clusters", "rows": see `find_pushes`,
         "without": see `_without`, or None}`.
 
     Raises:

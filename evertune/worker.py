@@ -127,7 +127,8 @@ def _blame(job: Job, workspace: Workspace) -> dict[str, Any]:
     """The pushes of a stage's rows on a probe, in the record of an object without files."""
     import torch
 
-    from evertune.influence import SourceOrder, find_pushes
+    from evertune.influence.order import SourceOrder
+    from evertune.influence.push import find_pushes
     from evertune.model.checkpoint import Checkpoint
     from evertune.probe.scores import ItemScores
     from evertune.probe.suite import Probe, load_probe

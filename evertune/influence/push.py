@@ -28,6 +28,7 @@ from evertune.data.encode import EncodedPair, EncodedRow, encode_pairs, encode_r
 from evertune.data.quality import asked_and_said
 from evertune.data.replay import reservoir
 from evertune.data.rows import Row, read_rows
+from evertune.influence.order import SourceOrder
 from evertune.measure.clusters import cluster_vectors, count_clusters
 from evertune.merge.interpolate import scan
 from evertune.model.checkpoint import Checkpoint
@@ -37,8 +38,6 @@ from evertune.probe.loss import LossItem, loss_items
 from evertune.probe.scores import ItemScores
 from evertune.probe.suite import Probe
 
-# Raised by hand when the meaning of a push changes.
-VERSION = 1
 POINTS = (0.0, 0.5, 1.0)
 # Length of the step along the gradient, of the length of the weights: what a few steps of training move them.
 STEP = 2e-5
@@ -47,25 +46,6 @@ SHOWN_ROWS, SHOWN_WORDS, SHOWN_CHARACTERS = 5, 5, 240
 Z95 = 1.6448536269514722
 _LAYER = re.compile(r"\.(?:layers|layer|h|blocks)\.(\d+)\.")
 _WORD = re.compile(r"[^\W\d_]{3,}")
-
-
-@dataclass(frozen=True)
-class SourceOrder:
-    """A source whose rows are sampled.
-
-    Attributes:
-        shown: how many of its rows the stage has shown, repeats counted.
-        beta: of preferences, what their log-ratio is multiplied with at the start of training, where its slope is
-            -beta / 2; None for rows with one answer.
-    """
-
-    source: str
-    path: str
-    format: str
-    limit: int | None
-    is_replay: bool
-    shown: float
-    beta: float | None = None
 
 
 @dataclass(frozen=True)
