@@ -356,7 +356,8 @@ def rescue(session: Session, one: Round, made: Sequence[Model], decided: Decided
         made: the round's start, then what each of its stages has made.
     """
     recipe = session.plan.recipe
-    rungs: Sequence[Rung] = one.rescue if one.rescue is not None else recipe.rescue
+    written: Sequence[Rung] = one.rescue if one.rescue is not None else recipe.rescue
+    rungs = ladder.in_order(written, recipe.rescue_budget.order, [model.steps for model in made[1:]])
     tries, own_steps = ladder.count_tries(rungs), sum(model.steps for model in made[1:])
     attempts = steps = 0
     for rung in rungs:

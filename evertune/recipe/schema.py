@@ -994,12 +994,26 @@ class StrongerAnchor(Scaled):
     """Times the anchor's weight; 0.05 where it was off."""
 
 
+class DistilBack(Config):
+    """One more stage after the round's own: what the round started from teaches back the skill that fell, while the
+    candidate is held to itself on the round's new rows."""
+
+    by_probe: dict[Name, Names] = {}
+    """Rows of each probe's skill, on which the start is asked; of a probe that is not named here, the sources that the
+    round replays."""
+    epochs: Positive = 1.0
+    """Passes over these rows."""
+    lr: Annotated[float, Field(gt=0.0, le=1.0, allow_inf_nan=False)] | None = None
+    """Learning rate; the preset's when not given."""
+
+
 class Rung(OneKey):
     """One rung of the rescue ladder: exactly one key."""
 
     bare_names = (
         "interpolate",
         "drop_stage",
+        "distil_back",
         "more_replay",
         "stronger_anchor",
         "lower_lr",
@@ -1012,6 +1026,8 @@ class Rung(OneKey):
     """Between the reference and the candidate."""
     drop_stage: NoOptions | None = None
     """The round without the stage after which the failing guards fell most."""
+    distil_back: DistilBack | None = None
+    """The round with one more stage, in which its start teaches back the skill that fell."""
     more_replay: MoreReplay | None = None
     """The round again, with more replay, of the skill that fell where `by_probe` says so."""
     stronger_anchor: StrongerAnchor | None = None
@@ -1062,6 +1078,9 @@ class RescueBudget(Config):
     """Rungs that are tried at most."""
     training: Positive = 3.0
     """Optimizer steps of all attempts, in multiples of the round's own; no rung that trains begins beyond it."""
+    order: Literal["written", "gain_for_cost"] = "written"
+    """`written`: rungs are tried in the recipe's order. `gain_for_cost`: those that only score first, then by expected
+    gain over the steps they train; see docs/gate.md."""
 
 
 class Round(Config):
@@ -1207,6 +1226,15 @@ def _source_problems(recipe: Recipe) -> Iterator[str]:
             named += [
                 (place, name, "a memory", REPLAYABLE) for name in settings.remembered_sources if name != "history"
             ]
+    ladders = [("rescue", recipe.rescue), *((f"rounds[{i}].rescue", one.rescue) for i, one in enumerate(recipe.rounds))]
+    for place, rungs in ladders:
+        for k, rung in enumerate(rungs or ()):
+            aimed = rung.more_replay or rung.distil_back
+            for probe, names in aimed.by_probe.items() if aimed else ():
+                where = f"{place}[{k}].{rung.kind}.by_probe"
+                if probe not in recipe.probes:
+                    yield f"{where}: no probe '{probe}'; probes has: {', '.join(recipe.probes)}"
+                named += [(f"{where}.{probe}", name, "rescue", REPLAYABLE) for name in names if name != "history"]
     for place, name, reader, formats in named:
         source = recipe.data.get(name)
         if source is None:
