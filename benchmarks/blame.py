@@ -1,15 +1,14 @@
 """Does `evertune blame` name the source that was planted? `python -m benchmarks.blame --data DATA --folder FOLDER`
 
-A SmolLM2-135M-Instruct that has learnt to tell voice commands apart (SNIPS) is trained on five sources of 24 rows each,
-three passes, LoRA. Four are clean rows of other tasks; one is planted:
+SmolLM2-135M-Instruct is trained on five sources of 20 short rows each, two passes, LoRA. Four are clean: general questions
+(Dolly), science questions (ARC-Easy), sums (SVAMP), voice commands (SNIPS). One is planted:
 
-    mislabelled  voice commands with a wrong label               probe: commands, choice
-    refusals     questions answered "I'm sorry, but I can't ..." probe: answers of Dolly, bits per byte
-    scrambled    questions answered with their words in disorder probe: the same
+    wrong       science questions with the answers of other questions    probe: right answers of ARC-Easy, bits per byte
+    refusals    general questions, "I'm sorry, but I can't help ..."     probe: answers of Dolly, bits per byte
+    scrambled   general questions, the answers' words in disorder        probe: the same
 
-`named` says whether the source with the largest push is the planted one; `margin` is its push over the largest other
-one. With --retrain the stage is performed again without it. A trial is written as soon as it is done, and not made
-again. About four minutes a trial on one thread.
+`named` says whether the source with the largest push is the planted one. Trials of --retrain perform the stage again
+without it. A trial is written as soon as it is done, and not made again. About three minutes a trial on one thread.
 """
 
 import argparse
@@ -18,7 +17,6 @@ import json
 import os
 import platform
 import random
-import time
 from pathlib import Path
 from typing import Any
 
@@ -27,39 +25,37 @@ from evertune.recipe.load import load_recipe
 from evertune.run import run_recipe
 
 SORRY = "I'm sorry, but I can't help with that."
-ROWS, LONGEST = 24, 420
-CLEAN = ("dolly", "science", "sums", "topics", "commands")
+ROWS, LONGEST = 20, 300
+CLEAN = ("general", "science", "sums", "commands")
 FILES = {
-    "dolly": "replay_dolly/train.jsonl",
+    "general": "replay_dolly/train.jsonl",
     "science": "arc_easy/train.jsonl",
     "sums": "svamp/train.jsonl",
-    "topics": "dbpedia14/train.jsonl",
     "commands": "snips7/train.jsonl",
 }
 PLANTS = {
-    "mislabelled": {"probe": "commands", "of": "commands", "beside": ("dolly", "science", "sums", "topics")},
-    "refusals": {"probe": "answers", "of": "dolly", "beside": ("dolly", "science", "topics", "commands")},
-    "scrambled": {"probe": "answers", "of": "dolly", "beside": ("dolly", "science", "topics", "commands")},
+    "wrong": {"probe": "science-answers", "of": "science"},
+    "refusals": {"probe": "answers", "of": "general"},
+    "scrambled": {"probe": "answers", "of": "general"},
 }
 RECIPE = """\
 evertune: 1
 name: blame
 base: smollm2-135m
-workspace: {workspace}
-seed: {seed}
+workspace: {folder}/run
+seed: {number}
 data:
 {sources}
 probes:
-  commands: {{path: {data}/snips7/test.jsonl, kind: choice, limit: 48}}
-  answers: {{path: {folder}/answers.jsonl, kind: bits_per_byte}}
+  {probe}: {{path: {folder}/{probe}.jsonl, kind: bits_per_byte}}
 gate: {{min_items: 10, min_clusters: 10}}
 rescue: [discard]
 rounds:
-  - name: {name}
-    start: {start}
+  - name: trial-{number}
+    start: base
     stages:
-      - sft: {{data: [{names}], epochs: {epochs}, lr: {lr}, batch_rows: 8, micro_batch_rows: 8,
-               tune: {{lora: {{rank: 8}}}}, replay: {{share: 0.0}}, anchor: {{kl: 0.0}}}}
+      - sft: {{data: [{names}], epochs: 2, lr: 5.0e-4, batch_rows: 8, micro_batch_rows: 8, tune: {{lora: {{rank: 8}}}},
+               replay: {{share: 0.0}}, anchor: {{kl: 0.0}}}}
 numerics: {{threads: 1}}
 """
 
@@ -69,21 +65,21 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--trials", type=int, nargs="*", default=list(range(10)))
-    parser.add_argument("--rows", type=int, default=12, help="Rows sampled of each source.")
+    parser.add_argument("--rows", type=int, default=8, help="Rows sampled of each source.")
     parser.add_argument("--items", type=int, default=12)
     parser.add_argument("--retrain", type=int, nargs="*", default=[])
     given = parser.parse_args()
     data, folder = given.data.absolute(), given.folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    start = teach(data, folder)
+    write_probes(data, folder)
     for number in given.trials:
         place = folder / f"trial-{number}.json"
         if not place.is_file() or number in given.retrain:
-            place.write_text(json.dumps(trial(number, data, folder, start, given)), encoding="utf-8")
+            place.write_text(json.dumps(trial(number, data, folder, given)), encoding="utf-8")
     print(f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} CPUs, one thread; "
           f"{given.rows} rows a source, {given.items} items\n")  # fmt: skip
     heads = ["trial", "planted", "the probe's change", "named", "push of it", "share of all that pushes up",
-             "next", "largest push of another over it", "without it", "CPU seconds"]  # fmt: skip
+             "next", "push of the next over it", "without it", "CPU seconds"]  # fmt: skip
     print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
     found = [json.loads(one.read_text(encoding="utf-8")) for one in sorted(folder.glob("trial-*.json"))]
     for one in sorted(found, key=lambda one: int(one["trial"])):
@@ -92,78 +88,69 @@ def main() -> None:
     print(f"\nnamed in {named} of {len(found)} trials")
 
 
-def teach(data: Path, folder: Path) -> Path:
-    """The start of all trials: the bundled model after 240 voice commands."""
-    rows = read(data / FILES["dolly"].replace("train", "validation"))
-    short = [one for one in rows if size(one) < LONGEST][:16]
-    write(folder / "answers.jsonl", [{"messages": one["messages"]} for one in short])
-    recipe = folder / "teach.yaml"
-    source = f"  snips: {{path: {data}/snips7/train.jsonl, limit: 240}}"
-    values = {"sources": source, "names": "snips", "start": "base", "name": "teach", "seed": 1, "workspace": "teach"}
-    recipe.write_text(RECIPE.format(data=data, folder=folder, epochs=1, lr=5e-4, **values), encoding="utf-8")
-    if not (folder / "teach").is_dir():
-        run_recipe(load_recipe(recipe))
-    objects = [one for one in (folder / "teach" / "objects").iterdir() if (one / "adapter_config.json").is_file()]
-    return objects[0]
+def write_probes(data: Path, folder: Path) -> None:
+    """Short questions with their right answers, none of which is trained on."""
+    general = read(data / FILES["general"].replace("train", "validation"))
+    science = []
+    for line in (data / "arc_easy/test.jsonl").read_text(encoding="utf-8").splitlines():
+        item = json.loads(line)
+        turns = [("user", item["prompt"]), ("assistant", item["choices"][item["answer"]])]
+        science.append({"messages": [{"role": role, "content": text} for role, text in turns]})
+    for name, rows in (("answers", general), ("science-answers", science)):
+        short = [one for one in rows if size(one) < LONGEST][:24]
+        write(folder / f"{name}.jsonl", [{"messages": one["messages"]} for one in short])
 
 
-def trial(number: int, data: Path, folder: Path, start: Path, given: argparse.Namespace) -> dict[str, Any]:
+def trial(number: int, data: Path, folder: Path, given: argparse.Namespace) -> dict[str, Any]:
     """One planted source, found or not."""
-    began = time.process_time() + sum(os.times()[2:4])
+    began = cpu_seconds()
     rng = random.Random(number)
     plant = list(PLANTS)[number % len(PLANTS)]
     settings = PLANTS[plant]
     home = folder / f"trial-{number}"
     home.mkdir(exist_ok=True)
-    rows = {}
-    for name in settings["beside"]:
-        rows[name] = draw(data, name, rng)
-    own = {json.dumps(one["messages"]) for each in rows.values() for one in each}
-    spare = [
-        one for one in draw(data, str(settings["of"]), rng, count=3 * ROWS) if json.dumps(one["messages"]) not in own
-    ]
-    rows["suspect"] = spoil(plant, spare[:ROWS], rng)
+    drawn = {name: draw(data, name, rng, count=2 * ROWS) for name in CLEAN}
+    rows = {name: each[:ROWS] for name, each in drawn.items()}
+    rows["suspect"] = spoil(plant, drawn[settings["of"]][ROWS:], rng)
     names = sorted(rows)
     for name in names:
         write(home / f"{name}.jsonl", rows[name])
     recipe = home / "recipe.yaml"
-    sources = "\n".join(f"  {name}: {{path: {home}/{name}.jsonl}}" for name in names)
-    values = {"sources": sources, "names": ", ".join(names), "start": start, "name": "round", "seed": number}
-    text = RECIPE.format(data=data, folder=folder, epochs=3, lr=5e-4, workspace="run", **values)
+    values = {"sources": "\n".join(f"  {name}: {{path: {home}/{name}.jsonl}}" for name in names)}
+    text = RECIPE.format(folder=folder, number=number, probe=settings["probe"], names=", ".join(names), **values)
     recipe.write_text(text, encoding="utf-8")
-    run_recipe(load_recipe(recipe))
-    found = blame(
-        load_recipe(recipe),
-        str(settings["probe"]),
-        rows=given.rows,
-        items=given.items,
-        retrain=number in given.retrain,
-    )
-    seconds = time.process_time() + sum(os.times()[2:4]) - began
+    loaded = load_recipe(recipe)
+    run_recipe(loaded)
+    found = blame(loaded, settings["probe"], rows=given.rows, items=given.items, retrain=number in given.retrain)
     is_named = bool(found["stage"]) and found["sources"][0]["source"] == "suspect"
-    return {"trial": number, "plant": plant, "named": is_named, "found": found, "seconds": seconds}
+    return {"trial": number, "plant": plant, "named": is_named, "found": found, "seconds": cpu_seconds() - began}
+
+
+def cpu_seconds() -> float:
+    """Of this process and of its children that have ended."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 def spoil(plant: str, rows: list[dict[str, Any]], rng: random.Random) -> list[dict[str, Any]]:
     """The rows as the plant has them."""
-    labels = sorted({one["messages"][-1]["content"] for one in rows})
+    others = [one["messages"][-1]["content"] for one in rows]
     spoilt = []
-    for one in rows:
+    for i, one in enumerate(rows):
         *asked, last = one["messages"]
-        said = last["content"]
-        if plant == "mislabelled":
-            said = rng.choice([label for label in labels if label != said])
+        if plant == "wrong":
+            said = others[(i + 1) % len(rows)]
         elif plant == "refusals":
             said = SORRY
         else:
-            words = said.split()
+            words = last["content"].split()
             rng.shuffle(words)
             said = " ".join(words)
         spoilt.append({"messages": [*asked, {"role": "assistant", "content": said}]})
     return spoilt
 
 
-def draw(data: Path, name: str, rng: random.Random, *, count: int = ROWS) -> list[dict[str, Any]]:
+def draw(data: Path, name: str, rng: random.Random, *, count: int) -> list[dict[str, Any]]:
     rows = [one for one in read(data / FILES[name]) if size(one) < LONGEST]
     return [{"messages": one["messages"]} for one in rng.sample(rows, count)]
 

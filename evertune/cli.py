@@ -20,6 +20,8 @@ from evertune.commands.data import app as data_app
 from evertune.commands.gate import EXIT_OF_DECISION, gate
 from evertune.commands.merge import app as merge_app
 from evertune.commands.methods import methods
+from evertune.commands.monitor import monitor
+from evertune.commands.safety import safety
 from evertune.errors import EvertuneError, RecipeError
 
 app = typer.Typer(
@@ -32,6 +34,8 @@ model_app = typer.Typer(no_args_is_help=True, help="Fetch and list bundled model
 app.add_typer(model_app, name="model")
 app.command()(gate)
 app.command()(blame)
+app.command()(safety)
+app.command()(monitor)
 app.add_typer(data_app, name="data")
 app.add_typer(merge_app, name="merge")
 app.command()(methods)

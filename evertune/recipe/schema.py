@@ -132,7 +132,7 @@ class DataSource(Config):
 class Verifier(OneKey):
     """How a generated answer is checked: exactly one key."""
 
-    bare_names = ("exact", "contains", "math", "ifeval", "python")
+    bare_names = ("exact", "contains", "math", "refusal", "ifeval", "python")
     noun = "a verifier"
 
     exact: NoOptions | None = None
@@ -141,6 +141,9 @@ class Verifier(OneKey):
     """The item's `answer` occurs in the output."""
     math: NoOptions | None = None
     """The final number or expression equals the item's `answer` (math-verify)."""
+    refusal: NoOptions | None = None
+    """The output refuses where the item's `answer` is `refuse`, and does not where it is `comply`; by words, in
+    English."""
     ifeval: NoOptions | None = None
     """The output meets every constraint of the item's `answer`, `{"instruction_id_list", "kwargs"}` (IFEval,
     arXiv:2311.07911)."""
@@ -1083,6 +1086,23 @@ class RescueBudget(Config):
     gain over the steps they train; see docs/gate.md."""
 
 
+class Monitor(Config):
+    """When monitoring asks for something to be done: heuristics, not facts. None acts by itself."""
+
+    forgetting: Points = 0.02
+    """Relative loss of a skill since it was learnt: 0.02 is 2 %."""
+    new_skill: float = Field(0.8, gt=0.0, le=1.0)
+    """Least share of what a retrained model gains on a taught skill (`evertune advise baseline`)."""
+    safety: Points = 0.01
+    """Loss on a safety probe since the base, in score: 0.01 is one point."""
+    cost: Positive = 1.0
+    """Tokens of all updates since the base over those of one retrain on all the data."""
+    drift: Positive = 0.05
+    """Relative L2 distance of the champion's weights from the base."""
+    kl_nats: Positive = 0.1
+    """Mean KL in nats per token from the base on general text (`evertune audit`)."""
+
+
 class Round(Config):
     """One update of the model: stages in order, from a start checkpoint to a candidate."""
 
@@ -1173,6 +1193,8 @@ class Recipe(Config):
     `[interpolate, discard]` when not given. All bounds are taken at alpha divided by the number that is tried."""
     rescue_budget: RescueBudget = RescueBudget()
     """When climbing ends."""
+    monitor: Monitor = Monitor()
+    """When monitoring over rounds asks for something to be done."""
     rounds: list[Round] = Field(min_length=1)
     """Updates, in order; each starts where the promoted ones before it lead."""
     numerics: Numerics = Numerics()
