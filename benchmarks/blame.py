@@ -1,7 +1,7 @@
 """Does `evertune blame` name the source that was planted? `python -m benchmarks.blame --data DATA --folder FOLDER`
 
-SmolLM2-135M-Instruct is trained on five sources of 20 short rows each, two passes, LoRA. Four are clean: general questions
-(Dolly), science questions (ARC-Easy), sums (SVAMP), voice commands (SNIPS). One is planted:
+SmolLM2-135M-Instruct is trained on five sources of 20 short rows each, two passes, LoRA. Four are clean: general
+questions (Dolly), science questions (ARC-Easy), sums (SVAMP), voice commands (SNIPS). One is planted:
 
     wrong       science questions with the answers of other questions    probe: right answers of ARC-Easy, bits per byte
     refusals    general questions, "I'm sorry, but I can't help ..."     probe: answers of Dolly, bits per byte

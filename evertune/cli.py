@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 
 from evertune.commands.advise import app as advise_app
+from evertune.commands.audit import audit
 from evertune.commands.blame import blame
 from evertune.commands.data import app as data_app
 from evertune.commands.gate import EXIT_OF_DECISION, gate
@@ -34,6 +35,7 @@ model_app = typer.Typer(no_args_is_help=True, help="Fetch and list bundled model
 app.add_typer(model_app, name="model")
 app.command()(gate)
 app.command()(blame)
+app.command()(audit)
 app.command()(safety)
 app.command()(monitor)
 app.add_typer(data_app, name="data")

@@ -134,6 +134,9 @@ def _summary(kind: str, body: dict[str, Any]) -> str:
             return f"{body['decision']}  {body['label']}  {body['reasons'][0] if body['reasons'] else ''}"
         case "look":
             return f"{body['label']}  look {body['number']} at {', '.join(body['probes'])}"
+        case "audit":
+            kl = ", ".join(f"{one['nats']:.4f} nats on {name} text" for name, one in body["kl"].items())
+            return f"{body['label']}  beside {body['reference']}: {kl}"
         case "blame":
             worst = f"{body['sources'][0]['source']} in {body['stage']}" if body["stage"] else "no stage"
             return f"{body['label']}  {body['probe']}: {worst}"

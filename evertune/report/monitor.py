@@ -201,7 +201,7 @@ def _cost(events: Sequence[Event], line: Sequence[str], costs: Sequence[Cost], m
         readings.append(Reading("time and energy", told, "fine"))
     return Dimension(
         "Cost",
-        f"the updates since the model was last trained from the base cost more than {most:g} times a retrain on all data",
+        f"the updates since the model last started from the base cost more than {most:g} times a retrain on all data",
         "retrain once instead of the next update: `evertune advise update RECIPE` has both recipes",
         "every trained round records its tokens",
         tuple(readings),
