@@ -85,11 +85,13 @@ class Completed(NamedTuple):
 
 
 class Decided(NamedTuple):
-    """A candidate after its verdict: with the scores that decided, and the position that the verdict leaves behind."""
+    """A candidate after its verdict: with the scores that decided, the round as it was performed (amended by a rescue,
+    perhaps), and the position that the verdict leaves behind."""
 
     verdict: Verdict
     key: str
     candidate: Model
+    performed: Round
     position: Position
 
 
@@ -170,12 +172,12 @@ def run_round(session: Session, one: Round, position: Position) -> Position:
     by = "gate"
     if decided.verdict.decision != "PROMOTE":
         decided, by = rescue(session, one, made, decided, tried=tried), "rescue"
-    verdict, key, candidate, position = decided
+    verdict, key, candidate, performed, position = decided
     new = {model.label: model for model in (*before[1:], *made[1:])}
     position = replace(position, made=(*position.made, *new.values()))
     session.decisions[one.name] = verdict.decision
     if verdict.decision == "PROMOTE":
-        position = promote(session, one, candidate, position, by=by)
+        position = promote(session, performed, candidate, position, by=by)
     settled = {"round": one.name, "decision": session.decisions[one.name], "champion": position.champion.label}
     _record(session, "settled", key, settled)
     return _after_settling(session, replace(position, settled=key))
@@ -398,7 +400,7 @@ def decide(
     then = next_command(_seen_from_here(plan.workspace), plan.recipe.name, candidate.label, verdict.decision)
     session.display.verdict(candidate.label, verdict, body, next_command=then)
     after = replace(position, ratchet=position.ratchet.judged(verdict.decision), verdicts=position.verdicts + 1)
-    return Decided(verdict, key, candidate, after)
+    return Decided(verdict, key, candidate, one, after)
 
 
 def _open_facts(session: Session, one: Round) -> dict[str, ProbeFacts]:
@@ -449,7 +451,8 @@ def rescue(session: Session, one: Round, made: Sequence[Model], decided: Decided
         tried: ways to consolidate the round of which its last stage was picked: each could have climbed this ladder.
     """
     recipe = session.plan.recipe
-    rungs: Sequence[Rung] = one.rescue if one.rescue is not None else recipe.rescue
+    written: Sequence[Rung] = one.rescue if one.rescue is not None else recipe.rescue
+    rungs = ladder.in_order(written, recipe.rescue_budget.order, [model.steps for model in made[1:]])
     tries, own_steps = tried * ladder.count_tries(rungs), sum(model.steps for model in made[1:])
     attempts = steps = 0
     for rung in rungs:
@@ -477,7 +480,11 @@ def rescue(session: Session, one: Round, made: Sequence[Model], decided: Decided
 
 
 def promote(session: Session, one: Round, candidate: Model, position: Position, *, by: str) -> Position:
-    """Make the candidate the champion, raise the ratchet, and keep the round's rows for later replay."""
+    """Make the candidate the champion, raise the ratchet, and keep the round's rows for later replay.
+
+    Args:
+        one: the round as it was performed: what a rescue left out has taught the model nothing, and is not replayed.
+    """
     body = {
         "round": one.name,
         "label": candidate.label,
@@ -522,7 +529,7 @@ def _retrain(
         display.line(f"  rescue   {rung.kind} led to the same model")
         return None
     facts: dict[str, Any] = {"rung": proposal.rung, "alpha": None, "why": proposal.why, "scan": []}
-    return decide(session, one, again[-1], position, tried=tries, rescue_facts=facts), steps
+    return decide(session, amended, again[-1], position, tried=tries, rescue_facts=facts), steps
 
 
 def _interpolate(

@@ -183,3 +183,44 @@ def test_a_later_stage_is_compared_with_the_sft_stage_too(tmp_path: Path) -> Non
     _, events = run(tmp_path, stages=f"{STAGE}, {dpo}, {dpo}", sources=sources)
     told = {one["label"]: [each["since"] for each in one["against"]] for one in bodies(events, "erosion")}
     assert told["one/3-dpo"] == ["one/2-dpo", "one/1-sft"]
+
+
+@pytest.mark.path
+def test_the_rows_of_a_stage_that_a_rescue_left_out_are_not_replayed_later(tmp_path: Path) -> None:
+    # At a rate of 1 the second stage ruins the model: prose costs more than 90 % more bits.
+    ruin = (
+        STAGE.replace("[cards]", "[general]").replace("share: 0.25", "share: 0.0").replace("{lora: {rank: 2}}", "full")
+    )
+    ruin = ruin.replace("lr: 0.05", "lr: 1.0")
+    _, events = run(tmp_path, rescue="[drop_stage]", stages=f"{STAGE}, {ruin}")
+    assert [one["label"] for one in bodies(events, "promotion")] == ["one/drop_stage/1-sft"]
+    kept = [one for one in open_workspace(tmp_path / "run").workspace.manifests() if one.kind == "history"]
+    assert [sorted(one.record["formats"]) for one in kept] == [["cards"]]
+
+
+@pytest.mark.path
+def test_the_start_teaches_back_what_fell_in_one_more_stage(tmp_path: Path) -> None:
+    # The round itself is not trained again: four steps of the first stage are found, the last stage is new.
+    rungs = "[{distil_back: {by_probe: {knowledge: [general]}}}, discard]\nrescue_budget: {order: gain_for_cost}"
+    outcome, events = run(tmp_path, rescue=rungs, margin=0.001)
+    assert outcome.last != "PROMOTE"
+    (one,) = bodies(events, "rescue")
+    assert (one["rung"], one["label"]) == ("distil_back", "one/distil_back/2-distill")
+    assert "base teaches" not in one["why"] and "champion teaches knowledge back on the rows of general" in one["why"]
+    made = {body["label"]: body for body in bodies(events, "checkpoint")}
+    stage = made["one/distil_back/2-distill"]
+    assert stage["start"] == made["one/1-sft"]["digest"]
+    assert [source["source"] for source in stage["data"]] == ["general"]
+    assert stage["replay"]["sources"].keys() == {"cards"}
+    assert outcome.stages_run == 2
+
+
+def test_rows_that_a_rung_names_must_be_there(tmp_path: Path) -> None:
+    from evertune.errors import RecipeError
+
+    for rung, told in (
+        ("{distil_back: {by_probe: {poetry: [cards]}}}", "no probe 'poetry'"),
+        ("{more_replay: {by_probe: {prose: [verse]}}}", "no data source 'verse'"),
+    ):
+        with pytest.raises(RecipeError, match=told):
+            run(tmp_path, rescue=f"[{rung}]")

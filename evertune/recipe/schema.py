@@ -144,7 +144,7 @@ class DataSource(Config):
 class Verifier(OneKey):
     """How a generated answer is checked: exactly one key."""
 
-    bare_names = ("exact", "contains", "math", "ifeval", "python")
+    bare_names = ("exact", "contains", "math", "refusal", "ifeval", "python")
     noun = "a verifier"
 
     exact: NoOptions | None = None
@@ -153,6 +153,9 @@ class Verifier(OneKey):
     """The item's `answer` occurs in the output."""
     math: NoOptions | None = None
     """The final number or expression equals the item's `answer` (math-verify)."""
+    refusal: NoOptions | None = None
+    """The output refuses where the item's `answer` is `refuse`, and does not where it is `comply`; by words, in
+    English."""
     ifeval: NoOptions | None = None
     """The output meets every constraint of the item's `answer`, `{"instruction_id_list", "kwargs"}` (IFEval,
     arXiv:2311.07911)."""
@@ -1071,12 +1074,26 @@ class StrongerAnchor(Scaled):
     """Times the anchor's weight; 0.05 where it was off."""
 
 
+class DistilBack(Config):
+    """One more stage after the round's own: what the round started from teaches back the skill that fell, while the
+    candidate is held to itself on the round's new rows."""
+
+    by_probe: dict[Name, Names] = {}
+    """Rows of each probe's skill, on which the start is asked; of a probe that is not named here, the sources that the
+    round replays."""
+    epochs: Positive = 1.0
+    """Passes over these rows."""
+    lr: Annotated[float, Field(gt=0.0, le=1.0, allow_inf_nan=False)] | None = None
+    """Learning rate; the preset's when not given."""
+
+
 class Rung(OneKey):
     """One rung of the rescue ladder: exactly one key."""
 
     bare_names = (
         "interpolate",
         "drop_stage",
+        "distil_back",
         "more_replay",
         "stronger_anchor",
         "lower_lr",
@@ -1089,6 +1106,8 @@ class Rung(OneKey):
     """Between the reference and the candidate."""
     drop_stage: NoOptions | None = None
     """The round without the stage after which the failing guards fell most."""
+    distil_back: DistilBack | None = None
+    """The round with one more stage, in which its start teaches back the skill that fell."""
     more_replay: MoreReplay | None = None
     """The round again, with more replay, of the skill that fell where `by_probe` says so."""
     stronger_anchor: StrongerAnchor | None = None
@@ -1199,6 +1218,26 @@ class RescueBudget(Config):
     """Rungs that are tried at most."""
     training: Positive = 3.0
     """Optimizer steps of all attempts, in multiples of the round's own; no rung that trains begins beyond it."""
+    order: Literal["written", "gain_for_cost"] = "written"
+    """`written`: rungs are tried in the recipe's order. `gain_for_cost`: those that only score first, then by expected
+    gain over the steps they train; see docs/gate.md."""
+
+
+class Monitor(Config):
+    """When monitoring asks for something to be done: heuristics, not facts. None acts by itself."""
+
+    forgetting: Points = 0.02
+    """Relative loss of a skill since it was learnt: 0.02 is 2 %."""
+    new_skill: float = Field(0.8, gt=0.0, le=1.0)
+    """Least share of what a retrained model gains on a taught skill (`evertune advise baseline`)."""
+    safety: Points = 0.01
+    """Loss on a safety probe since the base, in score: 0.01 is one point."""
+    cost: Positive = 1.0
+    """Tokens of all updates since the base over those of one retrain on all the data."""
+    drift: Positive = 0.05
+    """Relative L2 distance of the champion's weights from the base."""
+    kl_nats: Positive = 0.1
+    """Mean KL in nats per token from the base on general text (`evertune audit`)."""
 
 
 class Round(Config):
@@ -1310,6 +1349,8 @@ class Recipe(Config):
     `[interpolate, discard]` when not given. All bounds are taken at alpha divided by the number that is tried."""
     rescue_budget: RescueBudget = RescueBudget()
     """When climbing ends."""
+    monitor: Monitor = Monitor()
+    """When monitoring over rounds asks for something to be done."""
     rounds: list[Round] = Field(min_length=1)
     """Updates, in order; each starts where the promoted ones before it lead."""
     numerics: Numerics = Numerics()
@@ -1372,6 +1413,15 @@ def _source_problems(recipe: Recipe) -> Iterator[str]:
         named += [(f"{place}.data", name, stage.kind, settings.formats) for name in settings.new_sources]
         named += [(f"{place}.replay.from", name, "replay", REPLAYABLE) for name in settings.replayed_sources]
         named += [(place, name, "a memory", REPLAYABLE) for name in settings.remembered_sources if name != "history"]
+    ladders = [("rescue", recipe.rescue), *((f"rounds[{i}].rescue", one.rescue) for i, one in enumerate(recipe.rounds))]
+    for place, rungs in ladders:
+        for k, rung in enumerate(rungs or ()):
+            aimed = rung.more_replay or rung.distil_back
+            for probe, names in aimed.by_probe.items() if aimed else ():
+                where = f"{place}[{k}].{rung.kind}.by_probe"
+                if probe not in recipe.probes:
+                    yield f"{where}: no probe '{probe}'; probes has: {', '.join(recipe.probes)}"
+                named += [(f"{where}.{probe}", name, "rescue", REPLAYABLE) for name in names if name != "history"]
     for place, name, reader, formats in named:
         source = recipe.data.get(name)
         if source is None and name in (OWN_SOURCES, ALL_SOURCES):
