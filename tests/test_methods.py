@@ -37,6 +37,7 @@ NO_METHOD = {
     "Recipe.rescue_budget": "how much is tried",
     "Stage.federated": "its aggregate is the method",
     "Probe.verifier": "how an answer is checked",
+    "Rl.server": "where answers are made",
     "VerifierPart.check": "how an answer is checked",
     "Merge.models": "what is merged",
     "Merge.scale": "a number, or numbers by tensor",

@@ -154,6 +154,9 @@ def look_at_rewards(view: StageView) -> Planned | None:
         for row in look.rows.get(name, ()):
             if look.attempt(f"data.{name}", _can_be_checked, rule, row) is None:
                 break
+    if settings.server is not None and settings.tune.lora is None:
+        told = "'server' needs 'tune: {lora: ...}': whole weights cannot be loaded while it serves."
+        view.say("error", told, "Set 'tune' in the stage.")
     if not settings.kl:
         told = "'kl' is 0: nothing holds the policy to what it was before this stage."
         view.say("warning", told, "Leave 'kl' out for 0.01 to the sft stage, or anchor the answers.")

@@ -25,6 +25,7 @@ from evertune.recipe.schema import (
     Replay,
     Retrain,
     Rl,
+    RolloutServer,
     Sft,
     StageSettings,
     Teacher,
@@ -185,6 +186,7 @@ class ResolvedRl(ResolvedTraining):
     protect: dict[str, Protected]
     max_kl: float | None
     min_entropy: float | None
+    server: RolloutServer | None
 
     @property
     def references(self) -> dict[str, str]:

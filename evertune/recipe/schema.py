@@ -550,6 +550,22 @@ class Protected(Config):
     """Its upper bound."""
 
 
+class RolloutServer(Config):
+    """A server of OpenAI's completions protocol that loads LoRA adapters while it runs, such as vLLM's with
+    `--enable-lora` and VLLM_ALLOW_RUNTIME_LORA_UPDATING. It must see the workspace under the same path."""
+
+    url: Annotated[str, Field(pattern=r"^https?://[^\s/]+(/[^\s]*[^\s/])?$")]
+    """Up to the version and without a slash at the end, such as `http://127.0.0.1:8000/v1`."""
+    model: PlaceText
+    """What the server calls the recipe's base."""
+    key_env: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")] | None = None
+    """Environment variable that holds the server's key."""
+    seconds: Positive = 600.0
+    """The longest wait for one answer."""
+    requests: int = Field(32, gt=0, le=4096)
+    """Answers asked for at once."""
+
+
 class Rl(Training):
     """Reinforcement learning with verifiable rewards (GRPO, Shao et al. 2024, arXiv:2402.03300). A question counts as
     one row of `batch_rows` and of the replay share, an answer one of `micro_batch_rows`; `max_tokens` bounds the
@@ -596,6 +612,8 @@ class Rl(Training):
     """Budget of drift: the stage ends after a step in which the KL to the reference is above, in nats per token."""
     min_entropy: NonNegative | None = None
     """The stage ends after a step in which the entropy of the answers' tokens is below, in nats."""
+    server: RolloutServer | None = None
+    """Where the answers are made; in this process when not given. Needs `tune: {lora: ...}`."""
 
     @property
     def most_rows(self) -> int:
@@ -607,6 +625,8 @@ class Rl(Training):
         absent = [name for name in self.protect if name not in self.new_sources]
         if absent:
             raise ValueError(f"'protect' names '{absent[0]}', which is no source in this stage's 'data'")
+        if self.server is not None and self.tune is not None and self.tune.lora is None:
+            raise ValueError("'server' needs 'tune: {lora: ...}': whole weights cannot be loaded while it serves")
         if self.max_kl is not None and not self.kl:
             raise ValueError("'max_kl' needs 'kl' above 0: without a reference there is no KL to bound")
         if self.anchor is not None and self.anchor.on != "replay" and self.anchor.cache != "off":

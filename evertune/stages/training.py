@@ -78,8 +78,10 @@ def training_key(version: int, spec: TrainingSpec) -> str:
     for name in ("key", "label", "threads", "track", "save_steps", "folder"):
         del facts[name]
     facts |= {name: one.digest for name, one in vars(spec).items() if isinstance(one, Checkpoint)}
+    if facts.get("server"):  # where it is, and how it is asked, makes no other answers
+        facts["server"] = facts["server"]["model"]
     # What came later and is not used keeps the keys of before.
-    for name in ("mix", "replay_ratio", "protect"):
+    for name in ("mix", "replay_ratio", "protect", "server"):
         if not facts.get(name, True):
             del facts[name]
     facts["new"] = [[ref.source, ref.digest] for ref in spec.new]

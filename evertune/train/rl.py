@@ -8,17 +8,21 @@ the reference, plus `replay_weight` times the cross-entropy of the replayed rows
 # N counted positions, S answers
 
 import math
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from evertune.data.encode import EncodedRow, Item, encode_prompts
+from evertune.model.adapter import concatenate, read_factors, save_new, write_adapter
 from evertune.model.codec import Codec
 from evertune.model.forward import Forward
+from evertune.model.open import OpenModel
 from evertune.train.batch import collate, counted_positions
 from evertune.train.head import target_log_probabilities
 from evertune.train.loop import Feed
@@ -27,7 +31,9 @@ from evertune.train.material import Material, load_material
 from evertune.train.objective import Objective, Policy, StepCounts, backward_beside_replay
 from evertune.train.penalty import Penalty
 from evertune.train.reference import LiveReference
-from evertune.train.rollout import Check, EncodedAnswer, RolloutFeed, RolloutSettings
+from evertune.train.rollout import Answer, Check, EncodedAnswer, RolloutFeed, RolloutSettings
+from evertune.train.sample import SampledAnswer, sample_answers
+from evertune.train.served import ServedPolicy, Server
 from evertune.train.sink import Metrics
 from evertune.train.spec import RlSpec
 from evertune.train.stage import Lesson, Setting, gatherer, mean_of, run_training
@@ -224,15 +230,11 @@ class _Rewarded(Lesson):
             seed=spec.seed,
         )
 
-        def ask() -> Forward:
-            policy.model.eval()
-            return Forward(opened)
-
         return RolloutFeed(
             setting.material,
             settings,
             steps=spec.steps or setting.material.steps * spec.iterations,
-            ask=ask,
+            answer=self._served(setting) if spec.server is not None else partial(_sampled, policy, opened, spec),
             stop_ids=opened.codec.stop_ids,
             decode=opened.codec.decode,
             check=self._check,
@@ -241,6 +243,31 @@ class _Rewarded(Lesson):
             gather=gatherer(setting),
             rank=setting.accelerator.process_index,
         )
+
+    def _served(self, setting: Setting) -> Answer:
+        """Answers by the server, which must be there before anything is trained."""
+        spec, opened, accelerator = self._spec, setting.opened, setting.accelerator
+        assert spec.server is not None and spec.is_lora, "a server takes adapters"
+
+        def write(folder: Path) -> None:
+            with tempfile.TemporaryDirectory(dir=setting.workspace.tmp) as own:
+                save_new(opened, Path(own), spec.start)
+                stack = [*(read_factors(one.path) for one in spec.start.stack[1:]), read_factors(Path(own))]
+            write_adapter(concatenate(stack), folder, spec.start.base)
+
+        served = ServedPolicy(
+            Server(**spec.server),
+            write=write,
+            folder=setting.workspace.tmp,
+            name=f"evertune-{spec.key[:12]}",
+            max_new_tokens=spec.max_new_tokens,
+            temperature=spec.temperature,
+            stop_ids=opened.codec.stop_ids,
+            is_main=accelerator.is_main_process,
+            wait=accelerator.wait_for_everyone,
+        )
+        served.check()
+        return served.answer
 
     def observe(self, metrics: Metrics) -> Metrics:
         return self._multipliers.observe(metrics)
@@ -305,6 +332,21 @@ def reward_alarms(first: Sequence[Metrics], last: Sequence[Metrics]) -> list[dic
             ("verifier_errors", f"the verifier failed on up to {share:.1%} of the answers; they got no reward")
         )
     return [{"name": name, "text": f"{text}. Read some answers before you trust the reward."} for name, text in found]
+
+
+def _sampled(
+    policy: Policy, opened: OpenModel, spec: RlSpec, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]]
+) -> list[list[SampledAnswer]]:
+    """Answers by the policy in memory."""
+    policy.model.eval()
+    return sample_answers(
+        Forward(opened),
+        prompts,
+        seeds=seeds,
+        max_new_tokens=spec.max_new_tokens,
+        temperature=spec.temperature,
+        stop_ids=opened.codec.stop_ids,
+    )
 
 
 @torch.no_grad()

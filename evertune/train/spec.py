@@ -229,7 +229,7 @@ class RlSpec(TrainingSpec):
 
     `verifiers` has one for each source of new rows, as a recipe writes it. `rollout_steps` steps of prompts are
     answered at once and passed over `iterations` times; `steps` counts optimizer steps. `protect` has `at_least`,
-    `rate` and `most` for each protected source.
+    `rate` and `most` for each protected source; `server` is where rollouts are made, None for here.
     """
 
     verifiers: dict[str, dict[str, Any]]
@@ -250,6 +250,7 @@ class RlSpec(TrainingSpec):
     protect: dict[str, dict[str, float]]
     max_kl: float | None
     min_entropy: float | None
+    server: dict[str, Any] | None
 
     kind: ClassVar[str] = "rl"
     own_settings: ClassVar[tuple[str, ...]] = (
@@ -271,6 +272,9 @@ class RlSpec(TrainingSpec):
         "max_kl",
         "min_entropy",
     )
+
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "server": self.server["model"] if self.server else None}
 
     def to_json(self) -> dict[str, Any]:
         return {**super().to_json(), "kl_to": self.kl_to.to_json()}

@@ -160,6 +160,7 @@ def make_rl(folder: Path, model: Path, **changes: Any) -> RlSpec:
         "protect": {},
         "max_kl": None,
         "min_entropy": None,
+        "server": None,
     }
     own = {name: changes.pop(name, value) for name, value in own.items()}
     plain = {"new": [write_questions(folder / "asked.jsonl", 10)], "label": "r/3-rl", "micro_batch_rows": 4}
