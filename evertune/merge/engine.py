@@ -288,7 +288,8 @@ class _Work:
 
     def _gather(self, opened: _Open, segment: int, one: Pass, reader: Reader) -> None:
         is_shared = bool(np.issubdtype(one.dtype, np.integer))
-        sums: Array = np.zeros(one.shape, one.dtype)
+        sums = reader.room.take("sums", one.shape, one.dtype) if is_shared else np.empty(one.shape, one.dtype)
+        sums.fill(0)
         for chunk in reader.chunks(opened.inputs, *opened.inputs.tensor.span(segment)):
             one.gather(chunk, opened.state, sums)
         with opened.lock:
