@@ -38,7 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "advice": {"display", "ledger", "lineage", "recipe", "run", "workspace"},
     "provenance": {"data", "ledger", "lineage", "workspace"},
     "lineage": {"ledger", "model", "workspace"},
-    "stages": {"federated", "plan", "recipe", "data", "merge", "model", "train", "verifiers", "workspace"},
+    "stages": {"federated", "plan", "probe", "recipe", "data", "merge", "model", "train", "verifiers", "workspace"},
     "worker": {"stages", "merge", "probe", "model", "workspace", "early", "gate"},
     "process": {"worker"},
     "plan": {"recipe", "data", "model", "probe", "train", "gate", "workspace"},
