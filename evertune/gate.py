@@ -287,7 +287,7 @@ def _ask(
     if facts.role != "guard":
         yield _Question(_pair(after, before), facts.role, None)
     else:
-        own = _own_margin(after, facts, settings)
+        own = own_margin(after.direction, facts, settings)
         yield _Question(_pair(after, before), "guard", own, safety=facts.safety)
         if not np.array_equal(best.score, before.score):
             # The ratchet is in points; for a relative loss the probe's own margin is the cumulative one too.
@@ -393,12 +393,13 @@ def _pool(name: str, pairs: Sequence[_Pair]) -> _Pair:
     )
 
 
-def _own_margin(scores: ItemScores, facts: ProbeFacts, settings: GateSettings) -> float:
+def own_margin(direction: Literal["higher", "lower"], facts: ProbeFacts, settings: GateSettings) -> float:
+    """How far a guard may fall: in points, or relative where lower is better."""
     if facts.margin is not None:
         return facts.margin
     if facts.safety:
         return settings.safety
-    return settings.probe if scores.direction == "higher" else settings.loss
+    return settings.probe if direction == "higher" else settings.loss
 
 
 def _answer(asked: _Question, settings: GateSettings, level: float, look: Look) -> Evidence:

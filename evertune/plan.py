@@ -13,13 +13,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import unquote, urlparse
 
 from evertune.data.cleaned import Cleaner, Given, OnBad
 from evertune.data.history import Budget, choose, remember, write_history
 from evertune.data.rows import digest_rows, read_rows
-from evertune.gate import GateSettings, ProbeFacts
+from evertune.gate import GateSettings, ProbeFacts, own_margin
 from evertune.hashing import digest_json
 from evertune.methods import standing_of
 from evertune.model.bundled import resolve_base
@@ -100,6 +100,20 @@ class Plan:
 
     def _settings(self, name: str) -> dict[str, Any]:
         return self.recipe.probes[name].model_dump(exclude_none=True)
+
+    def asked_on_the_way(self, one: Round) -> list[AnyProbe]:
+        """Guards that can be asked while a stage of the round trains: not held out, and no tasks of lm-eval."""
+        facts = self.facts(one)
+        return [
+            each
+            for each in self.probes
+            if facts[each.name].role == "guard" and not each.held_out and each.kind != "lm_eval"
+        ]
+
+    def margin_of(self, probe: AnyProbe, one: Round) -> float:
+        """How far a guard may fall: in points, or relative where lower is better."""
+        direction: Literal["higher", "lower"] = "lower" if probe.kind == "bits_per_byte" else "higher"
+        return own_margin(direction, self.facts(one)[probe.name], self.gate_settings)
 
     def base_body(self) -> dict[str, Any]:
         """The ledger's facts of the base model."""

@@ -70,7 +70,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "provenance": {"data", "ledger", "lineage", "workspace"},
     "lineage": {"ledger", "model", "workspace"},
-    "stages": {"federated", "plan", "recipe", "data", "merge", "model", "train", "verifiers", "workspace"},
+    "stages": {"federated", "plan", "probe", "recipe", "data", "merge", "model", "train", "verifiers", "workspace"},
     "influence": {"data", "measure", "merge", "model", "probe"},
     "worker": {"stages", "influence", "merge", "probe", "model", "workspace", "early", "gate"},
     "process": {"worker"},

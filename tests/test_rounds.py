@@ -1,5 +1,6 @@
 """Rounds that need more than a verdict: held-out probes, sampled answers, a ladder that retrains, alpha spent."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -224,3 +225,23 @@ def test_rows_that_a_rung_names_must_be_there(tmp_path: Path) -> None:
     ):
         with pytest.raises(RecipeError, match=told):
             run(tmp_path, rescue=f"[{rung}]")
+
+
+@pytest.mark.path
+def test_a_share_that_follows_guards_is_in_the_ledger_the_warnings_and_the_report(tmp_path: Path) -> None:
+    adapt = "adapt: {every: 1, raise_by: 0.25, most: 0.5}"
+    stage = STAGE.replace("from: [general]", f"from: [general], {adapt}").replace("lr: 0.05", "lr: 0.5")
+    _, events = run(tmp_path, stages=stage, margin="0.0001")
+    body = next(one for one in bodies(events, "checkpoint") if one["label"] == "one/1-sft")
+    told = body["replay"]["adapt"]
+    assert [one["step"] for one in told["asked"]] == [0, 1, 2, 3]
+    assert set(told["asked"][0]["scores"]) == {"knowledge", "prose", "routes"}
+    assert told["margins"] == {"knowledge": 0.0001, "prose": 0.9, "routes": 0.9}
+    before = {one["probe"]: one["value"] for one in bodies(events, "probe") if one["label"] == "base"}
+    assert told["asked"][0]["scores"]["knowledge"] == pytest.approx(before["knowledge"])
+    rises = [(one, other) for one, other in itertools.pairwise(told["asked"]) if other["share"] > one["share"]]
+    page = (tmp_path / "report.html").read_text()
+    for _, one in rises:
+        assert f"{100 * one['share']:.1f} % after step {one['step']}" in page
+    assert len(rises) == sum(one["name"] == "replay_raised" for one in body.get("warnings", ()))
+    assert body["replay"]["share_done"] == pytest.approx(sum(round(2 * one["share"]) for one in told["asked"]) / 8)

@@ -40,6 +40,7 @@ from evertune.model.checkpoint import describe, vocabulary_of
 from evertune.recipe.plugins import find_plugin
 from evertune.recipe.presets import ResolvedDistill, ResolvedExternal, ResolvedTraining, resolve_stage
 from evertune.recipe.schema import (
+    ADAPTING,
     NAMED_REFERENCES,
     OF_ROUND,
     OF_STAGE,
@@ -398,6 +399,7 @@ def _look_at_amounts(view: StageView, settings: ResolvedTraining, seen: Amounts,
             view.say("note", f"no round comes before this one: {told}")
         else:
             view.say("warning", told, "Name a source of other rows in 'replay.from'.")
+    _look_at_adapt(view, settings, seen)
     if settings.anchor.kl and settings.anchor.on == "replay" and not seen.replay_rows:
         told = "the anchor is on replayed rows, and there are none here: nothing is anchored."
         view.say("note", told, "Set 'anchor.on: new', or replay something.")
@@ -405,6 +407,28 @@ def _look_at_amounts(view: StageView, settings: ResolvedTraining, seen: Amounts,
         view.say("warning", told, "Change the weights, 'mix' or the number of steps.")
     if seen.new_rows < new_rows:
         view.say("note", f"{seen.steps} steps show {seen.new_rows} of {new_rows} new rows; the others are not seen.")
+
+
+def _look_at_adapt(view: StageView, settings: ResolvedTraining, seen: Amounts) -> None:
+    adapt = settings.replay.adapt
+    if adapt is None or view.kind not in ADAPTING or not seen.replay_rows:
+        return
+    roles = view.round.roles
+    guards = [
+        one
+        for one in view.look.probes
+        if roles.get(one.name, one.role) == "guard" and not one.held_out and one.kind != "lm_eval"
+    ]
+    if not guards:
+        told = "the share follows guards, and there are none but of lm-eval or held-out ones."
+        view.say("error", told, "Add a guard, or leave 'adapt' out.", at=".replay.adapt")
+        return
+    times = -(-seen.steps // adapt.every)
+    told = f"{', '.join(one.name for one in guards)} asked {times} times while it trains: time that is not estimated."
+    view.say("note", told, at=".replay.adapt")
+    if adapt.most < settings.replay.share:
+        told = f"the share begins at {settings.replay.share:g}, above 'most': it will not rise."
+        view.say("warning", told, "Raise 'most', or leave 'adapt' out.", at=".replay.adapt")
 
 
 def _is_done(view: StageView) -> bool:

@@ -296,6 +296,23 @@ class Tune(OneKey):
     """Every weight."""
 
 
+# Kinds of stages whose share of replay can rise on the way.
+ADAPTING = ("sft", "dpo")
+
+
+class Adapt(Config):
+    """A share of replay that rises while a stage runs: guards are asked at fixed steps, and where one has fallen by
+    more than its margin below the best it had in this stage, the share rises. Not a test, but a point estimate: cheap
+    insurance, and bounded. In sft and dpo stages; guards of lm-eval and held-out ones are not asked."""
+
+    every: int = Field(gt=0)
+    """Optimizer steps between two askings; the first is before the first step."""
+    raise_by: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
+    """How much the share rises each time."""
+    most: Share = 0.5
+    """The share rises no further."""
+
+
 class Replay(Config):
     """Old or general rows mixed into the stream of new ones (rehearsal)."""
 
@@ -308,6 +325,9 @@ class Replay(Config):
     dedup: bool | Literal["near"] = True
     """Leave out replay rows whose normalised text is also a new row, or an earlier replay row; `near`: those that are
     nearly a new row or another replay row too (docs/data.md)."""
+    adapt: Adapt | None = None
+    """Raise the share while a stage runs and a guard falls. The stage keeps its number of steps, so that a larger share
+    shows fewer new rows."""
 
     model_config = ConfigDict(populate_by_name=True)
 
@@ -1399,7 +1419,12 @@ def _readable(recipe: Recipe, rounds: Sequence[Round]) -> list[str]:
 
 def _check_references(recipe: Recipe) -> None:
     """Raise for names that name nothing, names that stand twice, and sources of the wrong format: one line each."""
-    problems = [*_round_problems(recipe), *_source_problems(recipe), *_teacher_problems(recipe)]
+    problems = [
+        *_round_problems(recipe),
+        *_source_problems(recipe),
+        *_adapt_problems(recipe),
+        *_teacher_problems(recipe),
+    ]
     if recipe.academic == "refuse":
         problems += [
             f"{place}: found an academic method, {method}, which is not production-validated; expected "
@@ -1452,6 +1477,17 @@ def _source_problems(recipe: Recipe) -> Iterator[str]:
             yield f"{place}: '{name}' has format '{source.format}'; {reader} reads {' and '.join(formats)}"
         elif reader == "rl" and source.verifier is None:
             yield f"{place}: '{name}' has no verifier; rl needs data.{name}.verifier, such as 'exact' or 'math'"
+
+
+def _adapt_problems(recipe: Recipe) -> Iterator[str]:
+    for i, one in enumerate(recipe.rounds):
+        for k, stage in enumerate(one.stages):
+            own = getattr(stage.settings, "replay", None)
+            if own is not None and own.adapt is not None and stage.kind not in ADAPTING:
+                yield (
+                    f"rounds[{i}].stages[{k}].{stage.kind}.replay.adapt: found it in a stage of kind {stage.kind}, "
+                    f"expected {' or '.join(ADAPTING)}, whose rows come straight from the stream"
+                )
 
 
 def _teacher_problems(recipe: Recipe) -> Iterator[str]:

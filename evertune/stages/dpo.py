@@ -4,7 +4,7 @@ from typing import Any
 
 from evertune.recipe.presets import ResolvedDpo
 from evertune.stages.place import Place
-from evertune.stages.training import own_fields, training_fields, training_key
+from evertune.stages.training import ask_guards, own_fields, training_fields, training_key
 from evertune.train.spec import DpoSpec
 from evertune.workspace import Workspace
 
@@ -27,4 +27,5 @@ def order(place: Place) -> DpoSpec:
 def perform(order: dict[str, Any], workspace: Workspace) -> dict[str, Any]:
     from evertune.train.dpo import run_dpo
 
-    return run_dpo(DpoSpec.from_json(order), workspace)
+    spec = DpoSpec.from_json(order)
+    return run_dpo(spec, workspace, ask=ask_guards(spec))

@@ -44,8 +44,9 @@ class Feed(Protocol):
     def save_every(self) -> int:
         """Resume points may lie after multiples of this many steps only."""
 
-    def prepare(self, step: int) -> None:
-        """Make ready what the step will show. Called once before each step."""
+    def prepare(self, step: int) -> Metrics:
+        """Make ready what the step will show; returns what its metrics should say of that. Called once before each
+        step."""
 
     def micro_batch(self, step: int, micro_step: int, rank: int) -> Sequence[Item]:
         """The items of one forward pass of one process; may be empty."""
@@ -109,7 +110,7 @@ class Trainer:
         Raises:
             TrainingError: loss or gradient is NaN or Inf; the weights are then as they were before the step.
         """
-        self.feed.prepare(step)
+        prepared = self.feed.prepare(step)
         counts = self.count(step)
         self.policy.model.train()
         sums, told = self._accumulate(step, counts)
@@ -125,6 +126,7 @@ class Trainer:
             "steps": self.pace.steps,
             **losses,
             **told,
+            **prepared,
             "lr": rate,
             "grad_norm": norm,
             "tokens": counts.tokens,

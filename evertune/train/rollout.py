@@ -20,6 +20,7 @@ from evertune.data.encode import EncodedPrompt, EncodedRow, Item
 from evertune.train.losses import group_advantages
 from evertune.train.material import Material
 from evertune.train.sample import SampledAnswer
+from evertune.train.sink import Metrics
 
 LogProbabilities = Callable[[Sequence[EncodedRow]], list[Tensor]]
 """Rows -> per row, the log-probabilities (N,) float32 of its counted tokens."""
@@ -150,15 +151,16 @@ class RolloutFeed:
         most = material.batch_rows * self.settings.group
         return -(-most // (material.micro_batch_rows * material.world_size))
 
-    def prepare(self, step: int) -> None:
+    def prepare(self, step: int) -> Metrics:
         """Answer the questions of the rollout that a step belongs to, if that is not done."""
         rollout = step // self.settings.optimizer_steps
         if rollout == self._rollout:
-            return
+            return {}
         first = rollout * self.settings.steps
         stream_steps = range(first, first + self.settings.steps)
         self._held = self._answer_all({one: self._material.step_rows(one) for one in stream_steps})
         self._rollout = rollout
+        return {}
 
     def step_rows(self, step: int) -> Sequence[Item]:
         """The answers and replayed rows of a step, over all processes, longest first."""

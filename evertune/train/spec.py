@@ -71,6 +71,31 @@ class AnchorSpec:
 
 
 @dataclass(frozen=True)
+class AdaptSpec:
+    """A share of replay that rises when a guard falls.
+
+    Attributes:
+        every: steps between two askings.
+        guards: by name, `{"margin", "lower", "digest"}`: how far it may fall, in points, or relative where lower is
+            better; and the identity of its items.
+        probes: what is needed to load each guard.
+    """
+
+    every: int
+    raise_by: float
+    most: float
+    guards: dict[str, dict[str, Any]]
+    probes: list[dict[str, Any]]
+
+    def to_json(self) -> dict[str, Any]:
+        return _plain_fields(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "AdaptSpec":
+        return cls(**value)
+
+
+@dataclass(frozen=True)
 class PluginSpec:
     """A penalty or gradient rule from another package: what it is, what it remembers, what it goes on from.
 
@@ -125,6 +150,7 @@ class TrainingSpec:
     folder: str = field(default="", kw_only=True)
     replay: list[RowsRef]
     share: float
+    adapt: AdaptSpec | None = field(default=None, kw_only=True)
     dedup: bool | Literal["near"]
     tune: dict[str, Any]
     lr: float
@@ -164,6 +190,7 @@ class TrainingSpec:
             "new": [ref.to_json() for ref in self.new],
             "replay": [ref.to_json() for ref in self.replay],
             "anchor": self.anchor.to_json() if self.anchor else None,
+            "adapt": self.adapt.to_json() if self.adapt else None,
             "plugins": [one.to_json() for one in self.plugins],
         }
 
@@ -177,6 +204,7 @@ class TrainingSpec:
                 "new": [RowsRef.from_json(ref) for ref in value["new"]],
                 "replay": [RowsRef.from_json(ref) for ref in value["replay"]],
                 "anchor": AnchorSpec.from_json(value["anchor"]) if value["anchor"] else None,
+                "adapt": AdaptSpec.from_json(value["adapt"]) if value.get("adapt") else None,
                 "plugins": [PluginSpec.from_json(one) for one in value["plugins"]],
             }
         )
