@@ -37,6 +37,8 @@ NO_METHOD = {
     "Recipe.rescue_budget": "how much is tried",
     "Stage.federated": "its aggregate is the method",
     "Probe.verifier": "how an answer is checked",
+    "Recipe.history": "what promoted rounds leave for replay",
+    "Recipe.monitor": "when a person is told",
     "Rl.server": "where answers are made",
     "VerifierPart.check": "how an answer is checked",
     "Merge.models": "what is merged",

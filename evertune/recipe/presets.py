@@ -10,6 +10,7 @@ from evertune.recipe.schema import (
     Anchor,
     Answers,
     Config,
+    Demonstration,
     Distill,
     Dpo,
     Ema,
@@ -208,6 +209,7 @@ class ResolvedDistill(ResolvedTraining):
     compress: bool
     on_policy: OnPolicy | None
     answers: Answers | None
+    demonstration: Demonstration | None
 
     @property
     def members(self) -> dict[str, int]:
@@ -297,7 +299,18 @@ def resolve_distill(recipe: Recipe, stage: Distill) -> ResolvedDistill:
     """Fill in what a distill stage leaves open."""
     preset = PRESETS[recipe.preset]
     sources = list(stage.data)
-    own = ("route", "loss", "beta", "temperature", "weight", "words", "compress", "on_policy", "answers")
+    own = (
+        "route",
+        "loss",
+        "beta",
+        "temperature",
+        "weight",
+        "words",
+        "compress",
+        "on_policy",
+        "answers",
+        "demonstration",
+    )
     return ResolvedDistill(
         **_training(recipe, stage, lora_lr=preset.lora_lr, full_lr=preset.full_lr, epochs=preset.epochs),
         **{name: getattr(stage, name) for name in own},

@@ -711,6 +711,18 @@ class Answers(Config):
     """At which the teacher answers."""
 
 
+class Demonstration(Config):
+    """What the teachers read behind the question and the student does not: it learns to answer as if it had read it
+    (self-distillation, SDFT, arXiv:2601.19897)."""
+
+    text: str = Field("An answer that was found good:\n{answer}\n\nNow answer yourself.", min_length=1)
+    """Put behind the last question; `{answer}` is the row's own answer. Without it every row gets the same words, such
+    as a list of rules: context distillation."""
+    rows: int = Field(64, ge=8, le=4096)
+    """Rows on which the gain is measured before training: by how much likelier a teacher finds the rows' own answers
+    after the demonstration. Where the lower bound of the mean is not above 0, the stage is refused."""
+
+
 class Distill(Training):
     """Distillation: the student learns the token distributions of one or more teachers (Hinton et al. 2015,
     arXiv:1503.02531), mixed with cross-entropy on the rows' own answers."""
@@ -758,8 +770,16 @@ class Distill(Training):
     answers: Answers | None = None
     """Let the teacher write the answers. Needs rows of format `messages`, and one teacher for each source."""
 
+    demonstration: Demonstration | None = None
+    """Let the teachers read more than the student, who may be his own: `teachers: start`. Only the last answer of a row
+    is taught. Needs rows of format `messages`."""
+
     @model_validator(mode="after")
     def _whose_answers(self) -> Self:
+        if self.answers is not None and self.demonstration is not None:
+            raise ValueError("give 'answers' or 'demonstration', not both: no answer is known before it is written")
+        if self.weight == 0.0 and self.demonstration is not None:
+            raise ValueError("'demonstration' needs a 'weight' above 0: only the divergence knows of it")
         if self.weight == 0.0 and self.answers is None:
             raise ValueError("'weight: 0' learns nothing of a teacher, unless its 'answers' are learnt")
         if self.answers is not None and self.on_policy is not None:
@@ -1511,8 +1531,9 @@ def _teacher_problems(recipe: Recipe) -> Iterator[str]:
 
 def _answer_problems(recipe: Recipe, settings: Distill, place: str) -> Iterator[str]:
     """Rows that the student or a teacher cannot answer, and answers that cannot be verified."""
-    asked = "on_policy" if settings.on_policy else "answers"
-    for name in settings.data if settings.on_policy or settings.answers else ():
+    ways = ("on_policy", "answers", "demonstration")
+    asked = next((name for name in ways if getattr(settings, name) is not None), None)
+    for name in settings.data if asked else ():
         source = recipe.data.get(name)
         if source is None:
             continue

@@ -13,7 +13,7 @@ from evertune.recipe.presets import ResolvedDistill
 from evertune.recipe.schema import OF_ROUND, OF_STAGE, RUN, Teacher
 from evertune.stages.place import Place
 from evertune.stages.training import training_fields, training_key, verifiers_of
-from evertune.train.distill_spec import AnswersSpec, DistillSpec, OnPolicySpec, TeacherSpec
+from evertune.train.distill_spec import AnswersSpec, DemonstrationSpec, DistillSpec, OnPolicySpec, TeacherSpec
 from evertune.workspace import Workspace
 
 # Raised by hand when the meaning of the stage changes: old results are then made anew.
@@ -48,6 +48,7 @@ def order(place: Place) -> DistillSpec:
         "words": None if settings.words == "all" else settings.words,
         "on_policy": OnPolicySpec(**settings.on_policy.model_dump()) if settings.on_policy else None,
         "answers": _answers(place, settings),
+        "demonstration": DemonstrationSpec(**settings.demonstration.model_dump()) if settings.demonstration else None,
     }
     unkeyed = DistillSpec(key="0" * 64, label=place.label, **fields)
     return DistillSpec(key=_key(unkeyed), label=place.label, **fields)
