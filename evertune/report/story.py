@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from evertune.ledger import Event
+from evertune.report.attempts import Ladder, climbed
 from evertune.report.curves import RescueCurve, rescue_curves
 from evertune.report.monitor import Dimension, watch_rounds
 from evertune.report.rounds import Body, RoundStory, bodies, champion_line, judged_labels, open_failures, tell_rounds
@@ -40,6 +41,7 @@ class Report:
     skills: tuple[Skill, ...]
     probes: tuple[Body, ...]
     curves: tuple[RescueCurve, ...]
+    ladders: tuple[Ladder, ...]
     stages: tuple[Stage, ...]
     costs: tuple[Cost, ...]
     lineage: tuple[Origin, ...]
@@ -92,13 +94,14 @@ def build_report(events: Sequence[Event]) -> Report:
         skills=skills,
         probes=tuple(bodies(events, "probe")),
         curves=rescue_curves(events, rounds, matrix),
+        ladders=climbed(events, rounds),
         stages=stages,
         costs=costs,
         lineage=origins(events, rounds),
         methods=methods_used(events),
         monitor=watch_rounds(events, line=line, matrix=matrix, skills=skills, costs=costs),
         blames=tuple(bodies(events, "blame")),
-        audits=tuple(bodies(events, "audit")),
+        audits=tuple({**one, "cka_line": list(enumerate(one["cka"]))} for one in bodies(events, "audit")),
         failures=tuple(bodies(events, "failure")),
         stopped_by=open_failures(events),
         by_hand=_by_hand(events),
