@@ -39,6 +39,20 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": {"ledger", "measure", "workspace"},
     "advice": {"display", "ledger", "lineage", "recipe", "run", "workspace"},
     "safety": set(),
+    "retraining": {
+        "data",
+        "display",
+        "ledger",
+        "lineage",
+        "measure",
+        "model",
+        "plan",
+        "process",
+        "recipe",
+        "report",
+        "run",
+        "scoring",
+    },
     "audit": {
         "display",
         "ledger",
@@ -132,6 +146,7 @@ TOP = {"cli", "commands", "__main__", "__init__"}
 
 LIGHT = (
     "recipe",
+    "retraining",
     "gate",
     "ledger",
     "report",

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from evertune.ledger import Event
+from evertune.report.attempts import Ladder, climbed
 from evertune.report.consolidations import Consolidated, consolidations
 from evertune.report.curves import RescueCurve, rescue_curves
 from evertune.report.erosion import Erosion, tell_erosion
@@ -44,6 +45,7 @@ class Report:
     consolidations: tuple[Consolidated, ...]
     curves: tuple[RescueCurve, ...]
     erosion: tuple[Erosion, ...]
+    ladders: tuple[Ladder, ...]
     stages: tuple[Stage, ...]
     costs: tuple[Cost, ...]
     lineage: tuple[Origin, ...]
@@ -98,13 +100,14 @@ def build_report(events: Sequence[Event]) -> Report:
         consolidations=consolidations(events),
         curves=rescue_curves(events, rounds, matrix),
         erosion=tell_erosion(events),
+        ladders=climbed(events, rounds),
         stages=stages,
         costs=costs,
         lineage=origins(events, rounds),
         methods=methods_used(events),
         monitor=watch_rounds(events, line=line, matrix=matrix, skills=skills, costs=costs),
         blames=tuple(bodies(events, "blame")),
-        audits=tuple(bodies(events, "audit")),
+        audits=tuple({**one, "cka_line": list(enumerate(one["cka"]))} for one in bodies(events, "audit")),
         failures=tuple(bodies(events, "failure")),
         stopped_by=open_failures(events),
         by_hand=_by_hand(events),

@@ -120,7 +120,7 @@ def test_an_empty_ledger_says_not_recorded_everywhere() -> None:
     page = parse(render(build_report([])))
     assert page.one("h1").text == "The ledger is empty: nothing has been run."
     sections = [one for one in page.all("section") if one.attributes.get("aria-labelledby") != "figures-head"]
-    assert len(sections) == 9
+    assert len(sections) == 11
     assert all("Not recorded" in one.text for one in sections)
 
 
