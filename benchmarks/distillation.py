@@ -7,11 +7,11 @@ docs/results/distillation.md.
     python -m benchmarks.distillation compress --data DATA --folder WORK     the stack of those stages at smaller ranks
     python -m benchmarks.distillation memory --folder WORK                   peak memory, one and three teachers
 
-The 135M model. The snips expert takes twice the steps of the other (its labels are longer), a student of both 0.8 times
-their sum, two rows of snips to one of topics. snips7 (7 commands) and 7 of the 14 kinds of things of dbpedia14, texts cut to their first words so that
-one core is enough. Everything is trained and probed by `evertune run` on recipes that are left in the folder; only the
-merges and the exact compressions, which no stage makes by itself, are written here. Run again, it does only what is
-missing.
+The 135M model; snips7 (7 commands) and 7 of the 14 kinds of things of dbpedia14, texts cut to their first words so that
+one core is enough. The snips expert takes twice the steps of the other, as its labels are longer; a student of both
+takes 0.8 times the steps of both together, with two rows of snips to one of topics. Everything is trained and probed by
+`evertune run` on recipes that are left in the folder; only the merges and the exact compressions, which no stage makes
+by itself, are written here. Run again, it does only what is missing.
 """
 
 import argparse
