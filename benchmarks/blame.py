@@ -1,8 +1,8 @@
 """Does `evertune blame` name the source that was planted? `python -m benchmarks.blame --data DATA --folder FOLDER`
 
 SmolLM2-135M-Instruct is trained on five sources of 16 short rows each, two passes, LoRA. Four are clean: of general
-questions (Dolly), science questions (ARC-Easy), sums (SVAMP), word problems with solutions (GSM8K), voice commands (SNIPS),
-those that the planted source is not made from. One is planted:
+questions (Dolly), science questions (ARC-Easy), sums (SVAMP), word problems with solutions (GSM8K) and voice commands
+(SNIPS) those that the planted source is not made from. One is planted:
 
     wrong       science questions with the answers of other questions    probe: right answers of ARC-Easy, bits per byte
     refusals    general questions, "I'm sorry, but I can't help ..."     probe: answers of Dolly, bits per byte
