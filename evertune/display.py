@@ -16,12 +16,15 @@ from rich.markup import escape
 from rich.status import Status
 from rich.table import Table
 
+from evertune.consolidation import Best, gain
 from evertune.gate import Verdict
 from evertune.probe.scores import ItemScores
 from evertune.probe.suite import AnyProbe
 from evertune.workspace import Workspace
 
 COLOURS = {"PROMOTE": "bold green", "HOLD": "bold red", "INCONCLUSIVE": "bold yellow"}
+# A fall is told when its p-value, adjusted over the probes, is below.
+SHOWN = 0.05
 # Width of a log file, where there is no terminal to ask.
 LOG_COLUMNS = 120
 OUTCOME_COLOURS = {"pass": "green", "harm": "red", "too_few": "yellow", "undecided": "yellow", "watch": "dim"}
@@ -117,6 +120,13 @@ class Display:
             self._console.print(f"  - {escape(reason)}")
         self._console.print(f"  [dim]next:[/] {escape(next_command)}")
 
+    def ways(self, best: Best) -> None:
+        """What each way to consolidate a round came to, and the one that is kept."""
+        for name, verdict in best.verdicts.items():
+            kept = "  [bold]kept[/]" if name == best.name else ""
+            told = f"{verdict.decision} by itself, gain {100 * gain(verdict):+.1f} points"
+            self._console.print(f"  best of  {escape(name.ljust(10))} {told}{kept}")
+
     def academic(self, label: str, methods: Sequence[str]) -> None:
         """Say that a checkpoint was made with methods that nobody has validated in production, if it was."""
         if methods:
@@ -144,6 +154,15 @@ class Display:
 
     def discarded(self, round_name: str, label: str, champion: str) -> None:
         self._console.print(f"  set aside {escape(label)}; champion stays {escape(champion)}, digest unchanged")
+
+    def erosion(self, body: Mapping[str, Any]) -> None:
+        """The capabilities that a stage has shown to have worn away, and since when."""
+        for each in body["against"]:
+            for one in each["changes"]:
+                if one["p_harm"] < SHOWN:
+                    low, high = one["ci90"]
+                    told = f"{one['probe']} {one['difference']:+.3f} ({low:+.3f} to {high:+.3f}) since {each['since']}"
+                    self._console.print(f"  [yellow]eroded[/]   {escape(told)}")
 
     def warnings(self, label: str, warnings: Sequence[Mapping[str, str]]) -> None:
         """What a person should know of how a stage ended."""

@@ -132,6 +132,8 @@ def _summary(kind: str, body: dict[str, Any]) -> str:
             return f"{body['label']}  {body['probe']} {body['value']:.3f}"
         case "verdict" | "rescue":
             return f"{body['decision']}  {body['label']}  {body['reasons'][0] if body['reasons'] else ''}"
+        case "consolidation":
+            return f"{body['label']}  best of {', '.join(one['way'] for one in body['ways'])}"
         case "look":
             return f"{body['label']}  look {body['number']} at {', '.join(body['probes'])}"
         case "audit":

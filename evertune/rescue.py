@@ -22,7 +22,7 @@ from evertune.recipe.schema import (
     Stage,
     Teacher,
     Training,
-    new_sources,
+    kept_sources,
 )
 
 Scores = Mapping[str, ItemScores]
@@ -123,7 +123,7 @@ def choose(
         share: judge(scores, champion, best, probes, settings, tried=tried, shares=shares)
         for share, scores in scan.items()
     }
-    chosen = min(verdicts, key=lambda one: (_rank(verdicts[one]), _by_size(one)))
+    chosen = min(verdicts, key=lambda one: (rank(verdicts[one]), _by_size(one)))
     return Chosen(
         share=chosen,
         values={one: {name: scores.value for name, scores in scan[one].items()} for one in scan},
@@ -256,7 +256,7 @@ def _distil_back(rung: Rung, recipe: Recipe, one: Round, verdict: Verdict) -> Pr
     if not fallen or not rows:
         return None
     teacher = one.start if one.start in ("champion", "base") else str(one.start)
-    learnt = [name for name in new_sources(one) if recipe.data[name].format in REPLAYABLE and name not in rows]
+    learnt = [name for name in kept_sources(one) if recipe.data[name].format in REPLAYABLE and name not in rows]
     stage = Distill(
         data=rows,
         teachers=[Teacher(checkpoint=teacher)],
@@ -296,6 +296,7 @@ def _by_size(share: Share) -> tuple[float, tuple[float, ...]]:
     return -kept(share), tuple(-one for one in share) if isinstance(share, tuple) else ()
 
 
-def _rank(verdict: Verdict) -> tuple[int, int]:
+def rank(verdict: Verdict) -> tuple[int, int]:
+    """Sorts a verdict before those that are further from a promotion."""
     order = {"PROMOTE": 0, "INCONCLUSIVE": 1, "HOLD": 2}
     return order[verdict.decision], len(verdict.failing)

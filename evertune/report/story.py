@@ -5,7 +5,9 @@ from dataclasses import dataclass
 
 from evertune.ledger import Event
 from evertune.report.attempts import Ladder, climbed
+from evertune.report.consolidations import Consolidated, consolidations
 from evertune.report.curves import RescueCurve, rescue_curves
+from evertune.report.erosion import Erosion, tell_erosion
 from evertune.report.monitor import Dimension, watch_rounds
 from evertune.report.rounds import Body, RoundStory, bodies, champion_line, judged_labels, open_failures, tell_rounds
 from evertune.report.scores import Matrix, build_matrix
@@ -40,7 +42,9 @@ class Report:
     summaries: tuple[Summary, ...]
     skills: tuple[Skill, ...]
     probes: tuple[Body, ...]
+    consolidations: tuple[Consolidated, ...]
     curves: tuple[RescueCurve, ...]
+    erosion: tuple[Erosion, ...]
     ladders: tuple[Ladder, ...]
     stages: tuple[Stage, ...]
     costs: tuple[Cost, ...]
@@ -93,7 +97,9 @@ def build_report(events: Sequence[Event]) -> Report:
         summaries=summarise(matrix, line, verdicts),
         skills=skills,
         probes=tuple(bodies(events, "probe")),
+        consolidations=consolidations(events),
         curves=rescue_curves(events, rounds, matrix),
+        erosion=tell_erosion(events),
         ladders=climbed(events, rounds),
         stages=stages,
         costs=costs,

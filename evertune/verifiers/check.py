@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from evertune.errors import ProbeError
 from evertune.verifiers.expression import check_expression_answer, equal_expression
+from evertune.verifiers.function import any_answer, own_function
 from evertune.verifiers.ifeval import check_instructions, follows_instructions
 from evertune.verifiers.outcome import Outcome
 from evertune.verifiers.plain import check_pattern, check_refusal, check_text_answer, contains, exact, refusal, regex
@@ -62,6 +63,7 @@ VERIFIERS = {
     "json_schema": Verifier(satisfies_schema, check_schema),
     "ifeval": Verifier(follows_instructions, check_instructions),
     "python": Verifier(passes_tests, check_tests),
+    "function": Verifier(own_function, any_answer),
     "parts": Verifier(weighted_parts, check_parts),
 }
 

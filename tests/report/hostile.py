@@ -82,6 +82,11 @@ def everything() -> list[tuple[str, str, dict[str, Any], dict[str, Any]]]:
     """The story with what it lacks: an academic stage, failures, a promotion and a rollback by hand."""
     found = facts()
     next(body for kind, _, body, _ in found if kind == "checkpoint" and body["steps"])["standing"] = "academic"
+    change = {"probe": "copying", "before": 0.9, "after": 0.7, "difference": -0.2, "unit": "points",
+              "ci90": [-0.3, -0.1], "p_harm": 0.001}  # fmt: skip
+    against = [{"since": "base", "changes": [change, {**change, "probe": "cards", "ci90": [0.1, 0.3], "p_harm": 1.0}]},
+               {"since": "1/1-sft", "changes": [change]}]  # fmt: skip
+    found.append(("erosion", "e1", {"round": "2-plain", "label": "2-plain/1-sft", "against": against}, {}))
     failure = {"round": "3", "stage": "3/1-sft", "error": "loss is NaN at step 7"}
     found += [("failure", f"f{i}", {**failure, "stage": f"3/{i}-sft"}, {}) for i in (1, 2)]
     hand = {"round": None, "label": "1/1-sft", "checkpoint": digest_json("1/1-sft"), "by": "user", "after": "v3"}
