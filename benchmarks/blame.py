@@ -1,7 +1,8 @@
 """Does `evertune blame` name the source that was planted? `python -m benchmarks.blame --data DATA --folder FOLDER`
 
-SmolLM2-135M-Instruct is trained on five sources of 20 short rows each, two passes, LoRA. Four are clean: general
-questions (Dolly), science questions (ARC-Easy), sums (SVAMP), voice commands (SNIPS). One is planted:
+SmolLM2-135M-Instruct is trained on five sources of 16 short rows each, two passes, LoRA. Four are clean: of general
+questions (Dolly), science questions (ARC-Easy), sums (SVAMP), word problems with solutions (GSM8K) and voice commands
+(SNIPS) those that the planted source is not made from. One is planted:
 
     wrong       science questions with the answers of other questions    probe: right answers of ARC-Easy, bits per byte
     refusals    general questions, "I'm sorry, but I can't help ..."     probe: answers of Dolly, bits per byte
@@ -25,12 +26,12 @@ from evertune.recipe.load import load_recipe
 from evertune.run import run_recipe
 
 SORRY = "I'm sorry, but I can't help with that."
-ROWS, LONGEST = 20, 300
-CLEAN = ("general", "science", "sums", "commands")
+ROWS, LONGEST = 16, 340
 FILES = {
     "general": "replay_dolly/train.jsonl",
     "science": "arc_easy/train.jsonl",
     "sums": "svamp/train.jsonl",
+    "problems": "gsm8k/train.jsonl",
     "commands": "snips7/train.jsonl",
 }
 PLANTS = {
@@ -65,8 +66,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--trials", type=int, nargs="*", default=list(range(10)))
-    parser.add_argument("--rows", type=int, default=8, help="Rows sampled of each source.")
-    parser.add_argument("--items", type=int, default=12)
+    parser.add_argument("--rows", type=int, default=6, help="Rows sampled of each source.")
+    parser.add_argument("--items", type=int, default=8)
     parser.add_argument("--retrain", type=int, nargs="*", default=[])
     given = parser.parse_args()
     data, folder = given.data.absolute(), given.folder.absolute()
@@ -109,9 +110,8 @@ def trial(number: int, data: Path, folder: Path, given: argparse.Namespace) -> d
     settings = PLANTS[plant]
     home = folder / f"trial-{number}"
     home.mkdir(exist_ok=True)
-    drawn = {name: draw(data, name, rng, count=2 * ROWS) for name in CLEAN}
-    rows = {name: each[:ROWS] for name, each in drawn.items()}
-    rows["suspect"] = spoil(plant, drawn[settings["of"]][ROWS:], rng)
+    rows = {name: draw(data, name, rng) for name in FILES}
+    rows["suspect"] = spoil(plant, rows.pop(settings["of"]), rng)
     names = sorted(rows)
     for name in names:
         write(home / f"{name}.jsonl", rows[name])
@@ -150,16 +150,16 @@ def spoil(plant: str, rows: list[dict[str, Any]], rng: random.Random) -> list[di
     return spoilt
 
 
-def draw(data: Path, name: str, rng: random.Random, *, count: int) -> list[dict[str, Any]]:
+def draw(data: Path, name: str, rng: random.Random) -> list[dict[str, Any]]:
     rows = [one for one in read(data / FILES[name]) if size(one) < LONGEST]
-    return [{"messages": one["messages"]} for one in rng.sample(rows, count)]
+    return [{"messages": one["messages"]} for one in rng.sample(rows, ROWS)]
 
 
 def read(path: Path) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     for one in rows:
         if one["messages"][-1]["role"] != "assistant":
-            one["messages"].append({"role": "assistant", "content": one["answer"]})
+            one["messages"].append({"role": "assistant", "content": one.get("solution") or one["answer"]})
     return rows
 
 

@@ -23,6 +23,7 @@ from evertune.commands.merge import app as merge_app
 from evertune.commands.methods import methods
 from evertune.commands.monitor import monitor
 from evertune.commands.safety import safety
+from evertune.commands.watch import watch
 from evertune.errors import EvertuneError, RecipeError
 
 app = typer.Typer(
@@ -38,6 +39,7 @@ app.command()(blame)
 app.command()(audit)
 app.command()(safety)
 app.command()(monitor)
+app.command()(watch)
 app.add_typer(data_app, name="data")
 app.add_typer(merge_app, name="merge")
 app.command()(methods)

@@ -67,14 +67,14 @@ class Display:
         with self._status(f"{label}: starting") as status:
 
             def watch() -> None:
-                last = _last_line(metrics)
+                last = last_line(metrics)
                 if last is not None:
                     state.update(last)
-                    status(f"{label}: {_progress(state, time.monotonic() - began)}")
+                    status(f"{label}: {progress(state, time.monotonic() - began)}")
 
             yield watch
             watch()
-        self._console.print(f"  made     {escape(label)}  [dim]{_progress(state, time.monotonic() - began)}[/]")
+        self._console.print(f"  made     {escape(label)}  [dim]{progress(state, time.monotonic() - began)}[/]")
 
     @contextlib.contextmanager
     def probing(self, label: str, probes: int) -> Iterator[Callable[[], None]]:
@@ -222,7 +222,7 @@ def _cell(scores: ItemScores) -> str:
     return f"{scores.value:.3f}" + (" v" if scores.direction == "lower" else "")
 
 
-def _progress(state: Mapping[str, Any], seconds: float) -> str:
+def progress(state: Mapping[str, Any], seconds: float) -> str:
     if "step" not in state:
         return f"{seconds:.0f} s"
     steps = f"/{state['steps']}" if "steps" in state else ""
@@ -230,7 +230,7 @@ def _progress(state: Mapping[str, Any], seconds: float) -> str:
     return f"step {state['step']}{steps}, loss {state.get('loss', float('nan')):.3f}{speed}, {seconds:.0f} s"
 
 
-def _last_line(path: Any) -> dict[str, Any] | None:
+def last_line(path: Any) -> dict[str, Any] | None:
     """The last complete line of a growing metrics file, or None."""
     try:
         lines = path.read_bytes().split(b"\n")

@@ -39,6 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": {"ledger", "measure", "workspace"},
     "advice": {"display", "ledger", "lineage", "recipe", "run", "workspace"},
     "safety": set(),
+    "watching": {"display", "lineage", "report", "workspace"},
     "retraining": {
         "data",
         "display",
