@@ -220,15 +220,20 @@ def judge(
     return Verdict(decision, tuple(reasons), pooled, tuple(one for one in evidence if one is not pooled))
 
 
-def shown_gain(after: ItemScores, before: ItemScores, level: float) -> float:
-    """Lower bound of the gain of one table of scores over another, in the unit the gate compares them in.
+def compare_scores(after: ItemScores, before: ItemScores, *, level: float) -> tuple[stats.Comparison, Unit]:
+    """One table of scores against another, item by item, in the unit the gate compares them in.
 
     Raises:
         ProbeError: the tables are not of the same items, asked alike.
     """
     check_paired(after, before)
     pair = _pair(after, before)
-    return stats.compare_paired(pair.d, pair.clusters, level=level, bounded=pair.unit == "points").lower_bound
+    return stats.compare_paired(pair.d, pair.clusters, level=level, bounded=pair.unit == "points"), pair.unit
+
+
+def shown_gain(after: ItemScores, before: ItemScores, level: float) -> float:
+    """Lower bound of the gain of one table of scores over another; raises as `compare_scores`."""
+    return compare_scores(after, before, level=level)[0].lower_bound
 
 
 @dataclass(frozen=True)

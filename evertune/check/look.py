@@ -25,7 +25,7 @@ from evertune.model.codec import Codec, load_codec
 from evertune.probe.suite import AnyProbe, load_probe
 from evertune.recipe.load import LoadedRecipe
 from evertune.recipe.presets import resolve_stage
-from evertune.recipe.schema import NAMED_REFERENCES, REPLAYABLE, Recipe, StageSettings, kept_sources
+from evertune.recipe.schema import NAMED_REFERENCES, REPLAYABLE, Recipe, StageSettings, kept_sources, placed_stages
 
 LEAKS_SHOWN = 5
 
@@ -190,15 +190,18 @@ def _named_checkpoints(look: Look) -> Iterator[tuple[str, str]]:
     for i, one in enumerate(look.recipe.rounds):
         if one.start not in ("champion", "base"):
             yield f"rounds[{i}].start", one.start
-        for k, stage in enumerate(one.stages):
-            for name, written in resolve_stage(look.recipe, stage.settings).references.items():
-                if written not in NAMED_REFERENCES:
-                    yield f"rounds[{i}].stages[{k}].{stage.kind}.{name}", written
+        for j, way in enumerate(one.ways):
+            if way.retrain is not None and way.retrain.start not in ("champion", "base"):
+                yield f"rounds[{i}].consolidate.best_of[{j}].retrain.start", way.retrain.start
+    for placed in placed_stages(look.recipe):
+        for name, written in resolve_stage(look.recipe, placed.stage.settings).references.items():
+            if written not in NAMED_REFERENCES:
+                yield f"{placed.place}.{name}", written
 
 
 def look_at_leaks(look: Look) -> None:
     """Rows that are trained on or replayed and hold an item of a probe: errors, or left out from here on."""
-    stages = [stage.settings for one in look.recipe.rounds for stage in one.stages]
+    stages = [one.stage.settings for one in placed_stages(look.recipe)]
     finder = LeakFinder(text for probe in look.probes for text in probe.texts())
     for name in sorted({name for stage in stages for name in sources_of(look.recipe, stage)} & set(look.rows)):
         found = finder.find(look.rows[name])

@@ -48,12 +48,14 @@ from evertune.recipe.schema import (
     RUN,
     Recipe,
     Round,
+    Stage,
     StageSettings,
     Training,
     kept_sources,
+    placed_stages,
 )
 from evertune.train.distill_spec import check_teacher, check_words
-from evertune.verifiers import validate
+from evertune.verifiers import located, validate
 
 MERGED_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -72,22 +74,25 @@ class StageView:
     """One stage of the recipe under inspection, with its settings given and filled in."""
 
     look: Look
+    place: str
     round_index: int
+    round: Round
     index: int
-    kind: str
-    settings: StageSettings
+    stage: Stage
+    way: str = ""
 
     @property
-    def round(self) -> Round:
-        return self.look.recipe.rounds[self.round_index]
+    def kind(self) -> str:
+        return self.stage.kind
 
     @property
-    def place(self) -> str:
-        return f"rounds[{self.round_index}].stages[{self.index}].{self.kind}"
+    def settings(self) -> StageSettings:
+        return self.stage.settings
 
     @property
     def label(self) -> str:
-        return f"{self.round.name}/{self.index + 1}-{self.kind}"
+        way = f"{self.way}/" if self.way else ""
+        return f"{self.round.name}/{way}{self.index + 1}-{self.kind}"
 
     @property
     def resolved(self) -> Any:
@@ -100,11 +105,7 @@ class StageView:
 
 def look_at_stages(look: Look) -> list[Planned]:
     """Estimates of the stages whose rows and base could be read; what is odd about them becomes findings."""
-    views = [
-        StageView(look, i, k, stage.kind, stage.settings)
-        for i, one in enumerate(look.recipe.rounds)
-        for k, stage in enumerate(one.stages)
-    ]
+    views = [StageView(look, **vars(one)) for one in placed_stages(look.recipe)]
     return [found for view in views if (found := LOOKS[view.kind](view)) is not None]
 
 
@@ -145,10 +146,18 @@ def look_at_rewards(view: StageView) -> Planned | None:
     look, settings = view.look, view.resolved
     for name in view.settings.new_sources:
         verifier = look.recipe.data[name].verifier
-        rule = verifier.model_dump(exclude_none=True) if verifier else {}
+        if verifier is None:
+            continue
+        given = verifier.model_dump(exclude_none=True)
+        rule = look.attempt(f"data.{name}.verifier", located, given, look.loaded.folder)
+        if rule is None:
+            continue
         for row in look.rows.get(name, ()):
             if look.attempt(f"data.{name}", _can_be_checked, rule, row) is None:
                 break
+    if settings.server is not None and settings.tune.lora is None:
+        told = "'server' needs 'tune: {lora: ...}': whole weights cannot be loaded while it serves."
+        view.say("error", told, "Set 'tune' in the stage.")
     if not settings.kl:
         told = "'kl' is 0: nothing holds the policy to what it was before this stage."
         view.say("warning", told, "Leave 'kl' out for 0.01 to the sft stage, or anchor the answers.")

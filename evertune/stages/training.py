@@ -1,8 +1,11 @@
 """What the orders of trained stages have in common: rows, replay, anchor, numerics, and the key."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel
 
 from evertune.data.cleaned import Given
 from evertune.errors import RecipeError
@@ -13,6 +16,7 @@ from evertune.recipe.presets import ResolvedTraining
 from evertune.recipe.schema import ADAPTING, Training
 from evertune.stages.place import Place
 from evertune.train.spec import CARRIED, AdaptSpec, AnchorSpec, PluginSpec, RowsRef, TrainingSpec
+from evertune.verifiers import located
 from evertune.workspace import read_manifest
 
 if TYPE_CHECKING:
@@ -56,20 +60,36 @@ def training_fields(place: Place, settings: ResolvedTraining) -> dict[str, Any]:
         "device": plan.numerics["device"],
         "threads": plan.numerics["threads"],
         "track": list(plan.recipe.track),
+        "folder": str(plan.loaded.folder),
     }
+
+
+def own_fields(settings: ResolvedTraining) -> dict[str, Any]:
+    """The fields that the settings have beside those of every trained stage, as plain values."""
+    shared = {field.name for field in fields(ResolvedTraining)}
+    own = {field.name: getattr(settings, field.name) for field in fields(settings) if field.name not in shared}
+    return {name: _plain(one) for name, one in own.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(one) for name, one in value.items()}
+    return value.model_dump() if isinstance(value, BaseModel) else value
 
 
 def training_key(version: int, spec: TrainingSpec) -> str:
     """Digest of what the result depends on; where files lie, names and bookkeeping are left out."""
     facts = spec.to_json()
-    for name in ("key", "label", "threads", "track", "save_steps"):
+    for name in ("key", "label", "threads", "track", "save_steps", "folder"):
         del facts[name]
     facts |= {name: one.digest for name, one in vars(spec).items() if isinstance(one, Checkpoint)}
-    if spec.mix is None:
-        del facts["mix"]
-    if spec.adapt is None:
-        del facts["adapt"]
-    else:
+    if facts.get("server"):  # where it is, and how it is asked, makes no other answers
+        facts["server"] = facts["server"]["model"]
+    # What came later and is not used keeps the keys of before.
+    for name in ("mix", "adapt", "replay_ratio", "protect", "server"):
+        if not facts.get(name, True):
+            del facts[name]
+    if spec.adapt is not None:
         del facts["adapt"]["probes"]
     facts["new"] = [[ref.source, ref.digest] for ref in spec.new]
     facts["replay"] = [[ref.source, ref.digest] for ref in spec.replay]
@@ -77,6 +97,17 @@ def training_key(version: int, spec: TrainingSpec) -> str:
         facts["anchor"]["reference"] = spec.anchor.reference.digest
     facts["plugins"] = [one.identity() for one in spec.plugins]
     return digest_json({"kind": spec.kind, "version": version, **facts})
+
+
+def verifiers_of(place: Place) -> dict[str, dict[str, Any]]:
+    """The verifiers of the stage's new sources, those that have one."""
+    plan = place.plan
+    given = {name: plan.recipe.data[name].verifier for name in place.settings.new_sources}
+    return {
+        name: located(one.model_dump(exclude_none=True), plan.loaded.folder)
+        for name, one in given.items()
+        if one is not None
+    }
 
 
 def _replay_refs(place: Place, settings: ResolvedTraining) -> list[RowsRef]:

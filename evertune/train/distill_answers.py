@@ -21,8 +21,7 @@ from evertune.model.codec import Codec
 from evertune.model.forward import Forward
 from evertune.train.distill_spec import DistillSpec
 from evertune.train.distill_targets import Targets
-from evertune.train.distill_teachers import Teachers
-from evertune.train.head import target_log_probabilities
+from evertune.train.distill_teachers import Teachers, mean_logp
 from evertune.train.reference import LiveReference
 from evertune.train.sample import sample_answers
 
@@ -107,16 +106,9 @@ def _best(
     if how.keep == "verified":
         texts = {ids: codec.decode([one for one in ids if one not in codec.stop_ids]) for ids in ended}
         ended = [ids for ids in ended if check(prompt.source, texts[ids], prompt.answer)]
-    likelihoods = [_mean_logp(live, _conversation(prompt, ids)) for ids in ended]
+    likelihoods = [float(mean_logp(live, _conversation(prompt, ids))) for ids in ended]
     # Of equals the first: the order of samples is that of their seeds.
     return ended[int(np.argmax(likelihoods))] if ended else ()
-
-
-@torch.no_grad()
-def _mean_logp(live: LiveReference, row: EncodedRow) -> float:
-    """Mean log-probability of the answer's tokens, in nats."""
-    targets_N = torch.from_numpy(row.ids[row.counted]).long().to(live.head.weight_VH.device)
-    return float(target_log_probabilities(live.hidden([row]), targets_N, head=live.head).mean())
 
 
 def _conversation(prompt: EncodedPrompt, answer: Sequence[int]) -> EncodedRow:

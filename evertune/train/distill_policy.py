@@ -56,6 +56,7 @@ class OnPolicyFeed:
         ask: makes the student ready to speak, in evaluation mode.
         targets: where the teachers' outputs for its answers are held for a window; also has those of the other rows.
         gather: joins what each process has made.
+        answered: makes a row of another answer; `answered_row` when not given.
     """
 
     def __init__(
@@ -69,12 +70,13 @@ class OnPolicyFeed:
         targets: Targets,
         gather: Callable[[list[Any]], list[Any]],
         rank: int,
+        answered: Callable[[EncodedRow, Sequence[int]], EncodedRow] | None = None,
     ) -> None:
         assert spec.on_policy is not None, "the student never answers"
         self._spec, self._settings, self._material = spec, spec.on_policy, material
         self._ask, self._stop_ids = ask, stop_ids
         self._teachers, self._targets = teachers, targets
-        self._gather, self._rank = gather, rank
+        self._gather, self._rank, self._answered_row = gather, rank, answered or answered_row
         self._held: dict[int, list[Item]] = {}
         self._window = -1
 
@@ -151,7 +153,9 @@ class OnPolicyFeed:
             temperature=self._settings.temperature,
             stop_ids=self._stop_ids,
         )
-        return [SampledRow(answered_row(row, one.ids), one.stopped) for row, (one,) in zip(rows, said, strict=True)]
+        return [
+            SampledRow(self._answered_row(row, one.ids), one.stopped) for row, (one,) in zip(rows, said, strict=True)
+        ]
 
 
 def is_answered(spec: DistillSpec, step: int, place: int) -> bool:

@@ -32,7 +32,7 @@ from evertune.workspace import Workspace
 REFERENCE = "target"
 # Both answers have fallen by more than this, in nats per token: a hundredth of each token's probability.
 DISPLACEMENT_NATS = 0.01
-FINAL = ("accuracy", "margin", "nll", "rejected_nll", "chosen_shift", "rejected_shift", "replay_loss")
+FINAL = ("accuracy", "margin", "nll", "rejected_nll", "chosen_shift", "rejected_shift", "replay_loss", "replay_weight")
 
 
 def run_dpo(spec: DpoSpec, workspace: Workspace, *, ask: Ask | None = None) -> dict[str, Any]:

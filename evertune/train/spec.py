@@ -136,7 +136,8 @@ class TrainingSpec:
     """What every trained stage needs. Meanings and ranges of the settings: the recipe's stages.
 
     `key` names the object it publishes, `label` the stage for people. `weights` are shares of the new rows by source,
-    `share` the replayed share of the stream; exactly one of `epochs` and `steps` is given.
+    `share` the replayed share of the stream; exactly one of `epochs` and `steps` is given. `folder` is the recipe's,
+    where the modules of verifiers are looked for.
     """
 
     key: str
@@ -146,6 +147,7 @@ class TrainingSpec:
     new: list[RowsRef]
     weights: dict[str, float] | None
     mix: dict[str, Any] | None = field(default=None, kw_only=True)
+    folder: str = field(default="", kw_only=True)
     replay: list[RowsRef]
     share: float
     adapt: AdaptSpec | None = field(default=None, kw_only=True)
@@ -228,10 +230,18 @@ class DpoSpec(TrainingSpec):
     label_smoothing: float
     nll: float
     replay_weight: float
+    replay_ratio: float | None
     reference: Checkpoint
 
     kind: ClassVar[str] = "dpo"
-    own_settings: ClassVar[tuple[str, ...]] = ("loss", "beta", "label_smoothing", "nll", "replay_weight")
+    own_settings: ClassVar[tuple[str, ...]] = (
+        "loss",
+        "beta",
+        "label_smoothing",
+        "nll",
+        "replay_weight",
+        "replay_ratio",
+    )
 
     def to_json(self) -> dict[str, Any]:
         return {**super().to_json(), "reference": self.reference.to_json()}
@@ -246,7 +256,8 @@ class RlSpec(TrainingSpec):
     """A stage with verifiable rewards.
 
     `verifiers` has one for each source of new rows, as a recipe writes it. `rollout_steps` steps of prompts are
-    answered at once and passed over `iterations` times; `steps` counts optimizer steps.
+    answered at once and passed over `iterations` times; `steps` counts optimizer steps. `protect` has `at_least`,
+    `rate` and `most` for each protected source; `server` is where rollouts are made, None for here.
     """
 
     verifiers: dict[str, dict[str, Any]]
@@ -263,8 +274,11 @@ class RlSpec(TrainingSpec):
     kl: float
     kl_to: Checkpoint
     replay_weight: float
+    replay_ratio: float | None
+    protect: dict[str, dict[str, float]]
     max_kl: float | None
     min_entropy: float | None
+    server: dict[str, Any] | None
 
     kind: ClassVar[str] = "rl"
     own_settings: ClassVar[tuple[str, ...]] = (
@@ -281,9 +295,14 @@ class RlSpec(TrainingSpec):
         "clip_high",
         "kl",
         "replay_weight",
+        "replay_ratio",
+        "protect",
         "max_kl",
         "min_entropy",
     )
+
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "server": self.server["model"] if self.server else None}
 
     def to_json(self) -> dict[str, Any]:
         return {**super().to_json(), "kl_to": self.kl_to.to_json()}

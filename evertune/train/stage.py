@@ -72,6 +72,11 @@ class Lesson(ABC):
         """Why the stage should end after a step with these metrics, or None. A function of the metrics alone."""
         return None
 
+    def observe(self, metrics: Metrics) -> Metrics:
+        """Learn from a step's metrics what the next one needs, and return what to log beside them. A run that goes on
+        is given those of all steps before first."""
+        return {}
+
     def methods(self) -> dict[str, bool]:
         """Ids in the table of methods, and whether the stage uses them."""
         return {}
@@ -188,7 +193,7 @@ def run_training(spec: TrainingSpec, workspace: Workspace, lesson: Lesson, *, as
         points.drop_after(first)
     start_trackers(accelerator, spec.label, spec.settings(), folder=points.folder / "trackers")
     sink = Sink(points.folder / METRICS, history=history, accelerator=accelerator)
-    train(trainer, points, sink, first=first, save_steps=spec.save_steps, brake=lesson.brake)
+    train(trainer, points, sink, first=first, save_steps=spec.save_steps, brake=lesson.brake, observe=lesson.observe)
     trainer.masters.use_average()
     cosines = _start_and_end(at_start, interference(trainer, material)) if lesson.can_compare else None
     if accelerator.is_main_process:
@@ -249,7 +254,16 @@ def make_trainer(setting: Setting, trained: Mapping[str, nn.Parameter], lesson: 
         seed=spec.seed,
     )
     masters = Masters(trained, weight_decay=spec.weight_decay, ema_decay=spec.ema_decay)
-    return Trainer(policy, masters, feed, pace, setting.accelerator, penalties, objective=lesson.objective(setting))
+    return Trainer(
+        policy,
+        masters,
+        feed,
+        pace,
+        setting.accelerator,
+        penalties,
+        objective=lesson.objective(setting),
+        replay_ratio=getattr(spec, "replay_ratio", None),
+    )
 
 
 def interference(trainer: Trainer, material: Material) -> float | None:

@@ -342,10 +342,11 @@ def test_teachers_and_routes_change_the_result(tmp_path, tiny_model, teachers):
         {"loss": "forward_kl", "tune": {"lora": {"rank": 2, "dropout": 0.2}}},
         {"loss": "jsd", "temperature": 2.0, "tune": {"full": {}}, "lr": 1e-3},
         {"loss": "reverse_kl", "words": None, "ema_decay": 0.9, "anchor": {"on": "both"}},
+        {"route": "best", "routes": {"new": [2]}, "weight": 1.0},
     ],
 )
 def test_interrupted_it_ends_with_the_same_bits(tmp_path, tiny_model, teachers, monkeypatch, kind):
-    spec = make_distill_spec(tmp_path, tiny_model, teachers, {"new": [0, 2]}, save_steps=3, **kind)
+    spec = make_distill_spec(tmp_path, tiny_model, teachers, **{"routes": {"new": [0, 2]}, "save_steps": 3, **kind})
     whole = open_workspace(tmp_path / "whole")
     run_distill(spec, whole)
     update = Masters.update
@@ -733,6 +734,33 @@ def test_a_teacher_none_of_whose_answers_is_kept_is_an_error(tmp_path, tiny_mode
     spec = _written(tmp_path, tiny_model, teachers[2], keep="verified", verifiers={"asked": {"exact": {}}})
     with pytest.raises(DataError, match="teacher 'teacher 0' has written no answer that is kept to any of its 8 rows"):
         run_distill(spec, workspace, lambda *_: False)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [{"weight": 0.0}, {"weight": 0.5, "tune": {"full": {}}, "lr": 1e-3}],
+)
+def test_with_written_answers_interrupted_it_ends_with_the_same_bits(tmp_path, tiny_model, teachers, monkeypatch, kind):
+    spec = _written(tmp_path, tiny_model, teachers[0], steps=6, save_steps=2, **kind)
+    whole, workspace = open_workspace(tmp_path / "whole"), open_workspace(tmp_path / "broken")
+    run_distill(spec, whole)
+    best, update, calls = distill_answers._best, Masters.update, []
+
+    def break_down(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) in (4, 12):
+            raise Interruption
+        return best(*arguments) if len(arguments) > 2 else update(*arguments)
+
+    # First while the teacher writes, then in a step.
+    for place, name in ((distill_answers, "_best"), (Masters, "update")):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, break_down)
+            with pytest.raises(Interruption):
+                run_distill(spec, workspace)
+        calls[:] = [1] * 8
+    run_distill(spec, workspace)
+    assert _tree(workspace, spec) == _tree(whole, spec)
 
 
 def test_what_was_written_is_not_written_again(tmp_path, tiny_model, teachers, workspace, monkeypatch):
