@@ -122,7 +122,9 @@ def test_a_trained_model_is_recorded_from_the_command_line_as_transformers_hears
     model = AutoModelForCausalLM.from_pretrained(taught, dtype=torch.bfloat16)
     for row, ask in zip(rows, SAID, strict=True):
         ids = codec.encode_prompt([{"role": "user", "content": ask}])
-        heard = model.generate(torch.tensor([ids]), max_new_tokens=16, do_sample=False, eos_token_id=list(codec.stop_ids))
+        heard = model.generate(
+            torch.tensor([ids]), max_new_tokens=16, do_sample=False, eos_token_id=list(codec.stop_ids)
+        )
         assert row["messages"][-1]["content"] == codec.decode(heard[0, len(ids) :].tolist()[:-1]) == SAID[ask]
     assert "3 of 3 prompts answered" in told
     assert "1 rows could not be read" in told
