@@ -35,7 +35,7 @@ from evertune.data.rows import Row, detect_format, files_of, iter_rows
 from evertune.data.select import class_balanced, coverage, highest_score
 from evertune.data.shingles import WIDTH
 from evertune.data.write import RowWriter, row_writer
-from evertune.errors import DataError
+from evertune.errors import DataError, RecipeError
 from evertune.hashing import digest_file
 from evertune.workspace.disk import write_atomically
 
@@ -256,7 +256,14 @@ def filter_rows(
 
     Args:
         scorers: signals beside those of `quality.py`.
+
+    Raises:
+        RecipeError: a rule is of a source that is not there.
     """
+    there = [source.name for source in sources]
+    for rule in rules:
+        if rule.source and rule.source not in there:
+            raise RecipeError(f"the rule '{rule}' is of source '{rule.source}'; there are: {', '.join(there)}.")
     scored = dict(scorers or {})
     names = list(dict.fromkeys(rule.signal for rule in rules))
     values: list[dict[str, NDArray[np.float64]]] = []

@@ -207,3 +207,20 @@ def test_lines_that_stay_are_copied_byte_for_byte(tmp_path: Path) -> None:
     assert (tmp_path / "out/rows.jsonl").read_bytes() == b"".join(one + b"\n" for one in kept)
     (removed,) = lines(tmp_path / "out/removed.jsonl")
     assert (removed["line"], removed["of"], removed["row"]) == (7, f"{source}:1", {"text": "café one", "n": 1.5})
+
+
+def test_a_rule_of_a_source_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    source = write(tmp_path / "rows.jsonl", ROWS)
+    with pytest.raises(EvertuneError, match=r"the rule 'row:words>=3' is of source 'row'; there are: rows\."):
+        run("data", "filter", source, "--keep", "row:words>=3")
+
+
+def test_a_bad_first_row_speaks_for_nothing_and_is_shown(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", ROWS)
+    path.write_bytes(b"\xef\xbb\xbf{}\n{cut\n" + path.read_bytes())
+    told = run("data", "dedup", path)
+    assert "2 rows could not be read" in told
+    assert f"{path}:1: found a byte order mark" in told
+    path.write_bytes(b"{cut\n")
+    with pytest.raises(EvertuneError, match="rows.jsonl:1: found malformed JSON"):
+        run("data", "dedup", path)
