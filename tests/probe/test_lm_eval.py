@@ -211,7 +211,7 @@ def test_items_of_a_task_are_searched_for_in_training_rows(tmp_path: Path, monke
     assert [(one.row_id, one.item, one.how) for one in found if one.is_leak] == [
         ("bare", "2", "normalised"),
         ("whole", "3", "exact"),
-        ("inside", "5", "contained"),
+        ("inside", "5", "near-duplicate"),
     ]
     # They are kept: lm-eval is not loaded a second time.
     monkeypatch.setitem(sys.modules, "evertune.probe.lm_eval", None)
