@@ -226,7 +226,7 @@ def find_templates(prints: Fingerprints, sources: Indices, share: float = TEMPLA
 def _templates(shingles: Shingles, rows: Indices, of_source: Indices, share: float) -> Hashes:
     found = [np.zeros(0, np.uint64)]
     for source in np.unique(of_source[rows]):
-        own = rows[of_source[rows] == source]
+        own = np.sort(rows[of_source[rows] == source])
         if len(own) >= TEMPLATE_ROWS and share < 1.0:
             found.append(common_hashes(shingles.take(own), share))
     return distinct(np.concatenate(found))

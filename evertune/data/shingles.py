@@ -52,6 +52,11 @@ class Shingles:
     def take(self, rows: Indices) -> "Shingles":
         """The sets of some rows, in the order asked for."""
         sizes = self.sizes[rows]
+        if 2 * len(rows) > len(self) and (rows[1:] > rows[:-1]).all():
+            # Most rows in their order: a mask is several times faster than an index for each shingle.
+            is_taken_R = np.zeros(len(self), np.bool_)
+            is_taken_R[rows] = True
+            return Shingles(_starts(sizes), self.hashes[np.repeat(is_taken_R, self.sizes)])
         return Shingles(_starts(sizes), self.hashes[spans(self.starts[:-1][rows], sizes)])
 
     def without(self, common: Hashes) -> "Shingles":

@@ -1,5 +1,6 @@
 """Shingles against sets of tuples of words, and what counts as a word."""
 
+import random
 import subprocess
 import sys
 
@@ -67,3 +68,15 @@ def test_a_template_is_what_most_rows_share() -> None:
 def test_plain_ascii_is_normalised_as_any_text_is(text: str) -> None:
     # One letter beyond ASCII takes the general way.
     assert normalise_text(text + " é") == f"{normalise_text(text)} é".strip()
+
+
+@given(texts, st.randoms())
+def test_rows_are_taken_alike_in_and_out_of_their_order(rows: list[str], rng: random.Random) -> None:
+    whole = shingle(rows)
+    taken = sorted(rng.sample(range(len(rows)), rng.randint(0, len(rows))))
+    for order in (taken, taken[::-1]):
+        found = whole.take(np.array(order, dtype=np.int64))
+        expected = [whole.hashes[whole.starts[i] : whole.starts[i + 1]] for i in order]
+        assert [found.hashes[found.starts[i] : found.starts[i + 1]].tolist() for i in range(len(order))] == [
+            one.tolist() for one in expected
+        ]
