@@ -325,7 +325,7 @@ class _Work:
             buffer = np.empty(size, np.uint8)
         data = buffer[:size]
         if size and tensor.settings is None:
-            _copy_equal(self._plan, tensor, offset, data, self._files)
+            copy_equal(self._plan, tensor, offset, data, self._files)
         elif size:
             self._apply(opened, segment, reader, data)
         if size:
@@ -395,7 +395,7 @@ def tensor_rule(plan: MergePlan, tensor: TensorPlan) -> Rule:
         raise MergeError(f"{tensor.name}: {error.message}", remedy=error.remedy) from None
 
 
-def _copy_equal(plan: MergePlan, tensor: TensorPlan, offset: int, data: Array, files: Files) -> None:
+def copy_equal(plan: MergePlan, tensor: TensorPlan, offset: int, data: Array, files: Files) -> None:
     """An integer or boolean tensor: the same in all models, and copied."""
     other = np.empty_like(data)
     for i, model in enumerate(plan.sources):
