@@ -29,6 +29,7 @@ from evertune.merge.kernels import Array
 from evertune.merge.methods import Pass, Rule, State, copy_of_first
 from evertune.merge.output import OutputFiles
 from evertune.merge.plan import (
+    MANIFEST,
     TOKENIZER_FILES,
     MergePlan,
     TensorPlan,
@@ -42,7 +43,6 @@ from evertune.merge.statistics import measure
 from evertune.model.checkpoint import INDEX, NOTE, Checkpoint, describe
 from evertune.model.header import DTYPE_BITS
 
-MANIFEST = "merge.json"
 JOURNAL = "journal.jsonl"
 COPY_BYTES = 1 << 20
 

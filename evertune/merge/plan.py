@@ -25,6 +25,8 @@ from evertune.model.header import DTYPE_BITS
 
 # Changes whenever the same configuration would give other bytes.
 VERSION = 2
+# What a merged folder says of itself.
+MANIFEST = "merge.json"
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 CONFIG_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 CHUNK_ELEMENTS = 1 << 18
@@ -239,7 +241,32 @@ def _fit(config: MergeConfig, given: Sequence[Source], donor: Source) -> _Fit:
     sources = tuple(_with_vocabulary(one, donor, config, problems, notes) for one in sources)
     donor = next(one for one in sources if one.name == donor.name)
     _check_tensors(sources, donor, sorted(donor.tensors), config, problems)
+    notes += [
+        f"{one.name}: is a merge itself, rounded to {numbers_of(one)}, and is rounded again; merge what it was made "
+        "of, or make it again with dtype: float32"
+        for one in sources
+        if is_rounded_merge(one)
+    ]
     return _Fit(sources, donor, notes, problems)
+
+
+def numbers_of(source: Source) -> str:
+    """The dtype in which most of a model's numbers are stored, the base of an adapter for the adapter."""
+    return _main_dtype((one.info.dtype, math.prod(one.info.shape)) for one in source.tensors.values())
+
+
+def is_rounded_merge(source: Source) -> bool:
+    """Whether a merge would start from numbers that another merge has rounded to 16 bits."""
+    is_merged = (source.checkpoint.base.path / MANIFEST).is_file()
+    return is_merged and numbers_of(source) in ("bfloat16", "float16")
+
+
+def _main_dtype(elements: Iterable[tuple[str, int]]) -> str:
+    sizes: dict[str, int] = {}
+    for dtype, count in elements:
+        if dtype in FLOATS:
+            sizes[dtype] = sizes.get(dtype, 0) + count
+    return CONFIG_DTYPES[max(sizes, key=lambda one: sizes[one])] if sizes else ""
 
 
 def _identity(
@@ -480,12 +507,8 @@ def index_json(plan: MergePlan) -> dict[str, Any] | None:
 def _merged_config(config: MergeConfig, donor: Source, tensors: Iterable[TensorPlan]) -> dict[str, Any]:
     """The donor's config.json with the dtype that is written."""
     merged = dict(donor.config)
-    sizes: dict[str, int] = {}
-    for one in tensors:
-        if one.dtype in FLOATS:
-            sizes[one.dtype] = sizes.get(one.dtype, 0) + one.elements
-    if sizes:
-        written = CONFIG_DTYPES[max(sizes, key=lambda one: sizes[one])]
+    written = _main_dtype((one.dtype, one.elements) for one in tensors)
+    if written:
         merged.pop("torch_dtype", None)
         merged["dtype"] = written
     return merged

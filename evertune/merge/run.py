@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from evertune.errors import EvertuneError, MergeError
-from evertune.merge.engine import MANIFEST, Merged, Progress, check_new, check_room, partial_of, run_merge
+from evertune.merge.engine import Merged, Progress, check_new, check_room, partial_of, run_merge
 from evertune.merge.factored import Residual, common_base, write_factored
-from evertune.merge.plan import MergePlan
+from evertune.merge.plan import MANIFEST, MergePlan
 from evertune.model.checkpoint import Checkpoint, describe
 
 
