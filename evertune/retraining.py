@@ -28,7 +28,7 @@ from evertune.model.codec import load_codec
 from evertune.plan import Plan, make_plan
 from evertune.process import Workers
 from evertune.recipe.load import LoadedRecipe, load_recipe
-from evertune.recipe.schema import REPLAYABLE, Round, Training, new_sources
+from evertune.recipe.schema import REPLAYABLE, Round, Training, kept_sources
 from evertune.report import build_report
 from evertune.report.rounds import champion_line
 from evertune.run import run_recipe
@@ -91,7 +91,7 @@ def advise_update(loaded: LoadedRecipe, *, is_zero_tolerance: bool = False) -> U
         )
     one = _next_round(loaded, events)
     old = {name: _rows(plan, name) for name in seen if name in plan.recipe.data}
-    new = {name: _rows(plan, name) for name in new_sources(one) if name not in old}
+    new = {name: _rows(plan, name) for name in kept_sources(one) if name not in old}
     counts = _Counts.of(plan, old, new)
     settings = next((stage.settings for stage in one.stages if isinstance(stage.settings, Training)), None)
     passes = float(settings.epochs) if settings is not None and settings.epochs else 1.0
