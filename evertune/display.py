@@ -127,6 +127,12 @@ class Display:
             told = f"{verdict.decision} by itself, gain {100 * gain(verdict):+.1f} points"
             self._console.print(f"  best of  {escape(name.ljust(10))} {told}{kept}")
 
+    def teachers(self, label: str, forwards: int | None) -> None:
+        """How often the teachers of a stage were asked when it was made; nothing where it has none."""
+        if forwards is not None:
+            told = f"{forwards:,} forward passes" if forwards else "0 forward passes, every answer was in the cache"
+            self._console.print(f"  teachers {escape(label)}: {told}")
+
     def academic(self, label: str, methods: Sequence[str]) -> None:
         """Say that a checkpoint was made with methods that nobody has validated in production, if it was."""
         if methods:

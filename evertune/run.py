@@ -301,6 +301,7 @@ def perform_stage(
         "settings": order.settings(),
     }
     session.display.warnings(label, body.get("warnings", ()))
+    session.display.teachers(label, manifest.record["volatile"].get("teacher_forwards"))
     event = digest_json({"label": label, "object": order.key})
     _record(session, "checkpoint", event, body, manifest.record["volatile"])
     session.display.academic(label, named(body["methods"], "academic"))
