@@ -8,8 +8,8 @@ geometric mean probability of their tokens; it calls a model healthy unless that
 what it is asked, so both are printed.
 
 `--twins 4 --data DATA --folder FOLDER` asks instead how often an equal model is held: as many models are tuned from the
-base with one recipe and different seeds, which are twins: none is better than another but by luck. In each of 200 repeats
-two are drawn, in random order, and half of the items of knowledge, arithmetic and prose; every HOLD is an error.
+base with one recipe and different seeds, which are twins: none is better than another but by luck. In each of 200
+repeats two are drawn, in random order, and half of the items of three probes; every HOLD is an error.
 """
 
 import argparse
