@@ -2,6 +2,7 @@
 door; what differs between kinds is a `Lesson`.
 """
 
+import re
 import time
 import warnings
 from abc import ABC, abstractmethod
@@ -43,6 +44,8 @@ from evertune.workspace import Manifest, Workspace
 # The final loss is averaged over this many steps: one step's is mostly the luck of its rows.
 FINAL_STEPS = 10
 LOSS_POINTS = 100
+# A layer's name within a parameter's, whatever wraps the model: `model.layers.3`.
+_LAYER = re.compile(r"(model\.layers\.\d+)\.")
 
 
 class Lesson(ABC):
@@ -280,15 +283,22 @@ def make_trainer(setting: Setting, trained: Mapping[str, nn.Parameter], lesson: 
     )
 
 
-def interference(trainer: Trainer, material: Material) -> float | None:
-    """Cosine between the gradients of the new and of the replayed rows' loss, on one micro-batch of each.
+def interference(trainer: Trainer, material: Material) -> dict[str, float] | None:
+    """Cosine between the gradients of the new and of the replayed rows' loss, on one micro-batch of each: of all
+    trained weights under `""`, and of each layer that has some under its name.
 
     Below 0 the two disagree: a step that helps the one hurts the other. None without replay.
     """
     new, old = (material.first_rows(material.micro_batch_rows, is_replay=kind) for kind in (False, True))
     if not new or not old:
         return None
-    return cosine(gradient_of(trainer, new), gradient_of(trainer, old))
+    gradients = [gradient_of(trainer, rows) for rows in (new, old)]
+    layers = {found[1]: None for name in gradients[0] if (found := _LAYER.search(name))}
+    parts = {
+        layer: [{name: one for name, one in each.items() if f"{layer}." in name} for each in gradients]
+        for layer in layers
+    }
+    return {"": cosine(*gradients), **{layer: cosine(*each) for layer, each in parts.items()}}
 
 
 def _anchor(anchor: AnchorSpec, setting: Setting) -> Anchor:
@@ -416,5 +426,8 @@ def mean_of(history: Sequence[Metrics], name: str) -> float:
     return sum(values) / len(values)
 
 
-def _start_and_end(start: float | None, end: float | None) -> dict[str, float] | None:
-    return None if start is None or end is None else {"start": start, "end": end}
+def _start_and_end(start: dict[str, float] | None, end: dict[str, float] | None) -> dict[str, Any] | None:
+    if start is None or end is None:
+        return None
+    layers = {name: [value, end[name]] for name, value in start.items() if name}
+    return {"start": start[""], "end": end[""], "layers": layers}
