@@ -3,14 +3,18 @@
     python benchmarks/merge.py setup                      mergekit in an environment of its own
     python benchmarks/merge.py generate --size 0.3b       a base and three experts, synthetic Llama checkpoints in bf16
     python benchmarks/merge.py time --size 0.3b           interleaved rounds: floor, evertune, mergekit
+    python benchmarks/merge.py table --size 0.3b          the table of all rounds so far
     python benchmarks/merge.py parity                     the same numbers as mergekit, on a small model
     python benchmarks/merge.py clean
 
 Everything lies under --folder (default: ~/.cache/evertune/benchmarks). A round runs each program once, one after the
-other, on the same files in the page cache; the table shows medians over rounds and the range. CPU seconds are user and
-system time of the process and its children; anonymous memory is sampled every 20 ms from /proc.
+other, on the same files in the page cache; and is added to FOLDER/times-SIZE.jsonl; the table shows medians over all
+rounds and the range. CPU seconds are user and system time of the process and its children; anonymous memory is
+sampled every 20 ms from /proc.
 
 floor: read every input once and write one output, in blocks of 1 MiB, nothing computed.
+after imports: without Python's start, imports, and what numba imports at the first call of a kernel.
+The digests of inputs are known, as they are after any earlier look at them; the first look costs 0.6 CPU seconds a GB.
 """
 
 import argparse
@@ -24,7 +28,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -221,10 +225,13 @@ DRIVER = """
 import json, sys, time
 started = time.process_time()
 from pathlib import Path
+import numpy as np
 from evertune.merge.config import load_config
 from evertune.merge.engine import run_merge
 from evertune.merge.plan import plan_merge
+from evertune.merge.kernels import is_finite
 config, out, cache, threads = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
+is_finite(np.zeros(8, np.uint8), 0)
 imported = time.process_time()
 plan = plan_merge(load_config(config), folder=config.parent, cache=cache)
 planned = time.process_time()
@@ -277,9 +284,8 @@ def _weighs(method: str) -> bool:
 
 
 def time_all(folder: Path, size: str, methods: Sequence[str], rounds: int, threads: int, *, mergekit: bool) -> None:
-    """Interleaved rounds of every method; prints a Markdown table."""
+    """Interleaved rounds of every method, each kept; prints the table of all that were ever kept."""
     data = generate(folder, size)
-    found: dict[str, dict[str, list[dict[str, float]]]] = {one: {} for one in methods}
     quiet = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(_root())}
     out = data / "out"
     for number in range(rounds):
@@ -294,44 +300,57 @@ def time_all(folder: Path, size: str, methods: Sequence[str], rounds: int, threa
                 programs["mergekit"] = lambda method=method: run_program(  # type: ignore[misc]
                     mergekit_command(data, method, out, threads), quiet
                 )
+            shutil.rmtree(out, ignore_errors=True)
+            if number == 0:
+                programs["evertune"]()  # fills the caches: pages, digests of inputs, machine code
+            one_round: dict[str, Any] = {"method": method, "threads": threads}
             for name, program in programs.items():
                 shutil.rmtree(out, ignore_errors=True)
-                if number == 0 and name == "evertune" and method == methods[0]:
-                    program()  # fills the caches: pages, digests of inputs, machine code
-                    shutil.rmtree(out, ignore_errors=True)
-                result = program()
-                found[method].setdefault(name, []).append(result)
-                print(size, number, method, name, {key: round(value, 2) for key, value in result.items()}, flush=True)
-                shutil.rmtree(out, ignore_errors=True)
-    _print_table(size, found, rounds, threads)
+                one_round[name] = program()
+                print(size, number, method, name, {k: round(v, 2) for k, v in one_round[name].items()}, flush=True)
+            shutil.rmtree(out, ignore_errors=True)
+            with (folder / f"times-{size}.jsonl").open("a") as file:
+                file.write(json.dumps(one_round) + "\n")
+    print_table(folder, size)
 
 
-def _print_table(size: str, found: dict[str, dict[str, list[dict[str, float]]]], rounds: int, threads: int) -> None:
-    print(f"\n{time.strftime('%Y-%m-%d')}, {_machine()}, {threads} threads, median of {rounds} rounds [range]\n")
+def print_table(folder: Path, size: str) -> None:
+    """The rounds so far as a Markdown table."""
+    rounds = [json.loads(line) for line in (folder / f"times-{size}.jsonl").read_text().splitlines()]
+    print(f"\n{time.strftime('%Y-%m-%d')}, {_machine()}; median [range]\n")
     print(
-        f"| {size} | floor CPU s | evertune CPU s | after imports | of it SHA-256 | without imports and SHA-256 / floor"
-        " | wall s | anonymous MB | mergekit CPU s | wall s | anonymous MB | mergekit / evertune CPU | wall |"
+        f"| {size} | rounds | floor CPU s | evertune CPU s | after imports | of it SHA-256 | after imports / floor "
+        "| without SHA-256 / floor | wall s | anonymous MB | mergekit CPU s | wall s | anonymous MB "
+        "| mergekit / evertune CPU | wall |"
     )
-    print("|" + "---|" * 13)
-    for method, programs in found.items():
-        ours, floor, theirs = programs["evertune"], programs["floor"], programs.get("mergekit", [])
-        net = [(a["after_imports"] - a["digest"]) / b["cpu"] for a, b in zip(ours, floor, strict=True)]
+    print("|" + "---|" * 15)
+    for method in OURS:
+        ours = [one for one in rounds if one["method"] == method]
+        both = [one for one in ours if "mergekit" in one]
+        if not ours:
+            continue
+        unhashed = [one["evertune"]["after_imports"] - one["evertune"]["digest"] for one in ours]
         cells = [
-            method, _spread([one["cpu"] for one in floor]), _spread([one["cpu"] for one in ours]),
-            _spread([one["after_imports"] for one in ours]), _spread([one["digest"] for one in ours]), _spread(net),
-            _spread([one["wall"] for one in ours]), _spread([one["anonymous_mb"] for one in ours], 0),
+            method, str(len(ours)), _spread(one["floor"]["cpu"] for one in ours),
+            *(_spread(one["evertune"][key] for one in ours) for key in ("cpu", "after_imports", "digest")),
+            _spread(one["evertune"]["after_imports"] / one["floor"]["cpu"] for one in ours),
+            _spread(net / one["floor"]["cpu"] for net, one in zip(unhashed, ours, strict=True)),
+            _spread(one["evertune"]["wall"] for one in ours),
+            _spread((one["evertune"]["anonymous_mb"] for one in ours), 0),
         ]  # fmt: skip
-        if theirs:
+        if both:
             cells += [
-                _spread([one["cpu"] for one in theirs], 1), _spread([one["wall"] for one in theirs], 1),
-                _spread([one["anonymous_mb"] for one in theirs], 0),
-                _spread([b["cpu"] / a["cpu"] for a, b in zip(ours, theirs, strict=True)], 1),
-                _spread([b["wall"] / a["wall"] for a, b in zip(ours, theirs, strict=True)], 1),
-            ]  # fmt: skip
+                _spread((one["mergekit"]["cpu"] for one in both), 1),
+                _spread((one["mergekit"]["wall"] for one in both), 1),
+                _spread((one["mergekit"]["anonymous_mb"] for one in both), 0),
+                _spread((one["mergekit"]["cpu"] / one["evertune"]["cpu"] for one in both), 1),
+                _spread((one["mergekit"]["wall"] / one["evertune"]["wall"] for one in both), 1),
+            ]
         print("| " + " | ".join(cells) + " |")
 
 
-def _spread(values: Sequence[float], digits: int = 2) -> str:
+def _spread(given: Iterable[float], digits: int = 2) -> str:
+    values = list(given)
     middle = statistics.median(values)
     return f"{middle:.{digits}f} [{min(values):.{digits}f}, {max(values):.{digits}f}]"
 
@@ -348,7 +367,7 @@ def _root() -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("setup", "generate", "time", "parity", "clean"))
+    parser.add_argument("command", choices=("setup", "generate", "time", "table", "parity", "clean"))
     parser.add_argument("--folder", type=Path, default=Path.home() / ".cache" / "evertune" / "benchmarks")
     parser.add_argument("--size", choices=tuple(SIZES), default="0.3b")
     parser.add_argument("--methods", nargs="+", default=list(OURS), choices=tuple(OURS))
@@ -365,6 +384,8 @@ def main() -> None:
         time_all(
             given.folder, given.size, given.methods, given.rounds, given.threads, mergekit=not given.without_mergekit
         )
+    elif given.command == "table":
+        print_table(given.folder, given.size)
     elif given.command == "parity":
         parity(given.folder)
     else:

@@ -23,6 +23,8 @@ from evertune.probe.suite import AnyProbe
 from evertune.workspace import Workspace
 
 COLOURS = {"PROMOTE": "bold green", "HOLD": "bold red", "INCONCLUSIVE": "bold yellow"}
+# A fall is told when its p-value, adjusted over the probes, is below.
+SHOWN = 0.05
 # Width of a log file, where there is no terminal to ask.
 LOG_COLUMNS = 120
 OUTCOME_COLOURS = {"pass": "green", "harm": "red", "too_few": "yellow", "undecided": "yellow", "watch": "dim"}
@@ -65,14 +67,14 @@ class Display:
         with self._status(f"{label}: starting") as status:
 
             def watch() -> None:
-                last = _last_line(metrics)
+                last = last_line(metrics)
                 if last is not None:
                     state.update(last)
-                    status(f"{label}: {_progress(state, time.monotonic() - began)}")
+                    status(f"{label}: {progress(state, time.monotonic() - began)}")
 
             yield watch
             watch()
-        self._console.print(f"  made     {escape(label)}  [dim]{_progress(state, time.monotonic() - began)}[/]")
+        self._console.print(f"  made     {escape(label)}  [dim]{progress(state, time.monotonic() - began)}[/]")
 
     @contextlib.contextmanager
     def probing(self, label: str, probes: int) -> Iterator[Callable[[], None]]:
@@ -159,6 +161,15 @@ class Display:
     def discarded(self, round_name: str, label: str, champion: str) -> None:
         self._console.print(f"  set aside {escape(label)}; champion stays {escape(champion)}, digest unchanged")
 
+    def erosion(self, body: Mapping[str, Any]) -> None:
+        """The capabilities that a stage has shown to have worn away, and since when."""
+        for each in body["against"]:
+            for one in each["changes"]:
+                if one["p_harm"] < SHOWN:
+                    low, high = one["ci90"]
+                    told = f"{one['probe']} {one['difference']:+.3f} ({low:+.3f} to {high:+.3f}) since {each['since']}"
+                    self._console.print(f"  [yellow]eroded[/]   {escape(told)}")
+
     def warnings(self, label: str, warnings: Sequence[Mapping[str, str]]) -> None:
         """What a person should know of how a stage ended."""
         for one in warnings:
@@ -211,7 +222,7 @@ def _cell(scores: ItemScores) -> str:
     return f"{scores.value:.3f}" + (" v" if scores.direction == "lower" else "")
 
 
-def _progress(state: Mapping[str, Any], seconds: float) -> str:
+def progress(state: Mapping[str, Any], seconds: float) -> str:
     if "step" not in state:
         return f"{seconds:.0f} s"
     steps = f"/{state['steps']}" if "steps" in state else ""
@@ -219,7 +230,7 @@ def _progress(state: Mapping[str, Any], seconds: float) -> str:
     return f"step {state['step']}{steps}, loss {state.get('loss', float('nan')):.3f}{speed}, {seconds:.0f} s"
 
 
-def _last_line(path: Any) -> dict[str, Any] | None:
+def last_line(path: Any) -> dict[str, Any] | None:
     """The last complete line of a growing metrics file, or None."""
     try:
         lines = path.read_bytes().split(b"\n")

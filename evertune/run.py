@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from evertune import rescue as ladder
 from evertune.consolidation import Best, choose_way
 from evertune.display import Display
+from evertune.erosion import erosion_body
 from evertune.errors import IntegrityError
 from evertune.gate import GateSettings, ProbeFacts, Verdict, judge
 from evertune.hashing import digest_json
@@ -84,11 +85,13 @@ class Completed(NamedTuple):
 
 
 class Decided(NamedTuple):
-    """A candidate after its verdict: with the scores that decided, and the position that the verdict leaves behind."""
+    """A candidate after its verdict: with the scores that decided, the round as it was performed (amended by a rescue,
+    perhaps), and the position that the verdict leaves behind."""
 
     verdict: Verdict
     key: str
     candidate: Model
+    performed: Round
     position: Position
 
 
@@ -169,15 +172,36 @@ def run_round(session: Session, one: Round, position: Position) -> Position:
     by = "gate"
     if decided.verdict.decision != "PROMOTE":
         decided, by = rescue(session, one, made, decided, tried=tried), "rescue"
-    verdict, key, candidate, position = decided
+    verdict, key, candidate, performed, position = decided
     new = {model.label: model for model in (*before[1:], *made[1:])}
     position = replace(position, made=(*position.made, *new.values()))
     session.decisions[one.name] = verdict.decision
     if verdict.decision == "PROMOTE":
-        position = promote(session, one, candidate, position, by=by)
+        position = promote(session, performed, candidate, position, by=by)
     settled = {"round": one.name, "decision": session.decisions[one.name], "champion": position.champion.label}
     _record(session, "settled", key, settled)
     return _after_settling(session, replace(position, settled=key))
+
+
+def record_erosion(session: Session, one: Round, made: Sequence[Model]) -> None:
+    """What the newest stage of a round of several did to each capability: since the checkpoint before it, and since
+    the newest sft stage before it, or the round's start.
+
+    Args:
+        made: the round's start, then what its stages have made, all scored but for a start that nobody asked.
+    """
+    if len(one.stages) == 1:
+        return
+    before, last = made[:-1], made[-1]
+    taught = [i + 1 for i, stage in enumerate(one.stages[: len(before) - 1]) if stage.sft is not None]
+    compared = {model.label: model.scores for model in (before[-1], before[taught[-1] if taught else 0])}
+    body = {
+        "round": one.name,
+        "label": last.label,
+        "against": erosion_body(last.scores, {label: scores for label, scores in compared.items() if scores}),
+    }
+    _record(session, "erosion", digest_json(body), body)
+    session.display.erosion(body)
 
 
 def perform_stages(
@@ -191,6 +215,7 @@ def perform_stages(
     found = list(made)
     for index in range(len(made) - 1, len(one.stages)):
         found.append(probe(session, perform_stage(session, one, index, found, position, attempt=attempt)))
+        record_erosion(session, one, found)
     return found
 
 
@@ -376,7 +401,7 @@ def decide(
     then = next_command(_seen_from_here(plan.workspace), plan.recipe.name, candidate.label, verdict.decision)
     session.display.verdict(candidate.label, verdict, body, next_command=then)
     after = replace(position, ratchet=position.ratchet.judged(verdict.decision), verdicts=position.verdicts + 1)
-    return Decided(verdict, key, candidate, after)
+    return Decided(verdict, key, candidate, one, after)
 
 
 def _open_facts(session: Session, one: Round) -> dict[str, ProbeFacts]:
@@ -427,7 +452,8 @@ def rescue(session: Session, one: Round, made: Sequence[Model], decided: Decided
         tried: ways to consolidate the round of which its last stage was picked: each could have climbed this ladder.
     """
     recipe = session.plan.recipe
-    rungs: Sequence[Rung] = one.rescue if one.rescue is not None else recipe.rescue
+    written: Sequence[Rung] = one.rescue if one.rescue is not None else recipe.rescue
+    rungs = ladder.in_order(written, recipe.rescue_budget.order, [model.steps for model in made[1:]])
     tries, own_steps = tried * ladder.count_tries(rungs), sum(model.steps for model in made[1:])
     attempts = steps = 0
     for rung in rungs:
@@ -455,7 +481,11 @@ def rescue(session: Session, one: Round, made: Sequence[Model], decided: Decided
 
 
 def promote(session: Session, one: Round, candidate: Model, position: Position, *, by: str) -> Position:
-    """Make the candidate the champion, raise the ratchet, and keep the round's rows for later replay."""
+    """Make the candidate the champion, raise the ratchet, and keep the round's rows for later replay.
+
+    Args:
+        one: the round as it was performed: what a rescue left out has taught the model nothing, and is not replayed.
+    """
     body = {
         "round": one.name,
         "label": candidate.label,
@@ -500,7 +530,7 @@ def _retrain(
         display.line(f"  rescue   {rung.kind} led to the same model")
         return None
     facts: dict[str, Any] = {"rung": proposal.rung, "alpha": None, "why": proposal.why, "scan": []}
-    return decide(session, one, again[-1], position, tried=tries, rescue_facts=facts), steps
+    return decide(session, amended, again[-1], position, tried=tries, rescue_facts=facts), steps
 
 
 def _interpolate(
@@ -508,7 +538,7 @@ def _interpolate(
 ) -> Decided:
     """Scan between a reference and the candidate in memory, write the best point, and judge it like any candidate."""
     candidate = made[-1]
-    reference = made[0] if settings.toward == "start" else position.champion
+    reference = {"start": made[0], "before": made[-2], "champion": position.champion}[settings.toward]
     scan = _scan(session, one, ladder.shares_of(settings.alphas, settings.blocks), candidate, reference)
     chosen = ladder.choose(
         scan,

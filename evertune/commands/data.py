@@ -9,6 +9,7 @@ import typer
 
 if TYPE_CHECKING:
     from evertune.data.mixed import Mixed
+    from evertune.data.sift import Reader
 
 app = typer.Typer(
     no_args_is_help=True, help="Look at training rows; deduplicate, filter and mix them; trace and remove."
@@ -24,6 +25,11 @@ Out = Annotated[
 ]
 As = Annotated[Literal["jsonl", "parquet"], typer.Option("--as", help="How rows are written.")]
 Workers = Annotated[int, typer.Option(min=1, max=256, help="Processes; the result is the same for any number.")]
+EngineWorkers = Annotated[int, typer.Option("--workers", min=1, max=256, help="Processes of --engine ray.")]
+Engine = Annotated[
+    Literal["local", "ray"],
+    typer.Option(help="ray: files are read and written by Ray Data, on a cluster where RAY_ADDRESS names one."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
 Part = Literal["both", "prompt", "answer"]
 
@@ -46,6 +52,7 @@ def dedup(
     format: Format = None,
     written_as: As = "jsonl",
     workers: Workers = 1,
+    engine: Engine = "local",
     as_json: AsJson = False,
 ) -> None:
     """Remove rows that repeat another one, word for word or nearly."""
@@ -62,11 +69,21 @@ def dedup(
     settings = sift.DedupSettings(part, width, threshold, template_share, workers)
     opened = open_index(index, IndexSettings(part, width, threshold), create=extend) if index is not None else None
     bad = sift.BadRows()
-    decide, keep = sift.dedup(sources, settings, against=sift.sources_of(against or [], None), index=opened, bad=bad)
+    reader = _reader(engine, workers)
+    old = sift.sources_of(against or [], None)
+    decide, keep = sift.dedup(sources, settings, against=old, index=opened, bad=bad, reader=reader)
     asked = {name: value for name, value in settings.__dict__.items() if name != "workers"}
     asked |= {"against": [str(one) for one in against or []], "index": str(index) if index else None}
     told = sift.sift(
-        sources, decide, out, operation="dedup", settings=asked, bad=bad, suffix=f".{written_as}", examples=3
+        sources,
+        decide,
+        out,
+        operation="dedup",
+        settings=asked,
+        bad=bad,
+        suffix=f".{written_as}",
+        examples=3,
+        reader=reader,
     )
     if extend:
         keep()
@@ -93,6 +110,8 @@ def filter_(
     samples: Annotated[int, typer.Option(min=0, help="Rows shown of what each rule drops.")] = 3,
     format: Format = None,
     written_as: As = "jsonl",
+    workers: EngineWorkers = 1,
+    engine: Engine = "local",
     as_json: AsJson = False,
 ) -> None:
     """Keep rows by named signals, with bounds or quantiles of each source."""
@@ -120,10 +139,19 @@ def filter_(
     rules = [parse_rule(one, [*SIGNALS, *scorers]) for one in texts]
     sources = sift.sources_of(files, format)
     bad = sift.BadRows()
-    decide, bounds = sift.filter_rows(sources, rules, scorers=scorers, bad=bad)
+    reader = _reader(engine, workers)
+    decide, bounds = sift.filter_rows(sources, rules, scorers=scorers, bad=bad, reader=reader)
     asked = {"rules": texts, "bounds": bounds, "model": model, "classifier": str(classifier) if classifier else None}
     told = sift.sift(
-        sources, decide, out, operation="filter", settings=asked, bad=bad, suffix=f".{written_as}", examples=samples
+        sources,
+        decide,
+        out,
+        operation="filter",
+        settings=asked,
+        bad=bad,
+        suffix=f".{written_as}",
+        examples=samples,
+        reader=reader,
     )
     _tell({**told.to_json(), "bounds": bounds}, out, as_json)
 
@@ -135,6 +163,8 @@ def decontaminate(
     out: Out = None,
     format: Format = None,
     written_as: As = "jsonl",
+    workers: EngineWorkers = 1,
+    engine: Engine = "local",
     as_json: AsJson = False,
 ) -> None:
     """Remove rows that hold probe items: equal, nearly equal, or inside a longer text."""
@@ -143,12 +173,32 @@ def decontaminate(
     sources = sift.sources_of(files, format)
     bad = sift.BadRows()
     items = [item for path in probes for item in _items_of(path)]
-    decide = sift.decontaminate(sources, items, bad=bad)
+    reader = _reader(engine, workers)
+    decide = sift.decontaminate(sources, items, bad=bad, reader=reader)
     asked = {"probes": [str(one) for one in probes]}
     told = sift.sift(
-        sources, decide, out, operation="decontaminate", settings=asked, bad=bad, suffix=f".{written_as}", examples=3
+        sources,
+        decide,
+        out,
+        operation="decontaminate",
+        settings=asked,
+        bad=bad,
+        suffix=f".{written_as}",
+        examples=3,
+        reader=reader,
     )
     _tell(told.to_json(), out, as_json)
+
+
+def _reader(engine: str, workers: int) -> "Reader":
+    if engine == "local":
+        from evertune.data.sift import Here
+
+        return Here()
+    from evertune.data.engine import RayEngine
+    from evertune.data.spread import Spread
+
+    return Spread(RayEngine(workers))
 
 
 def _items_of(path: Path) -> list[Any]:

@@ -26,7 +26,7 @@ from evertune.hashing import canonical_json
 from evertune.merge import kernels
 from evertune.merge.journal import Journal
 from evertune.merge.kernels import Array
-from evertune.merge.methods import Chunk, Pass, Rule, State
+from evertune.merge.methods import Pass, Rule, State, copy_of_first
 from evertune.merge.output import OutputFiles
 from evertune.merge.plan import (
     TOKENIZER_FILES,
@@ -288,7 +288,8 @@ class _Work:
 
     def _gather(self, opened: _Open, segment: int, one: Pass, reader: Reader) -> None:
         is_shared = bool(np.issubdtype(one.dtype, np.integer))
-        sums: Array = np.zeros(one.shape, one.dtype)
+        sums = reader.room.take("sums", one.shape, one.dtype) if is_shared else np.empty(one.shape, one.dtype)
+        sums.fill(0)
         for chunk in reader.chunks(opened.inputs, *opened.inputs.tensor.span(segment)):
             one.gather(chunk, opened.state, sums)
         with opened.lock:
@@ -326,14 +327,12 @@ class _Work:
         tensor = opened.inputs.tensor
         width, first = DTYPE_BITS[tensor.dtype] // 8, tensor.span(segment)[0]
         for chunk in reader.chunks(opened.inputs, *tensor.span(segment)):
-            count = chunk.experts.shape[1]
-            out = reader.rows(1, count, double=tensor.double, use="out")[0]
-            opened.rule.apply(chunk, opened.state, out)
             place = (chunk.begin - first) * width
-            bad = kernels.encode(out, FLOATS[tensor.dtype], data[place : place + count * width])
+            out = data[place : place + chunk.count * width]
+            bad = opened.rule.apply(chunk, opened.state, FLOATS[tensor.dtype], out)
             if bad:
                 raise MergeError(
-                    f"{tensor.name}: {bad} of {count} merged values do not fit into {tensor.dtype}, beginning at "
+                    f"{tensor.name}: {bad} of {chunk.count} merged values do not fit into {tensor.dtype}, beginning at "
                     f"element {chunk.begin}.",
                     remedy="Use smaller weights, or dtype: bfloat16 or float32.",
                 )
@@ -368,14 +367,8 @@ class _Work:
 
 def tensor_rule(plan: MergePlan, tensor: TensorPlan) -> Rule:
     """The method's rule for a tensor; without an expert that counts, the base as it is."""
-    if tensor.settings is None:
-        return Rule(lambda chunk, state, out: None)
-    if not tensor.experts:
-
-        def keep(chunk: Chunk, state: State, out: Array) -> None:
-            out[:] = chunk.base
-
-        return Rule(keep)  # fmt: skip
+    if tensor.settings is None or not tensor.experts:
+        return copy_of_first()
     try:
         return plan.method.rule(tensor.settings)
     except MergeError as error:
@@ -427,7 +420,7 @@ def _write_rest(plan: MergePlan, folder: Path, manifest: dict[str, Any]) -> None
     index = index_json(plan)
     if index is not None:
         _write(folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
-    _write(folder / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+    _write(folder / MANIFEST, manifest_text(manifest))
     made_of = [one.checkpoint.digest for one in plan.sources]
     (folder / NOTE).write_bytes(canonical_json({"made_of": made_of}))
     _write(folder / "config.json", json.dumps(dict(plan.merged_config), indent=2, sort_keys=True) + "\n")
@@ -435,6 +428,14 @@ def _write_rest(plan: MergePlan, folder: Path, manifest: dict[str, Any]) -> None
         _sync(file)
     (folder / JOURNAL).unlink()
     _sync(folder)
+
+
+def manifest_text(manifest: dict[str, Any]) -> str:
+    """merge.json: its settings for a reader, then a line for each tensor."""
+    settings = {key: value for key, value in manifest.items() if key != "tensors"}
+    lines = [f"  {json.dumps(name)}: {json.dumps(facts)}" for name, facts in manifest["tensors"].items()]
+    head = json.dumps({**settings, "tensors": {}}, indent=1)
+    return head.removesuffix("{}\n}") + "{\n" + ",\n".join(lines) + "\n }\n}\n"
 
 
 def _write(path: Path, text: str) -> None:

@@ -174,7 +174,7 @@ def _difference(plan: MergePlan, tensor: TensorPlan, files: Files) -> Array:
     reader = Reader(files)
     delta = np.empty(math.prod(tensor.shape))
     for chunk in reader.chunks(inputs, 0, tensor.elements):
-        assert chunk.base is not None, tensor.name
-        part = delta[chunk.begin : chunk.begin + len(chunk.base)]
-        np.subtract(chunk.experts[0], chunk.base, out=part, dtype=np.float64)
+        values = chunk.values()
+        part = delta[chunk.begin : chunk.begin + chunk.count]
+        np.subtract(values.experts[0], values.start, out=part, dtype=np.float64)
     return delta.reshape(tensor.shape)

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from evertune.merge import kernels
 from evertune.merge.engine import tensor_rule
 from evertune.merge.kernels import Array
 from evertune.merge.methods import State
@@ -51,9 +52,8 @@ def _merged(plan: MergePlan, tensor: TensorPlan, reader: Reader, files: Files) -
             total += sums
         one.finish(total, state)
     for chunk in reader.chunks(inputs, 0, tensor.elements):
-        count = chunk.experts.shape[1]
-        out = reader.rows(1, count, double=tensor.double, use="out")[0]
-        rule.apply(chunk, state, out)
+        out = reader.room.take("out", (chunk.count,), chunk.like.dtype)
+        rule.apply(chunk, state, kernels.F64 if chunk.double else kernels.F32, out.view(np.uint8))
         yield chunk.begin, out
 
 

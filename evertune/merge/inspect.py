@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from evertune.merge.methods import Rule
 from evertune.merge.plan import MergePlan
 from evertune.merge.reader import Reader, open_inputs
 from evertune.merge.sources import Files
@@ -197,13 +196,12 @@ def _facts(plan: MergePlan) -> dict[str, dict[str, Any]]:
     found = {}
     files = Files()
     reader = Reader(files)
-    keep = Rule(lambda chunk, state, out: out.__setitem__(slice(None), chunk.base))
     try:
         for tensor in plan.tensors:
             if tensor.settings is None or not tensor.experts or not tensor.elements:
                 continue
             inputs = open_inputs(plan, tensor, files)
-            facts = measure(inputs, keep, {}, reader)
+            facts = measure(inputs, None, {}, reader)
             order = [one.name for one in inputs.experts]
             pairs = [(a, b) for i, a in enumerate(order) for b in order[i + 1 :]]
             facts["pairs"] = {frozenset(pair): value for pair, value in zip(pairs, facts["cosines"], strict=True)}

@@ -3,7 +3,8 @@
 Every kernel computes the same bits on every machine: no fused multiply-add, no reordering, no thread of its own.
 """
 
-# K experts, N elements of the chunk, R rank of a low-rank update, C columns of the tensor
+# M models (K experts, then the base if there is one), N elements of the chunk
+# R rank of a low-rank update, C columns of the tensor
 # tau_KN: task vectors, expert minus base
 
 import math
@@ -18,12 +19,20 @@ F = TypeVar("F", bound=Callable[..., Any])
 Array = NDArray[Any]
 
 BF16, F16, F32, F64 = 0, 1, 2, 3
+# Bytes of each.
+WIDTHS = (2, 2, 4, 8)
 # Weighted sums nearer to zero than this share of their terms are zero: float64 rounding is 2^-53 a term.
 SIGN_TIE = 2.0**-40
 # A magnitude is a float32 without its sign: 31 bits, found in two passes of counting, 16 bits and 15 bits.
 HIGH_BINS, LOW_BINS = 1 << 16, 1 << 15
 # Elements worked on at a time where a kernel needs room for partial results.
-BLOCK = 1024
+BLOCK = 256
+# Sums that an inner product is divided into, so that it becomes vector instructions.
+LANES = 64
+# And of a chunk worked through from bytes to bytes: five models in float32 fill 40 KiB.
+CHUNK_BLOCK = 2048
+# What `sparsify` does with task vectors.
+WHOLE, TRIM, DROP = 0, 1, 2
 NO_LIMIT = np.uint32(0x7FFFFFFF)
 
 
@@ -40,88 +49,104 @@ def compiled(function: F) -> F:
 
 
 @compiled
-def decode(raw: Array, code: int, out: Array) -> int:
-    """Little-endian bytes to floats. Returns how many are NaN or Inf.
+def is_finite(raw: Array, code: int) -> bool:
+    """Whether floats in little-endian bytes hold no NaN and no Inf: none has an exponent of all ones.
+
+    Adding the exponent's lowest bit carries into the sign's place only from an exponent of all ones, and never into the
+    next number, so that a 64-bit word tests four, two or one at a time.
+
+    Args:
+        raw: bytes, uint8.
+        code: BF16, F16, F32 or F64.
+    """
+    exponents, lowest, signs = np.uint64(0x7F807F807F807F80), np.uint64(0x0080008000800080), np.uint64(1 << 15)
+    if code == F16:
+        exponents, lowest = np.uint64(0x7C007C007C007C00), np.uint64(0x0400040004000400)
+    elif code == F32:
+        exponents, lowest, signs = np.uint64(0x7F8000007F800000), np.uint64(0x0080000000800000), np.uint64(1 << 31)
+    elif code == F64:
+        exponents, lowest, signs = np.uint64(0x7FF0 << 48), np.uint64(0x0010 << 48), np.uint64(0)
+    signs |= signs << np.uint64(32)
+    signs |= (signs << np.uint64(16)) if code in (BF16, F16) else np.uint64(1 << 63)
+    whole = raw.shape[0] // 8
+    found = np.uint64(0)
+    lanes = raw[: 8 * whole].view(np.uint64)
+    for i in range(whole):
+        found |= (lanes[i] & exponents) + lowest
+    last = np.uint64(0)
+    for i in range(8 * whole, raw.shape[0]):
+        last |= np.uint64(raw[i]) << np.uint64(8 * (i - 8 * whole))
+    found |= (last & exponents) + lowest
+    return (found & signs) == 0
+
+
+@compiled
+def decode(raw: Array, code: int, out: Array) -> None:
+    """Little-endian bytes to floats; what becomes of NaN and Inf is not said.
 
     Args:
         raw: bytes, uint8.
         code: BF16, F16, F32 or F64.
         out: filled; float32, or float64.
     """
-    bad = 0
     if code == BF16:
         words = raw.view(np.uint16)
         for i in range(out.shape[0]):
-            bad += (words[i] & np.uint16(0x7F80)) == np.uint16(0x7F80)
-        wide = np.empty(out.shape[0], np.uint32)
-        for i in range(out.shape[0]):
-            wide[i] = np.uint32(words[i]) << np.uint32(16)
-        floats = wide.view(np.float32)
-        for i in range(out.shape[0]):
-            out[i] = floats[i]
+            out[i] = np.uint32(np.uint32(words[i]) << np.uint32(16)).view(np.float32)
     elif code == F16:
         halves = raw.view(np.uint16)
         for i in range(out.shape[0]):
-            h = np.uint32(halves[i])
-            exponent = (h >> np.uint32(10)) & np.uint32(31)
-            fraction = np.float64(h & np.uint32(1023))
-            if exponent == 31:
-                bad += 1
-            if exponent == 0:
-                value = fraction * 2.0**-24
-            else:
-                value = (1.0 + fraction / 1024.0) * 2.0 ** (np.float64(exponent) - 15.0)
-            out[i] = -value if h >> np.uint32(15) else value
+            # The bits in float32's places; its exponent counts from 127, a half's from 15. Exact below the normal ones.
+            sign = np.uint32(np.uint32(halves[i] & np.uint16(0x8000)) << np.uint32(16))
+            rest = np.uint32(np.uint32(halves[i] & np.uint16(0x7FFF)) << np.uint32(13))
+            out[i] = np.uint32(sign | rest).view(np.float32) * np.float32(2.0**112)
     elif code == F32:
         singles = raw.view(np.float32)
-        bits = raw.view(np.uint32)
-        for i in range(out.shape[0]):
-            bad += (bits[i] & np.uint32(0x7F800000)) == np.uint32(0x7F800000)
         for i in range(out.shape[0]):
             out[i] = singles[i]
     else:
         doubles = raw.view(np.float64)
         for i in range(out.shape[0]):
-            bad += not math.isfinite(doubles[i])
             out[i] = doubles[i]
-    return bad
 
 
 @compiled
 def encode(values: Array, code: int, raw: Array) -> int:
-    """Floats to bytes, rounded to nearest, ties to even. Returns how many do not fit (NaN, Inf or too large)."""
-    bad = 0
+    """Floats to bytes, rounded once, to nearest, ties to even. Returns how many do not fit (NaN, Inf or too large)."""
+    bad: Any = 0
     if code == BF16:
         words = raw.view(np.uint16)
-        single = values.astype(np.float32)
-        bits = single.view(np.uint32)
         for i in range(values.shape[0]):
-            rounded = (bits[i] + np.uint32(0x7FFF) + ((bits[i] >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-            words[i] = np.uint16(rounded)
-        for i in range(values.shape[0]):
-            bad += (bits[i] & np.uint32(0x7FFFFFFF)) >= np.uint32(0x7F7F8000)
+            single = np.float32(values[i])
+            bits = single.view(np.uint32)
+            # A float64 that float32 rounds to the middle between two results is above or below it, not in the middle.
+            middle = (bits & np.uint32(0xFFFF)) == np.uint32(0x8000)
+            above = middle & (abs(np.float64(values[i])) > abs(np.float64(single)))
+            below = middle & (abs(np.float64(values[i])) < abs(np.float64(single)))
+            even = np.uint32(bits >> np.uint32(16)) & np.uint32(1)
+            up = np.uint32(1) if above else np.uint32(0) if below else even
+            words[i] = np.uint16(np.uint32(bits + np.uint32(0x7FFF) + up) >> np.uint32(16))
+            bad += (bits & np.uint32(0x7FFFFFFF)) >= np.uint32(0x7F7F8000)
     elif code == F16:
         halves = raw.view(np.uint16)
         for i in range(values.shape[0]):
-            value = np.float64(values[i])
-            magnitude = abs(value)
-            sign = np.uint16(0x8000) if math.copysign(1.0, value) < 0.0 else np.uint16(0)
-            if not magnitude < 65520.0:
-                bad += 1
-                halves[i] = sign | np.uint16(0x7C00)
-                continue
-            exponent = max(math.frexp(magnitude)[1] - 1, -14) if magnitude > 0.0 else -14
-            steps = np.rint(magnitude * 2.0 ** (10.0 - exponent))
+            magnitude = abs(np.float64(values[i]))
+            fits = magnitude < 65520.0
+            bad += not fits
+            limited = np.float64(magnitude if fits else 65536.0)
+            power: Any = limited.view(np.uint64) >> np.uint64(52)
+            exponent = max(int(power) - 1023, -14)
+            scale = np.uint64(np.uint64(1033 - exponent) << np.uint64(52)).view(np.float64)
             # A count that carries into the next power of two carries into the exponent's bits as well.
-            lead = np.float64(exponent + 14) * 1024.0
-            halves[i] = sign | np.uint16(lead + steps)
+            counted = int(np.rint(limited * scale)) + 1024 * (exponent + 14)
+            halves[i] = np.uint16(counted + (0x8000 if math.copysign(1.0, values[i]) < 0.0 else 0))
     elif code == F32:
         singles = raw.view(np.float32)
-        bits = raw.view(np.uint32)
+        bits32 = raw.view(np.uint32)
         for i in range(values.shape[0]):
             singles[i] = values[i]
         for i in range(values.shape[0]):
-            bad += (bits[i] & np.uint32(0x7F800000)) == np.uint32(0x7F800000)
+            bad += (bits32[i] & np.uint32(0x7F800000)) == np.uint32(0x7F800000)
     else:
         doubles = raw.view(np.float64)
         for i in range(values.shape[0]):
@@ -170,30 +195,28 @@ def checksum(raw: Array) -> Any:
 
 
 @compiled
-def philox(counter: Any, stream: Any, key: Any, c0: Array, c1: Array, c2: Array, c3: Array) -> None:
-    """Random 32-bit words for the counters counter, counter + 1, ...: one in each of four arrays.
+def philox(counter: Any, stream: Any, key: Any, out_4J: Array) -> None:
+    """Random 32-bit words for the counters counter, counter + 1, ...: a column of four for each.
 
     Args:
         counter, stream: the low and the high 64 bits of the 128-bit counter, uint64.
         key: uint64.
-        c0, c1, c2, c3: uint64, of one length, filled; below 2^32.
+        out_4J: uint32, filled.
     """
     mask = np.uint64(0xFFFFFFFF)
     shift = np.uint64(32)
-    one, two = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
-    add_one, add_two = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
-    for j in range(c0.shape[0]):
+    for j in range(out_4J.shape[1]):
         place = counter + np.uint64(j)
-        c0[j], c1[j], c2[j], c3[j] = place & mask, place >> shift, stream & mask, stream >> shift
-    k0, k1 = key & mask, key >> shift
-    for _ in range(10):  # rounds outside, counters inside: the inner loop becomes vector instructions
-        for j in range(c0.shape[0]):
-            first, second = one * c0[j], two * c2[j]
-            c0[j] = (second >> shift) ^ c1[j] ^ k0
-            c1[j] = second & mask
-            c2[j] = (first >> shift) ^ c3[j] ^ k1
-            c3[j] = first & mask
-        k0, k1 = (k0 + add_one) & mask, (k1 + add_two) & mask
+        c0, c1, c2, c3 = place & mask, place >> shift, stream & mask, stream >> shift
+        k0, k1 = key & mask, key >> shift
+        for _ in range(10):
+            # The mask tells the compiler that 32 bits are multiplied, for which there is a vector instruction.
+            first, second = np.uint64(0xD2511F53) * (c0 & mask), np.uint64(0xCD9E8D57) * (c2 & mask)
+            c0, c1 = (second >> shift) ^ c1 ^ k0, second & mask
+            c2, c3 = (first >> shift) ^ c3 ^ k1, first & mask
+            k0, k1 = (k0 + np.uint64(0x9E3779B9)) & mask, (k1 + np.uint64(0xBB67AE85)) & mask
+        out_4J[0, j], out_4J[1, j] = np.uint32(c0), np.uint32(c1)
+        out_4J[2, j], out_4J[3, j] = np.uint32(c2), np.uint32(c3)
 
 
 @compiled
@@ -201,21 +224,13 @@ def words(begin: int, stream: int, key: Any, out: Array) -> None:
     """The random 32-bit word of elements begin, begin + 1, ... of a tensor: word i mod 4 of counter i div 4."""
     first = begin // 4
     count = (begin + out.shape[0] + 3) // 4 - first
-    c0, c1, c2, c3 = (
-        np.empty(256, np.uint64),
-        np.empty(256, np.uint64),
-        np.empty(256, np.uint64),
-        np.empty(256, np.uint64),
-    )
-    ordered = np.empty(1024, np.uint32)
-    for block in range(0, count, 256):
-        size = min(256, count - block)
-        philox(np.uint64(first + block), np.uint64(stream), key, c0, c1, c2, c3)
+    columns, ordered = np.empty((4, BLOCK), np.uint32), np.empty(4 * BLOCK, np.uint32)
+    for block in range(0, count, BLOCK):
+        size = min(BLOCK, count - block)
+        philox(np.uint64(first + block), np.uint64(stream), key, columns)
         for j in range(size):
-            ordered[4 * j] = np.uint32(c0[j])
-            ordered[4 * j + 1] = np.uint32(c1[j])
-            ordered[4 * j + 2] = np.uint32(c2[j])
-            ordered[4 * j + 3] = np.uint32(c3[j])
+            for c in range(4):
+                ordered[4 * j + c] = columns[c, j]
         at = 4 * (first + block)
         low, high = max(at, begin), min(at + 4 * size, begin + out.shape[0])
         for i in range(low, high):
@@ -255,22 +270,22 @@ def subtract(base: Array, values_KN: Array) -> None:
 
 @compiled
 def gram(values_KN: Array, out: Array) -> None:
-    """Add the inner products of all pairs of rows to `out`, a (K, K) float64 matrix. Eight sums a pair, then one."""
+    """Add the inner products of all pairs of rows to `out`, a (K, K) float64 matrix. `LANES` sums a pair, then one."""
     experts, elements = values_KN.shape
-    lanes = np.empty(8)
+    whole = elements - elements % LANES
+    sums = np.empty(LANES)
     for a in range(experts):
         for b in range(a, experts):
-            one, two = values_KN[a], values_KN[b]
-            lanes[:] = 0.0
-            whole = elements - elements % 8
-            for i in range(0, whole, 8):
-                for j in range(8):
-                    lanes[j] += np.float64(one[i + j]) * np.float64(two[i + j])
+            sums[:] = 0.0
+            for begin in range(0, whole, LANES):
+                one, two = values_KN[a, begin : begin + LANES], values_KN[b, begin : begin + LANES]
+                for j in range(LANES):
+                    sums[j] += np.float64(one[j]) * np.float64(two[j])
             total = 0.0
-            for j in range(8):
-                total += lanes[j]
+            for j in range(LANES):
+                total += sums[j]
             for i in range(whole, elements):
-                total += np.float64(one[i]) * np.float64(two[i])
+                total += np.float64(values_KN[a, i]) * np.float64(values_KN[b, i])
             out[a, b] += total
             if a != b:
                 out[b, a] += total
@@ -382,11 +397,17 @@ def drop_by_rank(drawn: Array, density: float, spread: float, columns: int, tau:
 @compiled
 def add_up(base: Array, tau_KN: Array, weights_K: Array, scale: float, out: Array) -> None:
     """base + scale * sum_k weights_k tau_k, summed in float64. The base, to the bit, where that sum is zero."""
-    for i in range(out.shape[0]):
-        total = 0.0
+    total = np.empty(BLOCK)
+    for begin in range(0, out.shape[0], BLOCK):
+        count = min(BLOCK, out.shape[0] - begin)
+        total[:count] = 0.0
         for k in range(tau_KN.shape[0]):
-            total += weights_K[k] * np.float64(tau_KN[k, i])
-        out[i] = np.float64(base[i]) + scale * total if total != 0.0 else base[i]
+            tau = tau_KN[k, begin : begin + count]
+            for i in range(count):
+                total[i] += weights_K[k] * np.float64(tau[i])
+        for i in range(count):
+            start = base[begin + i]
+            out[begin + i] = np.float64(start) + scale * total[i] if total[i] != 0.0 else start
 
 
 @compiled
@@ -399,35 +420,32 @@ def elect(base: Array, tau_KN: Array, weights_K: Array, scale: float, mean: bool
         mean: divide by the sum of |weight| of the agreeing experts; otherwise the sum is taken.
         mergekit: its conventions instead: a zero sum counts as plus, and the division is by the signed weights.
     """
-    sign, total, size, below = np.empty(BLOCK), np.empty(BLOCK), np.empty(BLOCK), np.empty(BLOCK)
+    # In rows of one array, whose distance the compiler knows: the sum of the terms that push up, of those that push
+    # down, and what either is divided by.
+    sums = np.empty(4 * BLOCK)
     for begin in range(0, out.shape[0], BLOCK):
         count = min(BLOCK, out.shape[0] - begin)
-        total[:count], size[:count], below[:count] = 0.0, 0.0, 0.0
+        sums[:] = 0.0
         for k in range(tau_KN.shape[0]):
-            tau = tau_KN[k, begin : begin + count]
+            tau, weight = tau_KN[k, begin : begin + count], weights_K[k]
+            share = weight if mergekit else abs(weight)
             for i in range(count):
-                term = weights_K[k] * np.float64(tau[i])
-                total[i] += term
-                size[i] += abs(term)
+                term = weight * np.float64(tau[i])
+                up = max(term, 0.0)
+                sums[i] += up
+                sums[BLOCK + i] += term - up
+                sums[2 * BLOCK + i] += share if term > 0.0 else 0.0
+                sums[3 * BLOCK + i] += share if term < 0.0 else 0.0
+        starts, merged = base[begin : begin + count], out[begin : begin + count]
         for i in range(count):
-            tied = 1.0 if mergekit else 0.0
-            is_tied = abs(total[i]) <= SIGN_TIE * size[i]
-            sign[i] = tied if is_tied else (1.0 if total[i] > 0.0 else -1.0)
-            total[i] = 0.0
-        for k in range(tau_KN.shape[0]):
-            tau = tau_KN[k, begin : begin + count]
-            share = weights_K[k] if mergekit else abs(weights_K[k])
-            for i in range(count):
-                term = weights_K[k] * np.float64(tau[i])
-                agrees = term * sign[i] > 0.0
-                total[i] += term if agrees else 0.0
-                below[i] += share if agrees else 0.0
-        if mean:
-            for i in range(count):
-                total[i] /= below[i] if below[i] != 0.0 else 1.0
-        for i in range(count):
-            start = base[begin + i]
-            out[begin + i] = np.float64(start) + scale * total[i] if total[i] != 0.0 else start
+            total = sums[i] + sums[BLOCK + i]
+            is_tied = abs(total) <= SIGN_TIE * (sums[i] - sums[BLOCK + i])
+            up_wins = (total > 0.0) | (is_tied & mergekit)
+            elected = sums[i] if up_wins else sums[BLOCK + i]
+            elected = 0.0 if is_tied & (not mergekit) else elected
+            size = sums[2 * BLOCK + i] if up_wins else sums[3 * BLOCK + i]
+            elected /= size if mean & (size != 0.0) else 1.0
+            merged[i] = np.float64(starts[i]) + scale * elected if elected != 0.0 else starts[i]
 
 
 @compiled
@@ -503,3 +521,154 @@ def variances(tau_KN: Array, out: Array) -> None:
     bits = single.view(np.uint32)
     for i in range(bits.shape[0]):
         out[i] = bits[i]
+
+
+# ---- chunks, from the bytes of all models to the bytes of one: decoded, computed and encoded block by block, so that
+# what lies between never leaves the core. Kept in this file: the cache of machine code knows changes of one file only.
+
+
+@compiled
+def decode_block(raw: Array, places_M: Array, codes_M: Array, begin: int, values_MN: Array) -> None:
+    """Elements begin, begin + 1, ... of all models as floats.
+
+    Args:
+        raw: bytes of a chunk.
+        places_M: where in `raw` each model begins.
+        codes_M: of each model's numbers.
+    """
+    for m in range(values_MN.shape[0]):
+        width = WIDTHS[codes_M[m]]
+        first = places_M[m] + begin * width
+        decode(raw[first : first + values_MN.shape[1] * width], codes_M[m], values_MN[m])
+
+
+@compiled
+def sum_chunk(
+    raw: Array, places_M: Array, codes_M: Array, like: Array, anchor: int, first: int, weights_K: Array,
+    anchor_scale: float, code: int, out: Array,
+) -> int:  # fmt: skip
+    """`anchored_sum` of a chunk. Returns how many results do not fit.
+
+    Args:
+        like: its dtype is that of the arithmetic.
+        anchor: row of the anchor; the terms are rows first, first + 1, ...
+        code: of the bytes `out`.
+    """
+    models, width = places_M.shape[0], WIDTHS[code]
+    count = out.shape[0] // width
+    room, total = np.empty(models * CHUNK_BLOCK, like.dtype), np.empty(CHUNK_BLOCK, like.dtype)
+    bad = 0
+    for begin in range(0, count, CHUNK_BLOCK):
+        size = min(CHUNK_BLOCK, count - begin)
+        values = room[: models * size].reshape(models, size)
+        decode_block(raw, places_M, codes_M, begin, values)
+        terms = values[first : first + weights_K.shape[0]]
+        anchored_sum(values[anchor], terms, weights_K, anchor_scale, total[:size])
+        bad += encode(total[:size], code, out[begin * width : (begin + size) * width])
+    return bad
+
+
+@compiled
+def gram_chunk(
+    raw: Array, places_M: Array, codes_M: Array, like: Array, count: int, has_base: bool, out: Array
+) -> None:
+    """Add the inner products of all pairs of task vectors, or without a base of models, to a float64 matrix."""
+    models = places_M.shape[0]
+    room = np.empty(models * CHUNK_BLOCK, like.dtype)
+    for begin in range(0, count, CHUNK_BLOCK):
+        size = min(CHUNK_BLOCK, count - begin)
+        values = room[: models * size].reshape(models, size)
+        decode_block(raw, places_M, codes_M, begin, values)
+        if has_base:
+            subtract(values[models - 1], values[: models - 1])
+            gram(values[: models - 1], out)
+        else:
+            gram(values, out)
+
+
+@compiled
+def count_high_chunk(raw: Array, places_M: Array, codes_M: Array, like: Array, count: int, counts_K: Array) -> None:
+    """`count_high` of each task vector's magnitudes."""
+    models = places_M.shape[0]
+    room, bits = np.empty(models * CHUNK_BLOCK, like.dtype), np.empty(CHUNK_BLOCK, np.uint32)
+    for begin in range(0, count, CHUNK_BLOCK):
+        size = min(CHUNK_BLOCK, count - begin)
+        values = room[: models * size].reshape(models, size)
+        decode_block(raw, places_M, codes_M, begin, values)
+        subtract(values[models - 1], values[: models - 1])
+        for k in range(models - 1):
+            magnitudes(values[k], bits[:size])
+            count_high(bits[:size], counts_K[k])
+
+
+@compiled
+def count_low_chunk(
+    raw: Array, places_M: Array, codes_M: Array, like: Array, count: int, bins_K2: Array, counts_K2: Array
+) -> None:
+    """`count_low` of each task vector's magnitudes, in two bins; a bin of -1 is not counted."""
+    models = places_M.shape[0]
+    room, bits = np.empty(models * CHUNK_BLOCK, like.dtype), np.empty(CHUNK_BLOCK, np.uint32)
+    for begin in range(0, count, CHUNK_BLOCK):
+        size = min(CHUNK_BLOCK, count - begin)
+        values = room[: models * size].reshape(models, size)
+        decode_block(raw, places_M, codes_M, begin, values)
+        subtract(values[models - 1], values[: models - 1])
+        for k in range(models - 1):
+            magnitudes(values[k], bits[:size])
+            for j in range(2):
+                if bins_K2[k, j] >= 0:
+                    count_low(bits[:size], bins_K2[k, j], counts_K2[k, j])
+
+
+@compiled
+def sparsify(tau_KN: Array, begin: int, how: int, limits_KP: Array, keys_K: Array) -> None:
+    """Leave a part of each task vector in place, and zero elsewhere.
+
+    Args:
+        begin: index in the tensor of the first element.
+        how: WHOLE: all stays. TRIM: by magnitude, a row of limits is (low, keep_low, high, keep_high) of
+            `keep_between`. DROP: at random, a row is (density, scale) of `drop`.
+        keys_K: seeds of what is drawn.
+    """
+    if how == TRIM:
+        bits = np.empty(tau_KN.shape[1], np.uint32)
+        for k in range(tau_KN.shape[0]):
+            magnitudes(tau_KN[k], bits)
+            low, keep_low, high, keep_high = limits_KP[k, 0], limits_KP[k, 1], limits_KP[k, 2], limits_KP[k, 3]
+            keep_between(bits, int(low), keep_low, int(high), keep_high, begin, keys_K[k], tau_KN[k])
+    elif how == DROP:
+        drawn = np.empty(tau_KN.shape[1], np.uint32)
+        for k in range(tau_KN.shape[0]):
+            if limits_KP[k, 0] < 1.0:
+                words(begin, 0, keys_K[k], drawn)
+                drop(drawn, limits_KP[k, 0], limits_KP[k, 1], tau_KN[k])
+
+
+@compiled
+def sparse_chunk(
+    raw: Array, places_M: Array, codes_M: Array, like: Array, first: int, how: int, limits_KP: Array,
+    keys_K: Array, weights_K: Array, scale: float, elects: bool, mean: bool, mergekit: bool, code: int, out: Array,
+) -> int:  # fmt: skip
+    """`sparsify`, then `elect` or `add_up`, of a chunk. Returns how many results do not fit.
+
+    Args:
+        first: index in the tensor of the chunk's first element.
+        elects: elect a sign; otherwise add.
+    """
+    models, width = places_M.shape[0], WIDTHS[code]
+    count = out.shape[0] // width
+    room, total = np.empty(models * CHUNK_BLOCK, like.dtype), np.empty(CHUNK_BLOCK, like.dtype)
+    bad = 0
+    for begin in range(0, count, CHUNK_BLOCK):
+        size = min(CHUNK_BLOCK, count - begin)
+        values = room[: models * size].reshape(models, size)
+        decode_block(raw, places_M, codes_M, begin, values)
+        base, tau = values[models - 1], values[: models - 1]
+        subtract(base, tau)
+        sparsify(tau, first + begin, how, limits_KP, keys_K)
+        if elects:
+            elect(base, tau, weights_K, scale, mean, mergekit, total[:size])
+        else:
+            add_up(base, tau, weights_K, scale, total[:size])
+        bad += encode(total[:size], code, out[begin * width : (begin + size) * width])
+    return bad

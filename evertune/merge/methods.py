@@ -1,10 +1,11 @@
 """Every merge method on one page: what it computes on one tensor, where it comes from, and what it is worth.
 
 A method turns the settings of a tensor into a `Rule`: passes that gather sums over the whole tensor, and what is then
-done to each chunk. Chunks arrive in any order and on any thread; nothing here depends on it.
+done to each chunk. Chunks arrive in any order and on any thread; nothing here depends on it. What is used most goes
+from bytes to bytes in one kernel (`kernels.sum_chunk` and its kin); the rest works on a chunk's numbers.
 """
 
-# K experts, N elements of a chunk
+# K experts, N elements of a chunk, P numbers that say what stays of a task vector
 
 import itertools
 import math
@@ -16,6 +17,7 @@ import numpy as np
 
 from evertune.errors import MergeError
 from evertune.merge import kernels
+from evertune.merge.chunk import Chunk, Values
 from evertune.merge.kernels import HIGH_BINS, LOW_BINS, NO_LIMIT, Array
 
 Standing = Literal["production", "research", "academic"]
@@ -26,19 +28,6 @@ STRAIGHT = 1e-3
 STRAIGHT_COSINE_MERGEKIT = 0.9995
 # RAM: a change counts when it is larger than this.
 UNCHANGED = 1e-5
-
-
-class Chunk(NamedTuple):
-    """A run of elements of one tensor, in all models. The arrays are the worker's own and may be overwritten.
-
-    base: (N,), or None for a merge without one.
-    experts: (K, N), in canonical order.
-    begin: index of the first element in the tensor.
-    """
-
-    base: Array | None
-    experts: Array
-    begin: int
 
 
 @dataclass(frozen=True)
@@ -89,15 +78,16 @@ class Pass:
 
 @dataclass(frozen=True)
 class Rule:
-    """How one tensor is merged: the passes, in order, then `apply` on every chunk, which fills `out`.
+    """How one tensor is merged: the passes, in order, then `apply` on every chunk.
 
-    part: turns a chunk's experts into what is left of their task vectors, for methods that leave out a part.
+    apply: fills bytes with numbers of a type (BF16, F16, F32 or F64) and returns how many do not fit into it.
+    part: what is left of a chunk's task vectors, (K, N), for methods that leave out a part.
     whole_rows: chunks are whole rows of the last dimension.
     """
 
-    apply: Callable[[Chunk, State, Array], None]
+    apply: Callable[[Chunk, State, int, Array], int]
     passes: tuple[Pass, ...] = ()
-    part: Callable[[Chunk, State], None] | None = None
+    part: Callable[[Chunk, State], Array] | None = None
     whole_rows: bool = False
 
 
@@ -135,10 +125,7 @@ def linear(settings: Settings) -> Rule:
         check_weight_sum(weights)
         weights, total = weights / total, 1.0
 
-    def apply(chunk: Chunk, state: State, out: Array) -> None:
-        kernels.anchored_sum(chunk.experts[0], chunk.experts[1:], weights[1:], total, out)
-
-    return Rule(apply)
+    return Rule(lambda chunk, state, code, out: _sum(chunk, 0, 1, weights[1:], total, code, out))
 
 
 def ema(settings: Settings) -> Rule:
@@ -147,33 +134,26 @@ def ema(settings: Settings) -> Rule:
     shares = [decay**last, *((1.0 - decay) * decay ** (last - i) for i in range(1, last + 1))]
     weights = np.array(shares)
 
-    def apply(chunk: Chunk, state: State, out: Array) -> None:
-        kernels.anchored_sum(chunk.experts[0], chunk.experts[1:], weights[1:], 1.0, out)
-
-    return Rule(apply)
+    return Rule(lambda chunk, state, code, out: _sum(chunk, 0, 1, weights[1:], 1.0, code, out))
 
 
 def interpolate(settings: Settings) -> Rule:
     """(1 - t) base + t expert; the ends are the models themselves, to the bit."""
+    if settings.t == 1.0:
+        return copy_of_first()
     weights = np.array([settings.t])
+    return Rule(lambda chunk, state, code, out: _sum(chunk, 1, 0, weights, 1.0, code, out))
 
-    def apply(chunk: Chunk, state: State, out: Array) -> None:
-        if settings.t == 1.0:
-            out[:] = chunk.experts[0]
-        else:
-            kernels.anchored_sum(_base(chunk), chunk.experts, weights, 1.0, out)
 
-    return Rule(apply)
+def copy_of_first() -> Rule:
+    """The first model as it is."""
+    return Rule(lambda chunk, state, code, out: _sum(chunk, 0, 0, np.empty(0), 1.0, code, out))
 
 
 def task_arithmetic(settings: Settings) -> Rule:
     """base + lambda sum_k w_k tau_k."""
-    weights = settings.scale * _mean_weights(settings)
-
-    def apply(chunk: Chunk, state: State, out: Array) -> None:
-        kernels.anchored_sum(_base(chunk), chunk.experts, weights, 1.0, out)
-
-    return Rule(apply)
+    weights, base = settings.scale * _mean_weights(settings), settings.experts
+    return Rule(lambda chunk, state, code, out: _sum(chunk, base, 0, weights, 1.0, code, out))
 
 
 # ---- sums whose coefficients come from lengths and angles
@@ -181,20 +161,39 @@ def task_arithmetic(settings: Settings) -> Rule:
 
 def slerp(settings: Settings) -> Rule:
     """Along the arc between two models; between two task vectors when a base and two experts are given."""
-    return Rule(_apply_arc, (_gram_pass(_arc_vectors, 2, lambda gram: {"arc": arc_coefficients(gram, settings)}),))
+
+    def gather(chunk: Chunk, state: State, out: Array) -> None:
+        _gram(chunk, settings.experts == 2 and chunk.has_base, out)
+
+    def find(total: Array, state: State) -> None:
+        # With one expert, the base is the second row and the first end.
+        state["arc"] = arc_coefficients(total[::-1, ::-1] if settings.experts == 1 else total, settings)
+
+    def apply(chunk: Chunk, state: State, code: int, out: Array) -> int:
+        first, second = state["arc"]
+        if settings.experts == 2 and chunk.has_base:
+            return _sum(chunk, 2, 0, np.array([first, second]), 1.0, code, out)
+        anchor, term = (1, 0) if chunk.has_base else (0, 1)
+        return _sum(chunk, anchor, term, np.array([second]), first + second, code, out)
+
+    return Rule(apply, (Pass((2, 2), np.float64, gather, find),))
 
 
 def model_stock(settings: Settings) -> Rule:
     """Between the base and the mean of the experts, by the mean cosine of their task vectors."""
 
-    def share(gram: Array) -> State:
-        return {"share": stock_share(gram, mergekit=settings.mergekit)}
+    count = settings.experts
 
-    def apply(chunk: Chunk, state: State, out: Array) -> None:
-        weights = np.full(settings.experts, state["share"] / settings.experts)
-        kernels.anchored_sum(_base(chunk), chunk.experts, weights, 1.0, out)
+    def gather(chunk: Chunk, state: State, out: Array) -> None:
+        _gram(chunk, True, out)
 
-    return Rule(apply, (_gram_pass(_task_vectors, settings.experts, share),))
+    def find(total: Array, state: State) -> None:
+        state["weights"] = np.full(count, stock_share(total, mergekit=settings.mergekit) / count)
+
+    def apply(chunk: Chunk, state: State, code: int, out: Array) -> int:
+        return _sum(chunk, count, 0, state["weights"], 1.0, code, out)
+
+    return Rule(apply, (Pass((count, count), np.float64, gather, find),))
 
 
 # ---- task vectors of which a part stays
@@ -202,55 +201,56 @@ def model_stock(settings: Settings) -> Rule:
 
 def ties(settings: Settings) -> Rule:
     """Keep the largest, elect a sign, average those that agree."""
-    return _sparse(settings, trim_passes(settings), _trim, elect=True)
+    return _sparse(settings, trim_passes(settings), kernels.TRIM, elect=True)
 
 
 def dare_linear(settings: Settings) -> Rule:
     """Drop elements at random, scale the rest up, add."""
-    return _sparse(settings, _drop_passes(settings), _drop, elect=False)
+    return _sparse(settings, _drop_passes(settings), kernels.DROP, elect=False)
 
 
 def dare_ties(settings: Settings) -> Rule:
     """Drop elements at random, scale the rest up, elect a sign, average those that agree."""
-    return _sparse(settings, _drop_passes(settings), _drop, elect=True)
+    return _sparse(settings, _drop_passes(settings), kernels.DROP, elect=True)
 
 
 def della_linear(settings: Settings) -> Rule:
     """Drop elements at random, small ones more often, scale the rest up, add."""
-    return _sparse(settings, (), _drop_by_rank, elect=False)
+    return _by_rank(settings, elect=False)
 
 
 def della(settings: Settings) -> Rule:
     """Drop elements at random, small ones more often, scale the rest up, elect a sign, average those that agree."""
-    return _sparse(settings, (), _drop_by_rank, elect=True)
+    return _by_rank(settings, elect=True)
 
 
 def breadcrumbs(settings: Settings) -> Rule:
     """Drop the very largest and the smallest, add."""
-    return _sparse(settings, trim_passes(settings, top=settings.gamma), _trim, elect=False)
+    return _sparse(settings, trim_passes(settings, top=settings.gamma), kernels.TRIM, elect=False)
 
 
 def breadcrumbs_ties(settings: Settings) -> Rule:
     """Drop the very largest and the smallest, elect a sign, average those that agree."""
-    return _sparse(settings, trim_passes(settings, top=settings.gamma), _trim, elect=True)
+    return _sparse(settings, trim_passes(settings, top=settings.gamma), kernels.TRIM, elect=True)
 
 
 def sce(settings: Settings) -> Rule:
     """Select the elements that differ most between experts, weigh experts by their energy there, elect a sign."""
     density = float(settings.densities[0])
-    passes: list[Pass] = []
-    if density < 1.0:
-        passes += _selection_passes(1, settings.elements, [(0.0, density)], _variance_rows)
+    passes = list(_variance_passes(settings, density)) if density < 1.0 else []
 
-    def select(chunk: Chunk, state: State) -> None:
-        (bits,) = _variance_rows(chunk)  # before the first expert is cut
-        for tau in chunk.experts if density < 1.0 else ():
-            _keep(state["limits"][0], bits, chunk.begin, settings.keys[0], tau)
+    def select(chunk: Chunk, state: State) -> Values:
+        values = chunk.task_vectors()
+        if density < 1.0:
+            bits = _variances(values.experts)  # before the first expert is cut
+            low, keep_low, high, keep_high = state["limits"][0]
+            for tau in values.experts:
+                kernels.keep_between(bits, int(low), keep_low, int(high), keep_high, chunk.begin, settings.keys[0], tau)
+        return values
 
     def energies(chunk: Chunk, state: State, out: Array) -> None:
-        select(chunk, state)
         matrix = np.zeros((settings.experts, settings.experts))
-        kernels.gram(chunk.experts, matrix)
+        kernels.gram(select(chunk, state).experts, matrix)
         out += np.diag(matrix)
 
     def weigh(total: Array, state: State) -> None:
@@ -259,11 +259,12 @@ def sce(settings: Settings) -> Rule:
 
     passes.append(Pass((settings.experts,), np.float64, energies, weigh))
 
-    def apply(chunk: Chunk, state: State, out: Array) -> None:
-        select(chunk, state)
-        kernels.elect(_base(chunk), chunk.experts, state["weights"], settings.scale, True, settings.mergekit, out)
+    def fill(chunk: Chunk, state: State, out: Array) -> None:
+        values = select(chunk, state)
+        weights, mean = state["weights"], True
+        kernels.elect(values.start, values.experts, weights, settings.scale, mean, settings.mergekit, out)
 
-    return Rule(apply, tuple(passes), part=select)
+    return Rule(_by_numbers(fill), tuple(passes), part=lambda chunk, state: select(chunk, state).experts)
 
 
 def ram(settings: Settings) -> Rule:
@@ -275,8 +276,7 @@ def ram(settings: Settings) -> Rule:
     if settings.boost > 0.0:
 
         def count(chunk: Chunk, state: State, out: Array) -> None:
-            _to_task_vectors(chunk)
-            kernels.touched(chunk.experts, UNCHANGED, out)
+            kernels.touched(chunk.task_vectors().experts, UNCHANGED, out)
 
         def boosts(total: Array, state: State) -> None:
             own, shared = np.maximum(total[:, 0], 1), total[:, 1]
@@ -284,22 +284,21 @@ def ram(settings: Settings) -> Rule:
 
         passes = (Pass((settings.experts, 2), np.int64, count, boosts),)
 
-    def apply(chunk: Chunk, state: State, out: Array) -> None:
-        _to_task_vectors(chunk)
-        factors = state.get("boosts", np.ones(settings.experts))
-        kernels.add_unique(_base(chunk), chunk.experts, UNCHANGED, factors, settings.scale, out)
+    def fill(chunk: Chunk, state: State, out: Array) -> None:
+        values, factors = chunk.task_vectors(), state.get("boosts", np.ones(settings.experts))
+        kernels.add_unique(values.start, values.experts, UNCHANGED, factors, settings.scale, out)
 
-    return Rule(apply, passes)
+    return Rule(_by_numbers(fill), passes)
 
 
 def magmax(settings: Settings) -> Rule:
     """Of each element, the change of largest magnitude."""
 
-    def apply(chunk: Chunk, state: State, out: Array) -> None:
-        _to_task_vectors(chunk)
-        kernels.largest(_base(chunk), chunk.experts, settings.scale, out)
+    def fill(chunk: Chunk, state: State, out: Array) -> None:
+        values = chunk.task_vectors()
+        kernels.largest(values.start, values.experts, settings.scale, out)
 
-    return Rule(apply)
+    return Rule(_by_numbers(fill))
 
 
 METHODS = {
@@ -440,13 +439,23 @@ def _at_rank(high_counts: Array, low_counts: Array, rank: int) -> tuple[int, int
 # ---- parts of rules
 
 
-def _base(chunk: Chunk) -> Array:
-    assert chunk.base is not None, "planned without the base that the method needs"
-    return chunk.base
+def _sum(chunk: Chunk, anchor: int, first: int, weights: Array, anchor_scale: float, code: int, out: Array) -> int:
+    return int(kernels.sum_chunk(*chunk.models, anchor, first, weights, anchor_scale, code, out))
 
 
-def _to_task_vectors(chunk: Chunk) -> None:
-    kernels.subtract(_base(chunk), chunk.experts)
+def _gram(chunk: Chunk, of_task_vectors: bool, out: Array) -> None:
+    kernels.gram_chunk(*chunk.models, chunk.count, of_task_vectors, out)
+
+
+def _by_numbers(fill: Callable[[Chunk, State, Array], None]) -> Callable[[Chunk, State, int, Array], int]:
+    """A rule's `apply` of a function that fills an array of floats."""
+
+    def apply(chunk: Chunk, state: State, code: int, out: Array) -> int:
+        numbers = chunk.room.take("merged", (chunk.count,), chunk.like.dtype)
+        fill(chunk, state, numbers)
+        return int(kernels.encode(numbers, code, out))
+
+    return apply
 
 
 def _mean_weights(settings: Settings) -> Array:
@@ -456,54 +465,52 @@ def _mean_weights(settings: Settings) -> Array:
     return settings.weights / math.fsum(settings.weights)
 
 
-def _gram_pass(vectors: Callable[[Chunk], Array], size: int, finish: Callable[[Array], State]) -> Pass:
-    def gather(chunk: Chunk, state: State, out: Array) -> None:
-        kernels.gram(vectors(chunk), out)
+def _sparse(settings: Settings, passes: Sequence[Pass], how: int, *, elect: bool) -> Rule:
+    """Task vectors of which `kernels.sparsify` leaves a part; then added, or averaged after electing a sign."""
+    weights = settings.weights if elect else _mean_weights(settings)
+    if not passes and (how == kernels.TRIM or (settings.dims < 2 and not settings.mergekit)):
+        how = kernels.WHOLE  # all is kept; or a vector, whose few elements would be scaled up by luck
 
-    return Pass((size, size), np.float64, gather, lambda total, state: state.update(finish(total)))
+    def limits_KP(state: State) -> Array:
+        return _drop_limits(settings, state) if how == kernels.DROP else state.get("limits", np.empty((0, 0)))
 
+    def part(chunk: Chunk, state: State) -> Array:
+        tau = chunk.task_vectors().experts
+        kernels.sparsify(tau, chunk.begin, how, limits_KP(state), settings.keys)
+        return tau
 
-def _task_vectors(chunk: Chunk) -> Array:
-    _to_task_vectors(chunk)
-    return chunk.experts
+    def apply(chunk: Chunk, state: State, code: int, out: Array) -> int:
+        bad = kernels.sparse_chunk(
+            *chunk.models, chunk.begin, how, limits_KP(state), settings.keys, weights, settings.scale, elect,
+            settings.normalize, settings.mergekit, code, out,
+        )  # fmt: skip
+        return int(bad)
 
-
-def _arc_vectors(chunk: Chunk) -> Array:
-    """The two vectors of an arc: two task vectors, or two models (of which the base, if given, is the first)."""
-    if chunk.base is None:
-        return chunk.experts
-    return np.stack([chunk.base, chunk.experts[0]]) if len(chunk.experts) == 1 else _task_vectors(chunk)
-
-
-def _apply_arc(chunk: Chunk, state: State, out: Array) -> None:
-    first, second = state["arc"]
-    if chunk.base is not None and len(chunk.experts) == 2:
-        kernels.anchored_sum(chunk.base, chunk.experts, np.array([first, second]), 1.0, out)
-        return
-    anchor = chunk.experts[0] if chunk.base is None else chunk.base
-    kernels.anchored_sum(anchor, chunk.experts[-1:], np.array([second]), first + second, out)
+    return Rule(apply, tuple(passes), part=part)
 
 
-Sparsify = Callable[[Settings, Chunk, State], None]
-
-
-def _sparse(settings: Settings, passes: Sequence[Pass], sparsify: Sparsify, *, elect: bool) -> Rule:
-    """Task vectors, of which `sparsify` leaves a part in place; then added, or averaged after electing a sign."""
+def _by_rank(settings: Settings, *, elect: bool) -> Rule:
+    """Task vectors of which ranks in rows leave a part; then added, or averaged after electing a sign."""
     weights = settings.weights if elect else _mean_weights(settings)
 
-    def part(chunk: Chunk, state: State) -> None:
-        _to_task_vectors(chunk)
-        sparsify(settings, chunk, state)
+    def part(chunk: Chunk, state: State) -> Values:
+        values = chunk.task_vectors()
+        drawn = chunk.room.take("drawn", (chunk.count,), np.uint32)
+        for tau, density, key in zip(values.experts, settings.densities, settings.keys, strict=True):
+            if settings.dims >= 2 and density < 1.0:
+                kernels.words(chunk.begin, 0, key, drawn)
+                spread = min(settings.epsilon, density, 1.0 - density)
+                kernels.drop_by_rank(drawn, float(density), float(spread), settings.columns, tau)
+        return values
 
-    def apply(chunk: Chunk, state: State, out: Array) -> None:
-        part(chunk, state)
+    def fill(chunk: Chunk, state: State, out: Array) -> None:
+        values, mean = part(chunk, state), settings.normalize
         if elect:
-            mean = settings.normalize
-            kernels.elect(_base(chunk), chunk.experts, weights, settings.scale, mean, settings.mergekit, out)
+            kernels.elect(values.start, values.experts, weights, settings.scale, mean, settings.mergekit, out)
         else:
-            kernels.add_up(_base(chunk), chunk.experts, weights, settings.scale, out)
+            kernels.add_up(values.start, values.experts, weights, settings.scale, out)
 
-    return Rule(apply, tuple(passes), part=part, whole_rows=sparsify is _drop_by_rank)
+    return Rule(_by_numbers(fill), part=lambda chunk, state: part(chunk, state).experts, whole_rows=True)
 
 
 def trim_passes(settings: Settings, top: float = 0.0) -> tuple[Pass, ...]:
@@ -512,73 +519,68 @@ def trim_passes(settings: Settings, top: float = 0.0) -> tuple[Pass, ...]:
         return ()
     shares = [(min(top, 1.0 - float(one)) if top else 0.0, float(one)) for one in settings.densities]
 
-    def bits(chunk: Chunk) -> list[Array]:
-        _to_task_vectors(chunk)
-        return [_magnitudes(tau) for tau in chunk.experts]
+    def high(chunk: Chunk, state: State, out: Array) -> None:
+        kernels.count_high_chunk(*chunk.models, chunk.count, out)
 
-    return tuple(_selection_passes(settings.experts, settings.elements, shares, bits))
+    def low(chunk: Chunk, state: State, out: Array) -> None:
+        kernels.count_low_chunk(*chunk.models, chunk.count, state["bins"], out)
+
+    return _selection_passes(settings.elements, shares, high, low)
+
+
+def _variance_passes(settings: Settings, density: float) -> tuple[Pass, ...]:
+    def high(chunk: Chunk, state: State, out: Array) -> None:
+        kernels.count_high(_variances(chunk.task_vectors().experts), out[0])
+
+    def low(chunk: Chunk, state: State, out: Array) -> None:
+        kernels.count_low(_variances(chunk.task_vectors().experts), state["bins"][0, 0], out[0, 0])
+
+    return _selection_passes(settings.elements, [(0.0, density)], high, low)
+
+
+def _variances(tau: Array) -> Array:
+    bits = np.empty(tau.shape[1], np.uint32)
+    kernels.variances(tau, bits)
+    return bits
+
+
+Gather = Callable[[Chunk, State, Array], None]
 
 
 def _selection_passes(
-    count: int, elements: int, shares: Sequence[tuple[float, float]], bits: Callable[[Chunk], list[Array]]
-) -> list[Pass]:
-    """Two passes of counting that find the limits, by rank, of `count` rows of bit patterns.
+    elements: int, shares: Sequence[tuple[float, float]], high: Gather, low: Gather
+) -> tuple[Pass, Pass]:
+    """Two passes of counting that find, by rank, the limits of rows of bit patterns: `limits` in the state, (rows, 4).
 
-    shares: (left out at the top, kept after that) of each row.
+    Args:
+        shares: (left out at the top, kept after that) of each row.
+        high: counts a chunk's patterns by their upper 16 bits, (rows, HIGH_BINS).
+        low: counts those in the two bins of each row of `bins`, -1 for none, by their lower 15, (rows, 2, LOW_BINS).
     """
+    rows = len(shares)
     dropped = [round(top * elements) for top, _ in shares]
     kept = [
         min(max(1, round(density * elements)), elements - out)
         for (_, density), out in zip(shares, dropped, strict=True)
     ]
 
-    def high(chunk: Chunk, state: State, out: Array) -> None:
-        for row, counts in zip(bits(chunk), out, strict=True):
-            kernels.count_high(row, counts)
-
     def bins(total: Array, state: State) -> None:
         state["high"] = total
-        state["bins"] = [
-            (_bin_of_rank(total[k], dropped[k] + kept[k])[0], _bin_of_rank(total[k], max(1, dropped[k]))[0])
-            for k in range(count)
-        ]
-
-    def low(chunk: Chunk, state: State, out: Array) -> None:
-        for row, counts, (last, first) in zip(bits(chunk), out, state["bins"], strict=True):
-            kernels.count_low(row, last, counts[0])
-            if any(dropped):
-                kernels.count_low(row, first, counts[1])
+        last = [_bin_of_rank(total[k], dropped[k] + kept[k])[0] for k in range(rows)]
+        first = [_bin_of_rank(total[k], dropped[k])[0] if dropped[k] else -1 for k in range(rows)]
+        state["bins"] = np.column_stack([last, first])
 
     def find(total: Array, state: State) -> None:
-        high_counts = state.pop("high")
-        state["limits"] = [limits(high_counts[k], total[k], dropped[k], kept[k]) for k in range(count)]
+        counts = state.pop("high")
+        state["limits"] = np.array([limits(counts[k], total[k], dropped[k], kept[k]) for k in range(rows)])
 
-    return [Pass((count, HIGH_BINS), np.int64, high, bins), Pass((count, 2, LOW_BINS), np.int64, low, find)]
-
-
-def _trim(settings: Settings, chunk: Chunk, state: State) -> None:
-    if "limits" not in state:
-        return
-    for tau, key, limit in zip(chunk.experts, settings.keys, state["limits"], strict=True):
-        _keep(limit, _magnitudes(tau), chunk.begin, key, tau)
+    return Pass((rows, HIGH_BINS), np.int64, high, bins), Pass((rows, 2, LOW_BINS), np.int64, low, find)
 
 
-def _keep(limit: Limits, bits: Array, begin: int, key: Any, tau: Array) -> None:
-    kernels.keep_between(bits, limit.low, limit.keep_low, limit.high, limit.keep_high, begin, key, tau)
-
-
-def _magnitudes(tau: Array) -> Array:
-    bits = np.empty(len(tau), np.uint32)
-    kernels.magnitudes(tau, bits)
-    return bits
-
-
-def _variance_rows(chunk: Chunk) -> list[Array]:
-    """One row of bit patterns; leaves task vectors in the chunk."""
-    _to_task_vectors(chunk)
-    bits = np.empty(chunk.experts.shape[1], np.uint32)
-    kernels.variances(chunk.experts, bits)
-    return [bits]
+def _drop_limits(settings: Settings, state: State) -> Array:
+    """(K, 2): density and the factor of what stays: 1 / density, or what mergekit's pass found."""
+    scales = state.get("scales", 1.0 / settings.densities)
+    return np.column_stack([settings.densities, scales])
 
 
 def _drop_passes(settings: Settings) -> tuple[Pass, ...]:
@@ -587,37 +589,14 @@ def _drop_passes(settings: Settings) -> tuple[Pass, ...]:
         return ()
 
     def norms(chunk: Chunk, state: State, out: Array) -> None:
-        _to_task_vectors(chunk)
-        before = np.abs(chunk.experts).sum(axis=1, dtype=np.float64)
-        _drop(settings, chunk, {"scales": np.ones(settings.experts)})
-        out += np.stack([before, np.abs(chunk.experts).sum(axis=1, dtype=np.float64)])
+        tau = chunk.task_vectors().experts
+        before = np.abs(tau).sum(axis=1, dtype=np.float64)
+        whole = np.column_stack([settings.densities, np.ones(settings.experts)])
+        kernels.sparsify(tau, chunk.begin, kernels.DROP, whole, settings.keys)
+        out += np.stack([before, np.abs(tau).sum(axis=1, dtype=np.float64)])
 
     def scales(total: Array, state: State) -> None:
         before, after = total
         state["scales"] = np.divide(before, after, out=np.ones_like(before), where=after > 0.0)
 
     return (Pass((2, settings.experts), np.float64, norms, scales),)
-
-
-def _drop(settings: Settings, chunk: Chunk, state: State) -> None:
-    for k, tau in enumerate(chunk.experts):
-        density = float(settings.densities[k])
-        if settings.dims < 2 or density >= 1.0:
-            continue
-        scale = float(state["scales"][k]) if "scales" in state else 1.0 / density
-        kernels.drop(_drawn(settings, chunk, k), density, scale, tau)
-
-
-def _drop_by_rank(settings: Settings, chunk: Chunk, state: State) -> None:
-    for k, tau in enumerate(chunk.experts):
-        density = float(settings.densities[k])
-        if settings.dims < 2 or density >= 1.0:
-            continue
-        spread = min(settings.epsilon, density, 1.0 - density)
-        kernels.drop_by_rank(_drawn(settings, chunk, k), density, spread, settings.columns, tau)
-
-
-def _drawn(settings: Settings, chunk: Chunk, k: int) -> Array:
-    drawn = np.empty(chunk.experts.shape[1], np.uint32)
-    kernels.words(chunk.begin, 0, settings.keys[k], drawn)
-    return drawn

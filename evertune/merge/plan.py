@@ -24,10 +24,10 @@ from evertune.model.checkpoint import WEIGHTS, Checkpoint, describe, read_json
 from evertune.model.header import DTYPE_BITS
 
 # Changes whenever the same configuration would give other bytes.
-VERSION = 1
+VERSION = 2
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 CONFIG_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
-CHUNK_ELEMENTS = 1 << 15
+CHUNK_ELEMENTS = 1 << 18
 SEGMENT_ELEMENTS = 1 << 20
 TOKENIZER_FILES = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",

@@ -234,7 +234,8 @@ def read_matrix(files: Files, at: Located, what: str) -> Array:
     raw = np.empty(at.info.bytes, np.uint8)
     files.read(at.file, at.info.begin, raw)
     values = np.empty(at.info.bytes * 8 // DTYPE_BITS[at.info.dtype])
-    if kernels.decode(raw, FLOATS[at.info.dtype], values):
+    kernels.decode(raw, FLOATS[at.info.dtype], values)
+    if not kernels.is_finite(raw, FLOATS[at.info.dtype]):
         raise MergeError(f"{at.file}: {what} holds NaN or Inf.", remedy="Train or copy it again.")
     return values.reshape(at.info.shape)
 

@@ -40,11 +40,9 @@ def likeness(plan: MergePlan) -> list[Likeness]:
         for tensor in chosen:
             every = _with_all_experts(plan, tensor)
             inputs = open_inputs(plan, every, files)
-            rows = any(tensor.name in one.rows for one in inputs.models)
-            for begin, end in sample_runs(every, whole_rows=rows):
-                chunk = reader.whole(inputs, begin, end)
-                vectors = chunk.experts if chunk.base is None else np.concatenate([chunk.experts, chunk.base[None]])
-                kernels.gram(vectors, gram)
+            for begin, end in sample_runs(every, whole_rows=inputs.has_rows):
+                chunk = reader.chunk(inputs, begin, end)
+                kernels.gram_chunk(*chunk.models, chunk.count, False, gram)
     finally:
         files.close()
     return [

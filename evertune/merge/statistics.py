@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from evertune.merge import kernels
+from evertune.merge.chunk import Chunk
 from evertune.merge.kernels import Array
 from evertune.merge.methods import Rule, State
 from evertune.merge.plan import TensorPlan
@@ -35,8 +36,8 @@ def sample_runs(tensor: TensorPlan, *, whole_rows: bool = False) -> Iterator[tup
         yield begin, begin + run
 
 
-def measure(inputs: Inputs, rule: Rule, state: State, reader: Reader) -> dict[str, Any]:
-    """Facts of one tensor, as JSON values.
+def measure(inputs: Inputs, rule: Rule | None, state: State, reader: Reader) -> dict[str, Any]:
+    """Facts of one tensor, as JSON values; without a rule, of what goes in.
 
     `relative_to` says what differences were taken from: the base, or without one the mean of the experts.
         norms: length of each expert's difference, over the whole tensor, by name.
@@ -49,29 +50,27 @@ def measure(inputs: Inputs, rule: Rule, state: State, reader: Reader) -> dict[st
     tensor = inputs.tensor
     count = len(inputs.experts)
     gram = np.zeros((count, count))
-    size = moved = unmoved = seen = 0.0
+    size = seen = 0.0
+    moved = unmoved = 0
     kept = np.zeros(count)
     signs = np.zeros(2, np.int64)
-    for begin, end in sample_runs(tensor, whole_rows=rule.whole_rows or bool(_has_rows(inputs))):
-        chunk = reader.whole(inputs, begin, end)
-        reference = chunk.base if chunk.base is not None else chunk.experts.mean(axis=0)
+    for begin, end in sample_runs(tensor, whole_rows=inputs.has_rows or (rule is not None and rule.whole_rows)):
+        chunk = reader.chunk(inputs, begin, end)
+        values = chunk.values()
+        reference = values.experts.mean(axis=0) if values.base is None else values.base
         size += float(np.square(reference, dtype=np.float64).sum())
-        seen += end - begin
-        if chunk.base is not None:
-            base = chunk.base.copy()
-            out = reader.rows(1, end - begin, double=tensor.double, use="out")[0]
-            rule.apply(chunk, state, out)
-            changed = out != base
-            moved += int(changed.sum())
-            unmoved += int((changed & (_rounded(out, tensor.dtype) == base)).sum())
-            chunk = reader.whole(inputs, begin, end)
-        kernels.subtract(reference, chunk.experts)
-        kernels.gram(chunk.experts, gram)
-        kernels.count_conflicts(chunk.experts, signs)
-        if rule.part is not None:
-            chunk = reader.whole(inputs, begin, end)
-            rule.part(chunk, state)
-            kept += np.count_nonzero(chunk.experts, axis=1)
+        seen += chunk.count
+        if rule is not None and values.base is not None:
+            base, merged, rounded = values.base.copy(), *_merged(chunk, rule, state, tensor.dtype)
+            moved += int(np.count_nonzero(merged != base))
+            unmoved += int(np.count_nonzero((merged != base) & (rounded == base)))
+            values = chunk.values()
+            reference = values.start
+        kernels.subtract(reference, values.experts)
+        kernels.gram(values.experts, gram)
+        kernels.count_conflicts(values.experts, signs)
+        if rule is not None and rule.part is not None:
+            kept += np.count_nonzero(rule.part(chunk, state), axis=1)
     shared, conflicts = signs.tolist()
     scale = tensor.elements / seen if seen else 0.0
     names = [one.name for one in inputs.experts]
@@ -86,15 +85,11 @@ def measure(inputs: Inputs, rule: Rule, state: State, reader: Reader) -> dict[st
         ],
         "sign_conflict": conflicts / shared if shared else 0.0,
     }  # fmt: skip
-    if rule.part is not None and inputs.base is not None:
+    if rule is not None and rule.part is not None and inputs.base is not None:
         facts["density"] = dict(zip(names, (kept / max(seen, 1.0)).tolist(), strict=True))
-    if inputs.base is not None:
+    if rule is not None and inputs.base is not None:
         facts["unmoved"] = unmoved / moved if moved else 0.0
     return facts
-
-
-def _has_rows(inputs: Inputs) -> bool:
-    return any(inputs.tensor.name in one.rows for one in inputs.models)
 
 
 def _cosine(gram: Array, a: int, b: int) -> float:
@@ -102,9 +97,11 @@ def _cosine(gram: Array, a: int, b: int) -> float:
     return float(gram[a, b] / size) if size > 0.0 else 0.0
 
 
-def _rounded(values: Array, dtype: str) -> Array:
-    raw = np.empty(len(values) * DTYPE_BITS[dtype] // 8, np.uint8)
-    kernels.encode(values, FLOATS[dtype], raw)
-    back = np.empty_like(values)
-    kernels.decode(raw, FLOATS[dtype], back)
-    return back
+def _merged(chunk: Chunk, rule: Rule, state: State, dtype: str) -> tuple[Array, Array]:
+    """A chunk's result before rounding to a dtype, and after."""
+    before, after = np.empty(chunk.count, chunk.like.dtype), np.empty(chunk.count, chunk.like.dtype)
+    rule.apply(chunk, state, kernels.F64 if chunk.double else kernels.F32, before.view(np.uint8))
+    raw = np.empty(chunk.count * DTYPE_BITS[dtype] // 8, np.uint8)
+    kernels.encode(before, FLOATS[dtype], raw)
+    kernels.decode(raw, FLOATS[dtype], after)
+    return before, after

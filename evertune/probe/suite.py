@@ -19,7 +19,7 @@ from evertune.data.rows import Row, files_of, messages_of, read_rows
 from evertune.errors import DataError, ProbeError
 from evertune.hashing import digest_json
 from evertune.probe.task_files import require_lm_eval, task_identity
-from evertune.verifiers import validate
+from evertune.verifiers import located, placed, validate
 
 Kind = Literal["choice", "generate", "bits_per_byte", "lm_eval"]
 # Raised by hand when the meaning of an item changes: old scores are then made anew.
@@ -130,7 +130,7 @@ def load_probe(name: str, *, settings: Mapping[str, Any], root: Path) -> AnyProb
     if settings.get("lm_eval") is not None:
         return _lm_eval_probe(name, settings, root)
     kind = settings["kind"]
-    verifier = dict(settings.get("verifier") or {})
+    verifier = located(settings["verifier"], root) if settings.get("verifier") else {}
     try:
         rows = _read(name, root / settings["path"], kind, settings.get("limit"))
     except DataError as error:
@@ -157,7 +157,7 @@ def load_probe(name: str, *, settings: Mapping[str, Any], root: Path) -> AnyProb
         role=settings.get("role", "guard"),
         safety=settings.get("safety", False),
         items=items,
-        verifier=verifier,
+        verifier=placed(verifier, root.absolute()) if verifier else {},
         normalise=normalise,
         max_new_tokens=max_new_tokens,
         margin=settings.get("margin"),

@@ -21,10 +21,12 @@ from evertune.recipe.schema import (
     Mix,
     NoOptions,
     OnPolicy,
+    Protected,
     Recipe,
     Replay,
     Retrain,
     Rl,
+    RolloutServer,
     Sft,
     StageSettings,
     Teacher,
@@ -157,6 +159,7 @@ class ResolvedDpo(ResolvedTraining):
     nll: float
     reference: str
     replay_weight: float
+    replay_ratio: float | None
 
     @property
     def references(self) -> dict[str, str]:
@@ -180,8 +183,11 @@ class ResolvedRl(ResolvedTraining):
     kl: float
     kl_to: str
     replay_weight: float
+    replay_ratio: float | None
+    protect: dict[str, Protected]
     max_kl: float | None
     min_entropy: float | None
+    server: RolloutServer | None
 
     @property
     def references(self) -> dict[str, str]:
@@ -278,24 +284,15 @@ def resolve_sft(recipe: Recipe, stage: Sft) -> ResolvedSft:
 def resolve_dpo(recipe: Recipe, stage: Dpo) -> ResolvedDpo:
     """Fill in what a dpo stage leaves open."""
     preset = PRESETS[recipe.preset]
-    return ResolvedDpo(
-        **_training(recipe, stage, lora_lr=preset.dpo_lora_lr, full_lr=preset.dpo_full_lr, epochs=1.0),
-        loss=stage.loss,
-        beta=stage.beta,
-        label_smoothing=stage.label_smoothing,
-        nll=stage.nll,
-        reference=stage.reference,
-        replay_weight=stage.replay_weight,
-    )
+    rates = {"lora_lr": preset.dpo_lora_lr, "full_lr": preset.dpo_full_lr}
+    return ResolvedDpo(**_training(recipe, stage, **rates, epochs=1.0), **_own(stage, ResolvedDpo))
 
 
 def resolve_rl(recipe: Recipe, stage: Rl) -> ResolvedRl:
     """Fill in what an rl stage leaves open."""
     preset = PRESETS[recipe.preset]
-    shared = {field.name for field in fields(ResolvedTraining)}
-    own = {field.name: getattr(stage, field.name) for field in fields(ResolvedRl) if field.name not in shared}
     rates = {"lora_lr": preset.rl_lora_lr, "full_lr": preset.rl_full_lr}
-    return ResolvedRl(**_training(recipe, stage, **rates, epochs=1.0), **own)
+    return ResolvedRl(**_training(recipe, stage, **rates, epochs=1.0), **_own(stage, ResolvedRl))
 
 
 def resolve_distill(recipe: Recipe, stage: Distill) -> ResolvedDistill:
@@ -377,6 +374,12 @@ def resolve_recipe(recipe: Recipe) -> dict[str, Any]:
                 inner = written["consolidate"]["best_of"][j][way.kind]
                 inner |= {name: _plain(value) for name, value in asdict(filled).items()}
     return body
+
+
+def _own(stage: Training, kind: type[ResolvedTraining]) -> dict[str, Any]:
+    """The fields that this kind of stage has beside those of every trained one, as they are given."""
+    shared = {field.name for field in fields(ResolvedTraining)}
+    return {field.name: getattr(stage, field.name) for field in fields(kind) if field.name not in shared}
 
 
 def _training(recipe: Recipe, stage: Training, *, lora_lr: float, full_lr: float, epochs: float) -> dict[str, Any]:

@@ -133,6 +133,10 @@ class DataSource(Config):
     bad_rows: Literal["error", "quarantine"] = "error"
     """A row that cannot be read or has the wrong shape stops the run, or is left out, counted and kept with the reason.
     """
+    keep: list[str] = []
+    """Quality rules: `words>=3`, `repetition<=0.3`, with a quantile of the source `words<=q0.99`; `defaults` stands for
+    the default rules. A row that breaks one is left out, counted and kept with the rule. `evertune data filter
+    --signals` lists the signals."""
     verifier: "Verifier | None" = None
     """How answers to the source's questions are checked, where an rl stage learns from it."""
 
@@ -140,7 +144,7 @@ class DataSource(Config):
 class Verifier(OneKey):
     """How a generated answer is checked: exactly one key."""
 
-    bare_names = ("exact", "contains", "math", "ifeval", "python")
+    bare_names = ("exact", "contains", "math", "refusal", "ifeval", "python")
     noun = "a verifier"
 
     exact: NoOptions | None = None
@@ -149,6 +153,9 @@ class Verifier(OneKey):
     """The item's `answer` occurs in the output."""
     math: NoOptions | None = None
     """The final number or expression equals the item's `answer` (math-verify)."""
+    refusal: NoOptions | None = None
+    """The output refuses where the item's `answer` is `refuse`, and does not where it is `comply`; by words, in
+    English."""
     ifeval: NoOptions | None = None
     """The output meets every constraint of the item's `answer`, `{"instruction_id_list", "kwargs"}` (IFEval,
     arXiv:2311.07911)."""
@@ -159,9 +166,27 @@ class Verifier(OneKey):
     """A pattern that must match the whole trimmed output. The item's `answer` is not read."""
     json_schema: dict[str, Any] | None = None
     """A JSON Schema the output must satisfy; when the item has an `answer` object, it must equal it too."""
+    function: "OwnFunction | None" = None
+    """A function of your own, `module:function`: called with the output and the item's `answer`, it returns a number
+    from 0 to 1 or a truth value."""
     parts: "Annotated[dict[Name, VerifierPart], Field(min_length=1)] | None" = None
     """Several verifiers of the same answer, by name. The score is their weighted mean; in an rl stage the score of each
     part is logged."""
+
+
+class OwnFunction(Config):
+    """A function of your own that checks outputs, in a child process. It is trusted: nothing confines it."""
+
+    call: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+    """`module:function`. The module is looked for beside the recipe, then among what is installed. Its file's digest is
+    part of what a result depends on; of what it imports nothing is known."""
+    seconds: Positive = 5.0
+    """The longest a call may take. What takes longer has failed, and is counted as such."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare(cls, value: Any) -> Any:
+        return {"call": value} if isinstance(value, str) else value
 
 
 class VerifierPart(Config):
@@ -271,6 +296,23 @@ class Tune(OneKey):
     """Every weight."""
 
 
+# Kinds of stages whose share of replay can rise on the way.
+ADAPTING = ("sft", "dpo")
+
+
+class Adapt(Config):
+    """A share of replay that rises while a stage runs: guards are asked at fixed steps, and where one has fallen by
+    more than its margin below the best it had in this stage, the share rises. Not a test, but a point estimate: cheap
+    insurance, and bounded. In sft and dpo stages; guards of lm-eval and held-out ones are not asked."""
+
+    every: int = Field(gt=0)
+    """Optimizer steps between two askings; the first is before the first step."""
+    raise_by: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
+    """How much the share rises each time."""
+    most: Share = 0.5
+    """The share rises no further."""
+
+
 class Replay(Config):
     """Old or general rows mixed into the stream of new ones (rehearsal)."""
 
@@ -283,6 +325,9 @@ class Replay(Config):
     dedup: bool | Literal["near"] = True
     """Leave out replay rows whose normalised text is also a new row, or an earlier replay row; `near`: those that are
     nearly a new row or another replay row too (docs/data.md)."""
+    adapt: Adapt | None = None
+    """Raise the share while a stage runs and a guard falls. The stage keeps its number of steps, so that a larger share
+    shows fewer new rows."""
 
     model_config = ConfigDict(populate_by_name=True)
 
@@ -304,6 +349,19 @@ class Anchor(Config):
     cache: Literal["off", "hidden", "top64"] = "off"
     """`off`: the reference runs beside the policy. `hidden`: its last hidden states are stored once, exact.
     `top64`: its 64 largest log-probabilities and one tail bucket are stored, a lower bound of the KL."""
+
+
+class History(Config):
+    """What of a promoted round's new rows is kept for later replay: of each source and round, a budget of rows."""
+
+    rows: int = Field(10_000, gt=0)
+    """At most so many rows of a source."""
+    bytes: int | None = Field(None, gt=0)
+    """At most so many bytes of a source, as JSONL; one row is kept in any case."""
+    policy: Literal["reservoir", "class_balanced", "coverage"] = "reservoir"
+    """Which rows, where not all can be: each equally likely; classes alike; or those that add new runs of words."""
+    by: PlaceText = "answer"
+    """Field with a row's class, for `class_balanced`; `answer` is what is said where rows have no such field."""
 
 
 class Ema(Config):
@@ -459,6 +517,9 @@ class Training(StageSettings):
         return _replayed(self.replay)
 
 
+NormRatio = Annotated[float | None, Field(gt=0.0, le=1.0)]
+
+
 class Sft(Training):
     """Supervised fine-tuning: cross-entropy on completion tokens."""
 
@@ -485,12 +546,44 @@ class Dpo(Training):
     """What the log-probabilities are compared with: `start`, `sft`, `base`, `champion`, or the path of a checkpoint."""
     replay_weight: NonNegative = 1.0
     """Weight of the replayed rows' cross-entropy, per token, beside the mean preference loss."""
+    replay_ratio: NormRatio = None
+    """Instead of `replay_weight`: in each step the replayed rows, their anchor included, are weighed so that their
+    gradient has this share of the norm of the pairs' gradient. 0.1 to 0.3 is usual."""
 
     @model_validator(mode="after")
     def _read_by_loss(self) -> Self:
+        _check_replay_weight(self)
         if self.loss == "ipo" and self.label_smoothing:
             raise ValueError("'label_smoothing' is read by sigmoid and sigmoid_norm only, this loss is ipo")
         return self
+
+
+class Protected(Config):
+    """A skill that must not fall: a floor under its mean reward, and how hard it is held (a Lagrange multiplier)."""
+
+    at_least: Annotated[float, Field(gt=0.0, le=1.0)]
+    """The floor, such as what the start reaches less a margin."""
+    rate: Positive = 1.0
+    """How much the multiplier, which begins at 1, rises for each step and unit below the floor, and falls above it,
+    down to 0."""
+    most: Annotated[float, Field(ge=1.0, allow_inf_nan=False)] = 5.0
+    """Its upper bound."""
+
+
+class RolloutServer(Config):
+    """A server of OpenAI's completions protocol that loads LoRA adapters while it runs, such as vLLM's with
+    `--enable-lora` and VLLM_ALLOW_RUNTIME_LORA_UPDATING. It must see the workspace under the same path."""
+
+    url: Annotated[str, Field(pattern=r"^https?://[^\s/]+(/[^\s]*[^\s/])?$")]
+    """Up to the version and without a slash at the end, such as `http://127.0.0.1:8000/v1`."""
+    model: PlaceText
+    """What the server calls the recipe's base."""
+    key_env: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")] | None = None
+    """Environment variable that holds the server's key."""
+    seconds: Positive = 600.0
+    """The longest wait for one answer."""
+    requests: int = Field(32, gt=0, le=4096)
+    """Answers asked for at once."""
 
 
 class Rl(Training):
@@ -529,10 +622,18 @@ class Rl(Training):
     """The reference: `sft` (what this round's newest sft stage has made), `start`, `base`, `champion`, or a path."""
     replay_weight: NonNegative = 1.0
     """Weight of the replayed rows' cross-entropy, per token, beside the mean loss of the answers."""
+    replay_ratio: NormRatio = None
+    """Instead of `replay_weight`: in each step the replayed rows, their anchor included, are weighed so that their
+    gradient has this share of the norm of the answers' gradient. 0.1 to 0.3 is usual."""
+    protect: dict[Name, Protected] = {}
+    """Sources of `data` whose mean reward must not fall below a floor, each held by a multiplier of its answers'
+    advantages. Without an entry a source counts by its share of the questions alone."""
     max_kl: Positive | None = None
     """Budget of drift: the stage ends after a step in which the KL to the reference is above, in nats per token."""
     min_entropy: NonNegative | None = None
     """The stage ends after a step in which the entropy of the answers' tokens is below, in nats."""
+    server: RolloutServer | None = None
+    """Where the answers are made; in this process when not given. Needs `tune: {lora: ...}`."""
 
     @property
     def most_rows(self) -> int:
@@ -540,11 +641,22 @@ class Rl(Training):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        _check_replay_weight(self)
+        absent = [name for name in self.protect if name not in self.new_sources]
+        if absent:
+            raise ValueError(f"'protect' names '{absent[0]}', which is no source in this stage's 'data'")
+        if self.server is not None and self.tune is not None and self.tune.lora is None:
+            raise ValueError("'server' needs 'tune: {lora: ...}': whole weights cannot be loaded while it serves")
         if self.max_kl is not None and not self.kl:
             raise ValueError("'max_kl' needs 'kl' above 0: without a reference there is no KL to bound")
         if self.anchor is not None and self.anchor.on != "replay" and self.anchor.cache != "off":
             raise ValueError("an anchor on answers needs 'cache: off': no answer comes twice")
         return self
+
+
+def _check_replay_weight(stage: Dpo | Rl) -> None:
+    if stage.replay_ratio is not None and "replay_weight" in stage.model_fields_set and stage.replay_weight != 1.0:
+        raise ValueError("'replay_weight' and 'replay_ratio' do not go together: the ratio sets the weight")
 
 
 class Teacher(Config):
@@ -977,8 +1089,8 @@ class Interpolate(Config):
 
     alphas: list[Annotated[float, Field(gt=0.0, lt=1.0)]] = Field(default=[0.9, 0.8, 0.7, 0.5, 0.3], min_length=1)
     """Shares of the candidate to try, applied in memory; only the winner is written."""
-    toward: Literal["start", "champion"] = "start"
-    """The reference: what the round started from, or the last promoted model."""
+    toward: Literal["start", "before", "champion"] = "start"
+    """The reference: what the round started from, what its last stage started from, or the last promoted model."""
     blocks: int = Field(1, ge=1, le=16)
     """With more than one, the layers are cut into as many blocks, and each share is tried on one block at a time, the
     others staying whole: what was lost may lie in one part of the network. Tries blocks times shares."""
@@ -1022,12 +1134,26 @@ class StrongerAnchor(Scaled):
     """Times the anchor's weight; 0.05 where it was off."""
 
 
+class DistilBack(Config):
+    """One more stage after the round's own: what the round started from teaches back the skill that fell, while the
+    candidate is held to itself on the round's new rows."""
+
+    by_probe: dict[Name, Names] = {}
+    """Rows of each probe's skill, on which the start is asked; of a probe that is not named here, the sources that the
+    round replays."""
+    epochs: Positive = 1.0
+    """Passes over these rows."""
+    lr: Annotated[float, Field(gt=0.0, le=1.0, allow_inf_nan=False)] | None = None
+    """Learning rate; the preset's when not given."""
+
+
 class Rung(OneKey):
     """One rung of the rescue ladder: exactly one key."""
 
     bare_names = (
         "interpolate",
         "drop_stage",
+        "distil_back",
         "more_replay",
         "stronger_anchor",
         "lower_lr",
@@ -1040,6 +1166,8 @@ class Rung(OneKey):
     """Between the reference and the candidate."""
     drop_stage: NoOptions | None = None
     """The round without the stage after which the failing guards fell most."""
+    distil_back: DistilBack | None = None
+    """The round with one more stage, in which its start teaches back the skill that fell."""
     more_replay: MoreReplay | None = None
     """The round again, with more replay, of the skill that fell where `by_probe` says so."""
     stronger_anchor: StrongerAnchor | None = None
@@ -1150,6 +1278,26 @@ class RescueBudget(Config):
     """Rungs that are tried at most."""
     training: Positive = 3.0
     """Optimizer steps of all attempts, in multiples of the round's own; no rung that trains begins beyond it."""
+    order: Literal["written", "gain_for_cost"] = "written"
+    """`written`: rungs are tried in the recipe's order. `gain_for_cost`: those that only score first, then by expected
+    gain over the steps they train; see docs/gate.md."""
+
+
+class Monitor(Config):
+    """When monitoring asks for something to be done: heuristics, not facts. None acts by itself."""
+
+    forgetting: Points = 0.02
+    """Relative loss of a skill since it was learnt: 0.02 is 2 %."""
+    new_skill: float = Field(0.8, gt=0.0, le=1.0)
+    """Least share of what a retrained model gains on a taught skill (`evertune advise baseline`)."""
+    safety: Points = 0.01
+    """Loss on a safety probe since the base, in score: 0.01 is one point."""
+    cost: Positive = 1.0
+    """Tokens of all updates since the base over those of one retrain on all the data."""
+    drift: Positive = 0.05
+    """Relative L2 distance of the champion's weights from the base."""
+    kl_nats: Positive = 0.1
+    """Mean KL in nats per token from the base on general text (`evertune audit`)."""
 
 
 class Round(Config):
@@ -1250,6 +1398,8 @@ class Recipe(Config):
     leaks: Literal["error", "remove"] = "error"
     """A training row that holds a probe item stops the run, or is left out of training, replay and history, and
     counted. What holds an item: docs/data.md."""
+    history: History = History()
+    """What is kept of promoted rounds for replay."""
     defaults: Defaults = Defaults()
     """What stages have in common."""
     gate: Gate = Gate()
@@ -1259,6 +1409,8 @@ class Recipe(Config):
     `[interpolate, discard]` when not given. All bounds are taken at alpha divided by the number that is tried."""
     rescue_budget: RescueBudget = RescueBudget()
     """When climbing ends."""
+    monitor: Monitor = Monitor()
+    """When monitoring over rounds asks for something to be done."""
     rounds: list[Round] = Field(min_length=1)
     """Updates, in order; each starts where the promoted ones before it lead."""
     numerics: Numerics = Numerics()
@@ -1287,7 +1439,12 @@ def _readable(recipe: Recipe, rounds: Sequence[Round]) -> list[str]:
 
 def _check_references(recipe: Recipe) -> None:
     """Raise for names that name nothing, names that stand twice, and sources of the wrong format: one line each."""
-    problems = [*_round_problems(recipe), *_source_problems(recipe), *_teacher_problems(recipe)]
+    problems = [
+        *_round_problems(recipe),
+        *_source_problems(recipe),
+        *_adapt_problems(recipe),
+        *_teacher_problems(recipe),
+    ]
     if recipe.academic == "refuse":
         problems += [
             f"{place}: found an academic method, {method}, which is not production-validated; expected "
@@ -1321,6 +1478,15 @@ def _source_problems(recipe: Recipe) -> Iterator[str]:
         named += [(f"{place}.data", name, stage.kind, settings.formats) for name in settings.new_sources]
         named += [(f"{place}.replay.from", name, "replay", REPLAYABLE) for name in settings.replayed_sources]
         named += [(place, name, "a memory", REPLAYABLE) for name in settings.remembered_sources if name != "history"]
+    ladders = [("rescue", recipe.rescue), *((f"rounds[{i}].rescue", one.rescue) for i, one in enumerate(recipe.rounds))]
+    for place, rungs in ladders:
+        for k, rung in enumerate(rungs or ()):
+            aimed = rung.more_replay or rung.distil_back
+            for probe, names in aimed.by_probe.items() if aimed else ():
+                where = f"{place}[{k}].{rung.kind}.by_probe"
+                if probe not in recipe.probes:
+                    yield f"{where}: no probe '{probe}'; probes has: {', '.join(recipe.probes)}"
+                named += [(f"{where}.{probe}", name, "rescue", REPLAYABLE) for name in names if name != "history"]
     for place, name, reader, formats in named:
         source = recipe.data.get(name)
         if source is None and name in (OWN_SOURCES, ALL_SOURCES):
@@ -1331,6 +1497,17 @@ def _source_problems(recipe: Recipe) -> Iterator[str]:
             yield f"{place}: '{name}' has format '{source.format}'; {reader} reads {' and '.join(formats)}"
         elif reader == "rl" and source.verifier is None:
             yield f"{place}: '{name}' has no verifier; rl needs data.{name}.verifier, such as 'exact' or 'math'"
+
+
+def _adapt_problems(recipe: Recipe) -> Iterator[str]:
+    for i, one in enumerate(recipe.rounds):
+        for k, stage in enumerate(one.stages):
+            own = getattr(stage.settings, "replay", None)
+            if own is not None and own.adapt is not None and stage.kind not in ADAPTING:
+                yield (
+                    f"rounds[{i}].stages[{k}].{stage.kind}.replay.adapt: found it in a stage of kind {stage.kind}, "
+                    f"expected {' or '.join(ADAPTING)}, whose rows come straight from the stream"
+                )
 
 
 def _teacher_problems(recipe: Recipe) -> Iterator[str]:

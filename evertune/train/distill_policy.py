@@ -20,6 +20,7 @@ from evertune.train.distill_teachers import Teachers
 from evertune.train.material import Material
 from evertune.train.rollout import answer_seed
 from evertune.train.sample import sample_answers
+from evertune.train.sink import Metrics
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,11 +93,11 @@ class OnPolicyFeed:
         """Only between windows is nothing held."""
         return self._settings.steps
 
-    def prepare(self, step: int) -> None:
+    def prepare(self, step: int) -> Metrics:
         """Let the student answer the rows of the window that a step belongs to, and the teachers judge them."""
         window = step // self._settings.steps
         if window == self._window:
-            return
+            return {}
         first = window * self._settings.steps
         steps = range(first, min(first + self._settings.steps, self._material.steps))
         self._held = self._answered({one: self._material.step_rows(one) for one in steps})
@@ -111,6 +112,7 @@ class OnPolicyFeed:
         sources = dict.fromkeys(row.source for row in written)
         self._teachers.answer({name: [row for row in written if row.source == name] for name in sources}, self._targets)
         self._window = window
+        return {}
 
     def step_rows(self, step: int) -> Sequence[Item]:
         return self._held[step]

@@ -16,12 +16,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from evertune.data.encode import EncodedRow
+from evertune.data.stream import Stretches
 from evertune.methods import standing_of
 from evertune.model.adapter import Factors, add_adapter, read_factors, save_new
 from evertune.model.checkpoint import Checkpoint
 from evertune.model.codec import Codec
 from evertune.model.export import save_dense
 from evertune.model.open import OpenModel, open_model
+from evertune.train.adapt import AdaptiveFeed, Ask, adapt_facts, adapt_warnings
 from evertune.train.anchor import Anchor, anchors
 from evertune.train.distance import stage_drift
 from evertune.train.head import split_model
@@ -60,11 +62,20 @@ class Lesson(ABC):
 
     def feed(self, setting: "Setting", policy: Policy) -> Feed:
         """What each step shows."""
-        return setting.material
+        spec, ask = setting.spec, setting.ask
+        if spec.adapt is None or not isinstance(setting.material.stream, Stretches):
+            return setting.material
+        assert ask is not None, "the share follows guards, and nothing asks them"
+        return AdaptiveFeed(setting.material, spec.share, spec.adapt, ask, setting.opened, agreer(setting))
 
     def brake(self, metrics: Metrics) -> str | None:
         """Why the stage should end after a step with these metrics, or None. A function of the metrics alone."""
         return None
+
+    def observe(self, metrics: Metrics) -> Metrics:
+        """Learn from a step's metrics what the next one needs, and return what to log beside them. A run that goes on
+        is given those of all steps before first."""
+        return {}
 
     def methods(self) -> dict[str, bool]:
         """Ids in the table of methods, and whether the stage uses them."""
@@ -96,6 +107,7 @@ class Setting:
     material: Material
     accelerator: Accelerator
     workspace: Workspace
+    ask: Ask | None = None
 
     def source(self, reference: Checkpoint) -> ReferenceSource:
         """Where a reference's outputs come from."""
@@ -127,8 +139,25 @@ def gatherer(setting: Setting) -> Callable[[list[Any]], list[Any]]:
     return gather
 
 
-def run_training(spec: TrainingSpec, workspace: Workspace, lesson: Lesson) -> dict[str, Any]:
+def agreer(setting: Setting) -> Callable[[Callable[[], dict[str, float]]], dict[str, float]]:
+    """Calls in the main process; its result is that of all, whatever another would have computed."""
+    if setting.accelerator.num_processes == 1:
+        return lambda call: call()
+    from accelerate.utils import broadcast_object_list
+
+    def agree(call: Callable[[], dict[str, float]]) -> dict[str, float]:
+        found: list[Any] = [call() if setting.accelerator.is_main_process else None]
+        broadcast_object_list(found)
+        return dict(found[0])
+
+    return agree
+
+
+def run_training(spec: TrainingSpec, workspace: Workspace, lesson: Lesson, *, ask: Ask | None = None) -> dict[str, Any]:
     """Train one stage, or go on with it from its newest resume point, and publish the checkpoint under `spec.key`.
+
+    Args:
+        ask: scores guards of the model in training, where the share of replay follows them.
 
     Returns:
         `{"checkpoint": the ledger's fields known here, "volatile": {"time", "seconds", "tokens_per_second"}}`; the
@@ -150,19 +179,21 @@ def run_training(spec: TrainingSpec, workspace: Workspace, lesson: Lesson) -> di
     opened, trained = open_trained(spec, accelerator)
     lesson.begin(trained)
     material = lesson.load(opened.codec, world_size=accelerator.num_processes)
-    trainer = make_trainer(Setting(spec, opened, material, accelerator, workspace), trained, lesson)
+    trainer = make_trainer(Setting(spec, opened, material, accelerator, workspace, ask), trained, lesson)
     plugged = plug_in(spec, trainer, opened, workspace)
     at_start = interference(trainer, material) if lesson.can_compare else None
     found = points.newest()
     if found is not None:
         trainer.load_state(found.state)
     first, history = (found.step, found.history) if found is not None else (0, [])
+    if isinstance(trainer.feed, AdaptiveFeed):
+        trainer.feed.recall(history)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         points.drop_after(first)
     start_trackers(accelerator, spec.label, spec.settings(), folder=points.folder / "trackers")
     sink = Sink(points.folder / METRICS, history=history, accelerator=accelerator)
-    train(trainer, points, sink, first=first, save_steps=spec.save_steps, brake=lesson.brake)
+    train(trainer, points, sink, first=first, save_steps=spec.save_steps, brake=lesson.brake, observe=lesson.observe)
     trainer.masters.use_average()
     cosines = _start_and_end(at_start, interference(trainer, material)) if lesson.can_compare else None
     if accelerator.is_main_process:
@@ -223,7 +254,16 @@ def make_trainer(setting: Setting, trained: Mapping[str, nn.Parameter], lesson: 
         seed=spec.seed,
     )
     masters = Masters(trained, weight_decay=spec.weight_decay, ema_decay=spec.ema_decay)
-    return Trainer(policy, masters, feed, pace, setting.accelerator, penalties, objective=lesson.objective(setting))
+    return Trainer(
+        policy,
+        masters,
+        feed,
+        pace,
+        setting.accelerator,
+        penalties,
+        objective=lesson.objective(setting),
+        replay_ratio=getattr(spec, "replay_ratio", None),
+    )
 
 
 def interference(trainer: Trainer, material: Material) -> float | None:
@@ -315,9 +355,14 @@ def _facts(spec: TrainingSpec, lesson: Lesson, material: Material, history: Sequ
         "tokens": sum(one["tokens"] for one in history),
         "counted_tokens": sum(one["counted_tokens"] for one in history),
     }
+    adapted = spec.adapt if isinstance(material.stream, Stretches) else None
+    if adapted is not None and facts["replay"] is not None:
+        facts["replay"] |= {"adapt": adapt_facts(history, adapted)}
     if parents := lesson.parents():
         facts["parents"] = parents
     warnings = lesson.warnings(taught[:FINAL_STEPS], taught[-FINAL_STEPS:])
+    if adapted is not None:
+        warnings += adapt_warnings(history, adapted)
     reason = lesson.brake(history[-1])
     if reason:
         warnings.append({"name": "stopped_early", "text": f"the stage ended after step {len(history)}: {reason}"})

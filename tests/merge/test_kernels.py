@@ -13,11 +13,16 @@ ALL_WORDS = np.arange(1 << 16, dtype=np.uint32).astype(np.uint16)
 @pytest.mark.parametrize(("code", "dtype"), [(kernels.BF16, torch.bfloat16), (kernels.F16, torch.float16)])
 def test_all_16_bit_numbers_are_decoded_as_torch_does(code: int, dtype: torch.dtype) -> None:
     values = np.empty(1 << 16, np.float32)
-    bad = kernels.decode(ALL_WORDS.view(np.uint8), code, values)
+    kernels.decode(ALL_WORDS.view(np.uint8), code, values)
     expected = torch.from_numpy(ALL_WORDS.view(np.int16)).view(dtype).float().numpy()
     finite = np.isfinite(expected)
     assert np.array_equal(values[finite].view(np.uint32), expected[finite].view(np.uint32))
-    assert bad == int((~finite).sum())
+    for word, is_finite in zip(ALL_WORDS, finite, strict=True):
+        # In each of the four places of a 64-bit word, and in what is left over behind it.
+        for place in range(7):
+            words = np.full(7, 0x8001, np.uint16)
+            words[place] = word
+            assert kernels.is_finite(words.view(np.uint8), code) == is_finite
 
 
 @pytest.mark.parametrize(("code", "dtype"), [(kernels.BF16, torch.bfloat16), (kernels.F16, torch.float16)])
@@ -36,11 +41,30 @@ def test_rounding_to_16_bits_is_torchs_to_the_bit(code: int, dtype: torch.dtype,
     assert bad == int((~torch.isfinite(expected)).sum())
 
 
+def test_a_float64_is_rounded_once_not_by_way_of_float32() -> None:
+    # 1 + 2^-8 lies in the middle between bfloat16's 1 and 1 + 2^-7, and goes to the even one, 1. What lies a little
+    # above goes up, though float32 cannot tell it from the middle; below 1 + 3 * 2^-8, whose even neighbour is above,
+    # a little less goes down.
+    tiny = 2.0**-40
+    values = np.array([1 + 2.0**-8, 1 + 2.0**-8 + tiny, 1 + 3 * 2.0**-8, 1 + 3 * 2.0**-8 - tiny])
+    raw = np.empty(16, np.uint8)
+    assert kernels.encode(np.concatenate([values, -values]), kernels.BF16, raw) == 0
+    assert raw.view(np.uint16).tolist() == [0x3F80, 0x3F81, 0x3F82, 0x3F81, 0xBF80, 0xBF81, 0xBF82, 0xBF81]
+    halves = np.array([1 + 2.0**-11, 1 + 2.0**-11 + tiny, 1 + 3 * 2.0**-11, 1 + 3 * 2.0**-11 - tiny])
+    assert kernels.encode(halves, kernels.F16, raw[:8]) == 0
+    assert raw[:8].view(np.uint16).tolist() == [0x3C00, 0x3C01, 0x3C02, 0x3C01]
+
+
 @pytest.mark.parametrize(("code", "dtype"), [(kernels.F32, np.float32), (kernels.F64, np.float64)])
 def test_wider_numbers_pass_through_and_the_bad_ones_are_counted(code: int, dtype: type) -> None:
     values = np.array([1.5, -0.0, np.nan, np.inf, -np.inf, 3e-40], dtype)
     back = np.empty(6, np.float64)
-    assert kernels.decode(values.view(np.uint8), code, back) == 3
+    kernels.decode(values.view(np.uint8), code, back)
+    for value in values:
+        for place in range(3):
+            some = np.full(3, -3e-40, dtype)
+            some[place] = value
+            assert kernels.is_finite(some.view(np.uint8), code) == np.isfinite(value)
     assert back[0] == 1.5
     assert np.signbit(back[1])
     raw = np.empty(6 * values.itemsize, np.uint8)
@@ -58,9 +82,9 @@ def test_wider_numbers_pass_through_and_the_bad_ones_are_counted(code: int, dtyp
 )
 def test_philox_gives_the_published_vectors(counter: int, stream: int, key: int, expected: tuple[int, ...]) -> None:
     # The three known answers for philox4x32-10 of Random123 (Salmon et al. 2011).
-    found = [np.empty(1, np.uint64) for _ in range(4)]
-    kernels.philox(np.uint64(counter), np.uint64(stream), np.uint64(key), *found)
-    assert tuple(int(one[0]) for one in found) == expected
+    found = np.empty((4, 1), np.uint32)
+    kernels.philox(np.uint64(counter), np.uint64(stream), np.uint64(key), found)
+    assert tuple(found[:, 0].tolist()) == expected
 
 
 def test_a_word_depends_on_its_index_alone() -> None:
