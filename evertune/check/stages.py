@@ -327,12 +327,13 @@ def _look_at_teachers(view: StageView, settings: ResolvedDistill) -> None:
         return
     kept = None if settings.words == "all" else settings.words
     look.attempt(f"{view.place}.words", check_words, kept, max(settings.members.values()), vocabulary)
+    learns_words = settings.weight > 0.0
     for j, teacher in enumerate(settings.teachers):
         written, place = teacher.checkpoint, f"{view.place}.teachers[{j}]"
         if written in (*NAMED_REFERENCES, RUN) or written.startswith((OF_ROUND, OF_STAGE)):
             continue
         found = look.attempt(place, describe, look.loaded.resolve(written), cache=digest_cache())
-        if found is not None:
+        if found is not None and learns_words:
             look.attempt(place, check_teacher, written, found, look.base)
 
 

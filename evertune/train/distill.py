@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from evertune.data.encode import EncodedPrompt, EncodedRow, Item, counted_of, encode_prompts, encode_rows
+from evertune.data.encode import EncodedPrompt, EncodedRow, Item, counted_of, encode_rows
 from evertune.errors import RecipeError
 from evertune.measure.stats import compare_paired
 from evertune.model.adapter import read_factors
@@ -28,7 +28,7 @@ from evertune.model.lowrank import compress, fill
 from evertune.model.open import check_digest
 from evertune.train.adapt import Ask
 from evertune.train.batch import MicroBatch, collate
-from evertune.train.distill_answers import Check, with_answers, write_answers
+from evertune.train.distill_answers import Check, Questions, with_answers, write_answers
 from evertune.train.distill_losses import at_temperature, divergence_of
 from evertune.train.distill_policy import OnPolicyFeed, SampledRow, is_answered
 from evertune.train.distill_shown import Demonstrations
@@ -194,9 +194,18 @@ class _Distilled(Lesson):
         teachers = self._make_teachers(str(accelerator.device))
         if spec.answers is not None:
             if accelerator.is_main_process:
-                prompts = load_material(spec, codec, world_size=1, encode=encode_prompts).new.values()
+                questions = Questions()
+                prompts = load_material(spec, codec, world_size=1, encode=questions.encode).new.values()
                 asked = [one for each in prompts for one in each if isinstance(one, EncodedPrompt)]
-                write_answers(spec, asked, teachers, targets=self._targets, codec=codec, check=self._check)
+                write_answers(
+                    spec,
+                    asked,
+                    teachers,
+                    targets=self._targets,
+                    codec=codec,
+                    check=self._check,
+                    turns=questions.turns,
+                )
                 self._asked = len(asked)
             accelerator.wait_for_everyone()
             self.__dict__.pop("_targets", None)
