@@ -26,7 +26,7 @@ from evertune.hashing import canonical_json
 from evertune.merge import kernels
 from evertune.merge.journal import Journal
 from evertune.merge.kernels import Array
-from evertune.merge.methods import Pass, Rule, State, copy_of_first
+from evertune.merge.methods import Pass, Rule, State
 from evertune.merge.output import OutputFiles
 from evertune.merge.plan import (
     MANIFEST,
@@ -35,6 +35,7 @@ from evertune.merge.plan import (
     TensorPlan,
     default_threads,
     index_json,
+    tensor_rule,
 )
 from evertune.merge.reader import Inputs, Reader, Seconds, open_inputs
 from evertune.merge.sources import FLOATS, Files
@@ -287,7 +288,7 @@ class _Work:
         done = all((index, segment) in self._finished for segment in range(tensor.segments))
         if done and (index in self._journal.statistics or not self._is_measured(tensor)):
             return
-        rule = tensor_rule(self._plan, tensor)
+        rule = tensor_rule(self._plan.config, tensor)
         opened = _Open(index, open_inputs(self._plan, tensor, self._files), rule)
         self._open += 1
         self._begin(opened)
@@ -383,16 +384,6 @@ class _Work:
 
     def _is_measured(self, tensor: TensorPlan) -> bool:
         return tensor.settings is not None and bool(tensor.experts) and tensor.elements > 0
-
-
-def tensor_rule(plan: MergePlan, tensor: TensorPlan) -> Rule:
-    """The method's rule for a tensor; without an expert that counts, the base as it is."""
-    if tensor.settings is None or not tensor.experts:
-        return copy_of_first()
-    try:
-        return plan.method.rule(tensor.settings)
-    except MergeError as error:
-        raise MergeError(f"{tensor.name}: {error.message}", remedy=error.remedy) from None
 
 
 def copy_equal(plan: MergePlan, tensor: TensorPlan, offset: int, data: Array, files: Files) -> None:

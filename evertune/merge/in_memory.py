@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 
 from evertune.merge import kernels
-from evertune.merge.engine import copy_equal, tensor_rule
+from evertune.merge.engine import copy_equal
 from evertune.merge.kernels import Array
 from evertune.merge.methods import State
-from evertune.merge.plan import MergePlan, TensorPlan
+from evertune.merge.plan import MergePlan, TensorPlan, tensor_rule
 from evertune.merge.reader import Reader, open_inputs
 from evertune.merge.sources import Files
 from evertune.model.header import DTYPE_BITS
@@ -48,7 +48,7 @@ def apply_into(plan: MergePlan, model: Any) -> None:
 
 def _merged(plan: MergePlan, tensor: TensorPlan, reader: Reader, files: Files) -> Iterator[tuple[int, Array]]:
     """The merged elements of one tensor, chunk by chunk: (index of the first, values)."""
-    inputs, rule, state = open_inputs(plan, tensor, files), tensor_rule(plan, tensor), State()
+    inputs, rule, state = open_inputs(plan, tensor, files), tensor_rule(plan.config, tensor), State()
     for one in rule.passes:
         total: Array = np.zeros(one.shape, one.dtype)
         for segment in range(tensor.segments):

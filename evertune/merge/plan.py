@@ -17,7 +17,7 @@ import numpy as np
 from evertune.errors import EvertuneError, MergeError
 from evertune.hashing import digest_bytes, digest_json
 from evertune.merge.config import MergeConfig
-from evertune.merge.methods import METHODS, Method, Settings
+from evertune.merge.methods import METHODS, Method, Rule, Settings, copy_of_first
 from evertune.merge.sources import FLOATS, Source, fingerprint, head_and_embedding, read_source
 from evertune.merge.values import Depths, check_globs, resolve
 from evertune.model.checkpoint import WEIGHTS, Checkpoint, describe, read_json
@@ -213,9 +213,11 @@ def plan_checkpoints(config: MergeConfig, models: Mapping[str, Checkpoint], base
     problems, notes, sources, donor = fit.problems, fit.notes, fit.sources, fit.donor
     if problems:
         shown = problems[:20] + ([f"... and {len(problems) - 20} more."] if len(problems) > 20 else [])
-        raise MergeError("\n".join(shown), remedy="" if len(problems) > 1 else "Merging needs one architecture.")
+        raise MergeError("\n".join(shown), remedy=fit.remedy)
     experts, base_source = list(sources[: len(models)]), sources[-1] if base_source else None
     tensors = _plan_tensors(config, experts, base_source, donor, sorted(donor.tensors))
+    for one in tensors:
+        tensor_rule(config, one)
     files, tensors = _lay_out(tensors, round(config.shard_gb * 1e9))
     merged_config = _merged_config(config, donor, tensors)
     identity = _identity(config, experts, base_source, donor, files)
@@ -232,6 +234,7 @@ class _Fit(NamedTuple):
     donor: Source
     notes: list[str]
     problems: list[str]
+    remedy: str
 
 
 def _fit(config: MergeConfig, given: Sequence[Source], donor: Source) -> _Fit:
@@ -240,14 +243,17 @@ def _fit(config: MergeConfig, given: Sequence[Source], donor: Source) -> _Fit:
     sources = tuple(_with_heads(one, donor, problems, notes) for one in given)
     sources = tuple(_with_vocabulary(one, donor, config, problems, notes) for one in sources)
     donor = next(one for one in sources if one.name == donor.name)
-    _check_tensors(sources, donor, sorted(donor.tensors), config, problems)
+    names = sorted(donor.tensors)
+    _check_tensors(sources, donor, names, problems)
+    remedy = "Merging needs one architecture." if len(problems) == 1 else ""
+    _check_globs(config, names, problems)
     notes += [
         f"{one.name}: is a merge itself, rounded to {numbers_of(one)}, and is rounded again; merge what it was made "
         "of, or make it again with dtype: float32"
         for one in sources
         if is_rounded_merge(one)
     ]
-    return _Fit(sources, donor, notes, problems)
+    return _Fit(sources, donor, notes, problems, remedy)
 
 
 def numbers_of(source: Source) -> str:
@@ -356,9 +362,7 @@ def _vocabulary(source: Source) -> dict[str, int] | None:
     return found
 
 
-def _check_tensors(
-    sources: Sequence[Source], donor: Source, names: Sequence[str], config: MergeConfig, problems: list[str]
-) -> None:
+def _check_tensors(sources: Sequence[Source], donor: Source, names: Sequence[str], problems: list[str]) -> None:
     expected = donor.tensors
     for source in sources:
         place = source.checkpoint.path
@@ -377,6 +381,9 @@ def _check_tensors(
                 problems.append(f"{place}: {name} is {info.dtype}, in {donor.name} it is {like.dtype}.")
             elif info.dtype.startswith("F8"):
                 problems.append(f"{place}: {name} is {info.dtype}, a quantised type whose scales lie elsewhere.")
+
+
+def _check_globs(config: MergeConfig, names: Sequence[str], problems: list[str]) -> None:
     settings = {"lambda": config.scale, "t": config.t, "density": config.density}
     settings |= {f"models.{name}.weight": one.weight for name, one in config.models.items()}
     settings |= {f"models.{name}.density": one.density for name, one in config.models.items()}
@@ -461,6 +468,20 @@ def _settings(
         mergekit=config.compat == "mergekit",
     )
     return tuple(i for *_, i in found), settings
+
+
+def tensor_rule(config: MergeConfig, tensor: TensorPlan) -> Rule:
+    """The method's rule for a tensor; without an expert that counts, the base as it is.
+
+    Raises:
+        MergeError: a mean whose weights add up to nothing.
+    """
+    if tensor.settings is None or not tensor.experts:
+        return copy_of_first()
+    try:
+        return METHODS[config.method].rule(tensor.settings)
+    except MergeError as error:
+        raise MergeError(f"{tensor.name}: {error.message}", remedy=error.remedy) from None
 
 
 def _lay_out(tensors: Sequence[TensorPlan], limit: int) -> tuple[list[OutputFile], list[TensorPlan]]:
