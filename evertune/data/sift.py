@@ -400,10 +400,15 @@ class Sifted:
 
 def check_out(out: Path | None) -> None:
     """Raise DataError where the folder to write holds something: before hours of scoring, not after."""
-    if out is not None and out.exists() and any(out.iterdir() if out.is_dir() else [out]):
+    if out is None or not out.exists() or not any(out.iterdir() if out.is_dir() else [out]):
+        return
+    if (out / MANIFEST).exists():
+        # Rows that an index has taken in stand nowhere else: who deletes them and asks again gets nothing.
         raise DataError(
-            f"{out}: found something there, expected a new or empty folder.", remedy="Choose another --out."
+            f"{out}: found a finished result there ({MANIFEST} is written last), expected a new or empty folder.",
+            remedy="Use it, or choose another --out.",
         )
+    raise DataError(f"{out}: found something there, expected a new or empty folder.", remedy="Choose another --out.")
 
 
 def sift(
