@@ -59,6 +59,8 @@ def blame_lines(body: Mapping[str, Any], *, recipe: Path) -> Iterator[str]:
         )
     for name in body["unread"]:
         yield f"  {name:<24} not examined: no rows with answers to learn, or none shown"
+    if body["sources"][0]["ci90"][0] <= 0:
+        yield "No push is shown to be above 0: to first order no source explains the fall. A rate too high, perhaps."
     yield ""
     yield f"Clusters of the sampled rows of {body['sources'][0]['source']}, most push first:"
     for one in body["clusters"]:
