@@ -13,6 +13,8 @@ takes word 3-shingles itself. The truth is exact: all pairs by a sparse matrix p
 
 import argparse
 import ast
+import contextlib
+import ctypes
 import datetime
 import json
 import os
@@ -135,13 +137,12 @@ def true_pairs(rows: list[str], looked: int) -> set[tuple[int, int]]:
     return found
 
 
-# What each peer does, in its own environment: texts from a file, pairs and CPU seconds to another.
+# What each peer does, in its own environment: pairs of texts, or rows from a file to a file.
 PEER = r"""
 import json, resource, sys, time
 from pathlib import Path
 
-name, source, target = sys.argv[1:4]
-rows = json.loads(Path(source).read_text())
+how, name, source, target = sys.argv[1:5]
 
 def cpu():
     return sum(resource.getrusage(who).ru_utime + resource.getrusage(who).ru_stime
@@ -151,7 +152,7 @@ def shingles(text):
     words = text.split()
     return {" ".join(words[i : i + 3]) for i in range(max(1, len(words) - 2))}
 
-def datasketch():
+def datasketch(rows):
     from datasketch import MinHash, MinHashLSH
     sets = [shingles(one) for one in rows]
     lsh = MinHashLSH(threshold=0.8, num_perm=128)
@@ -162,7 +163,7 @@ def datasketch():
         lsh.insert(i, one)
     return sets, pairs
 
-def rensa(bands):
+def rensa(rows, bands):
     from rensa import RMinHash, RMinHashLSH
     sets = [shingles(one) for one in rows]
     hashes = RMinHash.from_token_sets([list(one) for one in sets], 128, 42)
@@ -182,8 +183,13 @@ def exact(sets, pairs):
             found.add((i, j))
     return found
 
-def datatrove(workers):
-    import logging, tempfile
+def pairs_of(rows):
+    if name == "datasketch":
+        return datasketch(rows)[1]
+    sets, pairs = rensa(rows, int(name.split("-")[1]))
+    return exact(sets, pairs) if name.endswith("exact") else pairs
+
+def datatrove(workers, source, target):
     from loguru import logger
     logger.remove()
     from datatrove.executor import LocalPipelineExecutor
@@ -194,113 +200,177 @@ def datatrove(workers):
     from datatrove.pipeline.writers.jsonl import JsonlWriter
     from datatrove.utils.hashing import HashConfig
     config = MinhashConfig(n_grams=3, num_buckets=14, hashes_per_bucket=8, hash_config=HashConfig(precision=64))
-    with tempfile.TemporaryDirectory() as folder:
-        base = Path(folder)
-        (base / "in").mkdir()
-        for part in range(workers):
-            with open(base / "in" / f"{part}.jsonl", "w") as file:
-                for i in range(part, len(rows), workers):
-                    file.write(json.dumps({"text": rows[i], "id": str(i)}) + "\n")
-        reader = lambda: JsonlReader(str(base / "in"))
-        stages = [
-            ([reader(), MinhashDedupSignature(output_folder=f"{base}/s", config=config)], workers),
-            ([MinhashDedupBuckets(input_folder=f"{base}/s", output_folder=f"{base}/b", config=config)], 14),
-            ([MinhashDedupCluster(input_folder=f"{base}/b", output_folder=f"{base}/r", config=config)], 1),
-            ([reader(), MinhashDedupFilter(f"{base}/r"), JsonlWriter(f"{base}/out", compression=None)], workers),
-        ]
-        for pipeline, tasks in stages:
-            LocalPipelineExecutor(pipeline, tasks=tasks, workers=min(workers, tasks), logging_dir=None).run()
-        return {int(json.loads(line)["id"]) for path in (base / "out").glob("*.jsonl") for line in path.open()}
+    reader = lambda: JsonlReader(source)
+    stages = [
+        ([reader(), MinhashDedupSignature(output_folder="s", config=config)], workers),
+        ([MinhashDedupBuckets(input_folder="s", output_folder="b", config=config)], 14),
+        ([MinhashDedupCluster(input_folder="b", output_folder="r", config=config)], 1),
+        ([reader(), MinhashDedupFilter("r"), JsonlWriter(target, compression=None)], workers),
+    ]
+    for pipeline, tasks in stages:
+        LocalPipelineExecutor(pipeline, tasks=tasks, workers=min(workers, tasks), logging_dir=None).run()
 
 if __name__ == "__main__":
-    began, used = time.time(), cpu()
-    kept, pairs = None, None
-    if name == "datasketch":
-        pairs = datasketch()[1]
-    elif name.startswith("rensa"):
-        sets, pairs = rensa(int(name.split("-")[1]))
-        pairs = exact(sets, pairs) if name.endswith("exact") else pairs
+    if how == "pairs":
+        rows = json.loads(Path(source).read_text())
+        began, used = time.time(), cpu()
+        pairs = pairs_of(rows)
+        facts = {"wall": time.time() - began, "cpu": cpu() - used, "pairs": sorted(pairs)}
+        Path(target).write_text(json.dumps(facts))
+    elif name.startswith("datatrove"):
+        datatrove(int(name.split("-")[1]), source, target)
     else:
-        kept = datatrove(int(name.split("-")[1]))
-    facts = {"wall": time.time() - began, "cpu": cpu() - used}
-    facts["kept"] = sorted(kept) if kept is not None else None
-    facts["pairs"] = sorted(pairs) if pairs is not None else None
-    Path(target).write_text(json.dumps(facts))
+        lines = [line for path in sorted(Path(source).glob("*.jsonl")) for line in path.open()]
+        removed = set()
+        for i, j in sorted(pairs_of([json.loads(line)["text"] for line in lines])):
+            if i not in removed:
+                removed.add(j)
+        Path(target).mkdir()
+        with open(Path(target) / "kept.jsonl", "w") as file:
+            file.writelines(line for i, line in enumerate(lines) if i not in removed)
 """
 
-
-def run_peer(peers: Path, name: str, source: Path, folder: Path) -> dict[str, Any]:
-    script, target = folder / "peer.py", folder / f"{name}.json"
-    script.write_text(PEER)
-    command = [str(peers / "bin/python"), str(script), name, str(source), str(target)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    # Some peers leave logs where they are run.
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder)
-    if done.returncode:
-        raise SystemExit(f"{name} failed:\n{done.stderr[-2000:]}")
-    return dict(json.loads(target.read_text()))
-
-
 OURS = """
-import json, resource, sys, time
+import json, sys, time
 from pathlib import Path
 from evertune.data.shingles import shingle
 from evertune.data.similar import pairs_within
 rows = json.loads(Path(sys.argv[1]).read_text())
 began, used = time.time(), time.process_time()
 found = pairs_within(shingle(rows), 0.8)
-facts = {"wall": time.time() - began, "cpu": time.process_time() - used, "kept": None}
-facts["pairs"] = sorted(zip(found.left.tolist(), found.right.tolist()))
+facts = {"wall": time.time() - began, "cpu": time.process_time() - used}
+facts["pairs"] = list(zip(found.left.tolist(), found.right.tolist()))
 Path(sys.argv[2]).write_text(json.dumps(facts))
 """
 
+PAIRS = ("evertune", "rensa-32-exact", "rensa-32", "rensa-16", "datasketch")
+FILES = ("evertune", "evertune-2", "rensa-32-exact", "datasketch", "datatrove-2")
 
-def run_ours(source: Path, folder: Path) -> dict[str, Any]:
-    target = folder / "ours.json"
-    subprocess.run([sys.executable, "-c", OURS, str(source), str(target)], check=True)
+
+def run_pairs(peers: Path, name: str, work: Path) -> dict[str, Any]:
+    """CPU and wall seconds from texts to pairs, reading and start not counted, and the pairs."""
+    target = work / "out.json"
+    if name == "evertune":
+        command = [sys.executable, "-c", OURS, str(work / "rows.json"), str(target)]
+    else:
+        command = [
+            str(peers / "bin/python"),
+            str(work / "peer.py"),
+            "pairs",
+            name,
+            str(work / "rows.json"),
+            str(target),
+        ]
+    _run(command, work)
     return dict(json.loads(target.read_text()))
 
 
-TOOLS = ("evertune", "rensa-32-exact", "rensa-32", "rensa-16", "datasketch", "datatrove-2")
+def run_files(peers: Path, name: str, work: Path) -> dict[str, Any]:
+    """CPU and wall seconds of whole processes, from files to a file of what is kept, and the rows kept."""
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        out = Path(folder) / "out"
+        if name.startswith("evertune"):
+            files = sorted(str(one) for one in (work / "in").iterdir())
+            workers = name.partition("-")[2] or "1"
+            command = [sys.executable, "-m", "evertune", "data", "dedup", *files, "--out", str(out)]
+            command += ["--workers", workers]
+        else:
+            command = [str(peers / "bin/python"), str(work / "peer.py"), "files", name, str(work / "in"), str(out)]
+        adopt_orphans()
+        began, used = time.time(), children_cpu()
+        _run(command, Path(folder))
+        facts: dict[str, Any] = {"wall": time.time() - began, "cpu": children_cpu() - used}
+        lines = [line for path in out.glob("*.jsonl") if path.name != "removed.jsonl" for line in path.open()]
+        return {**facts, "kept": sorted(int(json.loads(line)["id"]) for line in lines)}
 
 
-def dedup(peers: Path, data: Path | None, count: int, repeats: int, names: list[str], looked: int) -> None:
-    rows = texts(data, count)
-    looked = min(looked, count)
-    truth = true_pairs(rows, looked)
-    in_pair = {i for pair in truth for i in pair}
-    words = np.mean([len(one.split()) for one in rows])
-    print(f"{len(rows)} rows, {words:.0f} words on average; {len(truth)} pairs of the first {looked}\n")
-    results: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        source = folder / "rows.json"
-        source.write_text(json.dumps(rows))
-        for turn in range(repeats):
+def _run(command: list[str], folder: Path) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[1]) if command[0] == sys.executable else ""
+    # Some peers leave logs where they are run.
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder)
+    adopt_orphans(wait=True)
+    if done.returncode:
+        raise SystemExit(f"{command} failed:\n{done.stderr[-2000:]}")
+
+
+def adopt_orphans(*, wait: bool = False) -> None:
+    """Processes whose parent ended become ours (Linux), so that their time counts: datatrove's workers are such."""
+    PR_SET_CHILD_SUBREAPER = 36
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    with contextlib.suppress(ChildProcessError):
+        while wait:
+            os.waitpid(-1, 0)
+
+
+def children_cpu() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def prepare(work: Path, data: Path | None, count: int, looked: int) -> None:
+    """Texts, the same in two files, and the truth; made once."""
+    if not (work / "rows.json").exists():
+        (work / "in").mkdir(parents=True, exist_ok=True)
+        rows = texts(data, count)
+        for part in range(2):
+            with (work / "in" / f"{part}.jsonl").open("w") as file:
+                for i in range(part, len(rows), 2):
+                    file.write(json.dumps({"text": rows[i], "id": str(i)}) + "\n")
+        (work / "rows.json").write_text(json.dumps(rows))
+    (work / "peer.py").write_text(PEER)
+    if not (work / "truth.json").exists():
+        rows = json.loads((work / "rows.json").read_text())
+        pairs = true_pairs(rows, min(looked, len(rows)))
+        words = float(np.mean([len(one.split()) for one in rows]))
+        facts = {"rows": len(rows), "looked": min(looked, len(rows)), "words": words, "pairs": sorted(pairs)}
+        (work / "truth.json").write_text(json.dumps(facts))
+
+
+def dedup(peers: Path, work: Path, repeats: int, pieces: int) -> None:
+    """Run what has not been run yet, at most so many pieces, tools taking turns; print the tables when all is done."""
+    runners = {"pairs": (run_pairs, PAIRS), "files": (run_files, FILES)}
+    for turn in range(repeats):
+        for how, (runner, names) in runners.items():
             for one in names[turn % len(names) :] + names[: turn % len(names)]:
-                found = run_ours(source, folder) if one == "evertune" else run_peer(peers, one, source, folder)
-                results[one].append(found)
-    ours = statistics.median(one["cpu"] for one in results["evertune"])
-    print("| tool | CPU s | spread | times ours | wall s | recall | precision |\n|---|---|---|---|---|---|---|")
-    for one, runs in results.items():
-        used = [run["cpu"] for run in runs]
-        wall = statistics.median(run["wall"] for run in runs)
-        quality = _quality(runs[-1], truth, in_pair, looked)
-        print(
-            f"| {one} | {statistics.median(used):.1f} | {min(used):.1f} to {max(used):.1f} | "
-            f"{statistics.median(used) / ours:.1f} | {wall:.1f} | {quality} |"
-        )
+                place = work / f"{how}-{one}-{turn}.json"
+                if place.exists():
+                    continue
+                if pieces == 0:
+                    return
+                pieces -= 1
+                place.write_text(json.dumps({**runner(peers, one, work), "load": os.getloadavg()[0]}))
+                print(f"ran {place.stem}", flush=True)
+    truth = json.loads((work / "truth.json").read_text())
+    pairs, looked = {(i, j) for i, j in truth["pairs"]}, truth["looked"]
+    print(f"{truth['rows']} rows, {truth['words']:.0f} words on average; {len(pairs)} pairs of the first {looked}")
+    for how, (_, names) in runners.items():
+        quality = "recall | precision" if how == "pairs" else "pairs broken | rows removed that have no near-duplicate"
+        print(f"\n| tool, {how} | CPU s | spread | times ours | wall s | {quality} |\n|---|---|---|---|---|---|---|")
+        found = {one: [_read(work / f"{how}-{one}-{turn}.json") for turn in range(repeats)] for one in names}
+        ours = statistics.median(one["cpu"] for one in found["evertune"])
+        for one, each in found.items():
+            used = [run["cpu"] for run in each]
+            wall = statistics.median(run["wall"] for run in each)
+            print(
+                f"| {one} | {statistics.median(used):.1f} | {min(used):.1f} to {max(used):.1f} | "
+                f"{statistics.median(used) / ours:.1f} | {wall:.1f} | {_quality(each[-1], pairs, looked)} |"
+            )
 
 
-def _quality(run: dict[str, Any], truth: set[tuple[int, int]], in_pair: set[int], looked: int) -> str:
-    if run["kept"] is None:
+def _read(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text()))
+
+
+def _quality(run: dict[str, Any], truth: set[tuple[int, int]], looked: int) -> str:
+    if "pairs" in run:
         found = {(i, j) for i, j in run["pairs"] if i < looked}
         right = len(found & truth)
         return f"{right / len(truth):.4f} | {right / max(len(found), 1):.4f}"
     kept = set(run["kept"])
     left = sum(i in kept and j in kept for i, j in truth)
-    wrong = len(set(range(looked)) - kept - in_pair)
-    return f"{1 - left / len(truth):.4f} of pairs broken | {wrong} rows without a duplicate removed"
+    wrong = len(set(range(looked)) - kept - {i for pair in truth for i in pair})
+    return f"{1 - left / len(truth):.4f} | {wrong}"
 
 
 def grow(data: Path | None, count: int) -> None:
@@ -438,8 +508,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="Folder of data sets, each with a train.jsonl.")
     parser.add_argument("--rows", type=int, default=None)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--tools", default=",".join(TOOLS), help="Of dedup, with commas; evertune is one.")
     parser.add_argument("--truth-rows", type=int, default=10**9, help="Rows whose pairs are counted; all by default.")
+    parser.add_argument("--work", type=Path, help="Of dedup: texts and results are kept there, and runs go on there.")
+    parser.add_argument("--pieces", type=int, default=-1, help="Of dedup: stop after so many runs.")
     given = parser.parse_args()
     if given.part != "mixed":
         machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
@@ -448,8 +519,10 @@ def main() -> None:
         case "setup":
             setup(given.place)
         case "dedup":
-            tools = given.tools.split(",")
-            dedup(given.place, given.data, given.rows or 200_000, given.repeats, tools, given.truth_rows)
+            with tempfile.TemporaryDirectory() as name:
+                work = (given.work or Path(name)).resolve()
+                prepare(work, given.data, given.rows or 200_000, given.truth_rows)
+                dedup(given.place.resolve(), work, given.repeats, given.pieces)
         case "grow":
             grow(given.data, given.rows or 200_000)
         case "mix":

@@ -1,12 +1,17 @@
-"""Two experts into one student, by distillation and by other ways; prints the tables of docs/results/distillation.md.
+"""Several teachers, several stages or several adapters into one student; prints the tables of
+docs/results/distillation.md.
 
-    python -m benchmarks.distillation experts --data DATA --folder WORK    two experts -> one student, beside merging
-                                                                           and training on both at once
-    python -m benchmarks.distillation memory --folder WORK                 peak memory with one and with three teachers
+    python -m benchmarks.distillation experts --data DATA --folder WORK      two experts -> one student, beside merging
+                                                                             and training on both at once
+    python -m benchmarks.distillation cross-stage --data DATA --folder WORK  SFT -> DPO -> RL, then what they wore away
+    python -m benchmarks.distillation compress --data DATA --folder WORK     the stack of those stages at smaller ranks
+    python -m benchmarks.distillation memory --folder WORK                   peak memory, one and three teachers
 
-The 135M model; snips7 (7 commands) and dbpedia14 (14 kinds of things), texts cut to their first words so that two cores
-are enough. Everything is made by `evertune run` on a recipe that is left in the folder; only the merges, which a recipe
-need not make for this, are written here. Run again, it does only what is missing.
+The 135M model; snips7 (7 commands) and 7 of the 14 kinds of things of dbpedia14, texts cut to their first words so that
+one core is enough. The snips expert takes twice the steps of the other, as its labels are longer; a student of both
+takes as many as the longer one, and begins where task arithmetic ends. Everything is trained and probed by
+`evertune run` on recipes that are left in the folder; only the merges and the exact compressions, which no stage makes
+by itself, are written here. Run again, it does only what is missing.
 """
 
 import argparse
@@ -18,81 +23,118 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 RESAMPLES = 10_000
-WORDS = 24
+WORDS = 20
 SKILLS = {"snips": ("snips7", "Name the command."), "topics": ("dbpedia14", "Name the kind of thing.")}
+KINDS = ("Album", "Animal", "Athlete", "Building", "Film", "Plant", "Village")
+RANKS = (2, 4, 8, 16)
+STUDENTS = {
+    "distilled": "distilled/2-distill",
+    "task arithmetic 0.7": "distilled/1-merge",
+    "trained on both": "multitask/1-sft",
+}
+Scores = Mapping[str, np.ndarray]
+"""Item scores by probe."""
 
-RECIPE = """\
+# No round can be promoted, so that each starts from the base or says where it does.
+COMMON = """\
 evertune: 1
-name: distillation
+name: {name}
 base: smollm2-135m
 workspace: run
 seed: 13
 data:
   snips: {{path: snips-train.jsonl}}
   topics: {{path: topics-train.jsonl}}
+  pairs: {{path: topics-pairs.jsonl, format: preference}}
+  asked: {{path: topics-asked.jsonl, format: verifiable, verifier: exact}}
 probes:
   snips: {{path: snips-test.jsonl, kind: choice, role: watch, limit: {items}, system: Name the command.}}
   topics: {{path: topics-test.jsonl, kind: choice, role: watch, limit: {items}, system: Name the kind of thing.}}
   arc: {{path: {arc}, kind: choice, limit: {guards}}}
 defaults: {{tune: {{lora: {{rank: 16}}}}, replay: {{share: 0.0}}, anchor: {{kl: 0.0}}}}
-gate: {{min_items: 50, min_clusters: 30, margin: {{pooled: 0.3, probe: 0.3}}}}
+gate: {{min_items: 100000}}
 rescue: [discard]
+numerics: {{threads: 1}}
 rounds:
+"""
+EXPERTS = """\
   - name: snips
     start: base
-    stages: [sft: {{data: [snips], steps: {steps}, {pace}}}]
+    stages: [sft: {{data: [snips], steps: {twice}, {pace}}}]
   - name: topics
     start: base
     stages: [sft: {{data: [topics], steps: {steps}, {pace}}}]
   - name: distilled
     start: base
     stages:
+      - merge:
+          method: task_arithmetic
+          base: base
+          models: {{snips: {{path: snips/1-sft, weight: 0.7}}, topics: {{path: topics/1-sft, weight: 0.7}}}}
       - distill:
           data: {{snips: 1.0, topics: 1.0}}
           teachers:
             - {{checkpoint: "stage:snips/1-sft", sources: snips}}
             - {{checkpoint: "stage:topics/1-sft", sources: topics}}
           weight: 1.0
-          steps: {both}
+          steps: {twice}
           {pace_lines}
   - name: multitask
     start: base
-    stages: [sft: {{data: {{snips: 1.0, topics: 1.0}}, steps: {both}, {pace}}}]
+    stages: [sft: {{data: {{snips: 1.0, topics: 1.0}}, steps: {twice}, {pace}}}]
+"""
+CROSS_STAGE = """\
   - name: eroded
     start: base
     stages:
-      - sft: {{data: [snips], steps: {steps}, {pace}}}
-      - sft: {{data: [topics], steps: {steps}, {eroding}}}
+      - sft: {{data: [snips], steps: {twice}, {pace}}}
+      - dpo: {{data: [pairs], steps: {few}, nll: 0.5, {eroding}}}
+      - rl: {{data: [asked], steps: {few}, batch_rows: 8, group: 4, micro_batch_rows: 16, max_new_tokens: 8, kl: 0.0,
+             lr: 5.0e-4, save_steps: 10}}
       - distill:
-          data: {{snips: 1.0, topics: 1.0}}
-          teachers: ["stage:eroded/1-sft", "stage:eroded/2-sft", base]
+          data: {{snips: 2.0, topics: 1.0}}
+          teachers: run
           route: best
           weight: 1.0
-          steps: {steps}
+          steps: {most}
+          {pace_lines}
+"""
+COMPRESS = """\
+  - name: rank-{rank}
+    start: {stack}
+    stages:
+      - distill:
+          data: {{snips: 1.0, topics: 1.0}}
+          teachers: start
+          compress: true
+          tune: {{lora: {{rank: {rank}}}}}
+          weight: 1.0
+          steps: {half}
           {pace_lines}
 """
 PACE = {"lr": "5.0e-4", "batch_rows": "16", "micro_batch_rows": "16", "save_steps": "10"}
+STACK = "eroded/4-distill"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    experts = commands.add_parser("experts")
-    experts.add_argument("--data", type=Path, required=True, help="folder with snips7, dbpedia14 and arc_easy")
-    experts.add_argument("--folder", type=Path, required=True)
-    experts.add_argument(
-        "--steps", type=int, default=20, help="optimizer steps of an expert; the student takes twice as many"
-    )
-    experts.add_argument("--items", type=int, default=150)
-    experts.add_argument("--guards", type=int, default=60)
-    experts.set_defaults(do=run_experts)
+    for name, do in (("experts", run_experts), ("cross-stage", run_cross_stage), ("compress", run_compress)):
+        one = commands.add_parser(name)
+        one.add_argument("--data", type=Path, required=True, help="folder with snips7, dbpedia14 and arc_easy")
+        one.add_argument("--folder", type=Path, required=True)
+        one.add_argument("--steps", type=int, default=20, help="optimizer steps of the topics expert")
+        one.add_argument("--items", type=int, default=200)
+        one.add_argument("--guards", type=int, default=60)
+        one.set_defaults(do=do)
     memory = commands.add_parser("memory")
     memory.add_argument("--folder", type=Path, required=True)
     memory.set_defaults(do=run_memory)
@@ -102,82 +144,99 @@ def main() -> None:
     peak.add_argument("form", choices=["adapter", "model"])
     peak.set_defaults(do=run_peak)
     asked = parser.parse_args()
-    print(f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores, smollm2-135m in bfloat16")
+    print(
+        f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores, smollm2-135m in bfloat16", flush=True
+    )
     asked.do(asked)
 
 
-# Two experts into one student.
+# What all three runs have in common.
 
 
-def run_experts(asked: argparse.Namespace) -> None:
-    """Train what is missing, merge, probe, print."""
+def run_recipe(asked: argparse.Namespace, name: str, rounds: str) -> None:
+    """Write the rows and the recipe, and run it."""
     folder: Path = asked.folder
     folder.mkdir(parents=True, exist_ok=True)
     for skill, (task, system) in SKILLS.items():
         write_short(asked.data / task / "train.jsonl", folder / f"{skill}-train.jsonl", system)
         write_short(asked.data / task / "test.jsonl", folder / f"{skill}-test.jsonl", system)
+    write_stages(folder / "topics-train.jsonl", folder)
+    arc = (asked.data / "arc_easy" / "test.jsonl").resolve()
+    common = COMMON.format(name=name, items=asked.items, guards=asked.guards, arc=arc)
+    recipe = folder / f"{name}.yaml"
+    recipe.write_text(common + rounds)
+    done = subprocess.run([sys.executable, "-m", "evertune", "run", str(recipe)], check=False)
+    if done.returncode not in (0, 2, 4):
+        sys.exit(done.returncode)
+
+
+def written(asked: argparse.Namespace, rounds: str, **more: object) -> str:
+    """Rounds of a recipe with the lengths and the pace that were asked for."""
     pace = ", ".join(f"{name}: {value}" for name, value in PACE.items())
-    recipe = RECIPE.format(
-        items=asked.items,
-        guards=asked.guards,
-        arc=(asked.data / "arc_easy" / "test.jsonl").resolve(),
+    return rounds.format(
         steps=asked.steps,
-        both=2 * asked.steps,
+        half=asked.steps // 2,
+        few=max(1, 3 * asked.steps // 10),
+        most=4 * asked.steps // 5,
+        twice=2 * asked.steps,
         pace=pace,
         eroding=pace.replace("5.0e-4", "2.0e-3"),
         pace_lines="\n          ".join(f"{name}: {value}" for name, value in PACE.items()),
+        **more,
     )
-    (folder / "recipe.yaml").write_text(recipe)
-    done = subprocess.run([sys.executable, "-m", "evertune", "run", str(folder / "recipe.yaml")], check=False)
-    if done.returncode not in (0, 2, 4):
-        sys.exit(done.returncode)
-    print_tables(folder / "run", folder)
 
 
 def write_short(source: Path, to: Path, system: str) -> None:
-    """The rows with the question alone, its first words, and without the list of options."""
+    """The rows with the question alone, its first words, and without the list of options; some kinds of things only."""
     lines = []
     for line in source.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        asked = row["messages"][0]["content"] if "messages" in row else row["prompt"]
+        turns = row.get("messages", [])
+        kinds = KINDS if row["task"] == "dbpedia14" else tuple(row.get("choices", ()))
+        answer = turns[-1]["content"] if turns else row["choices"][row["answer"]]
+        if kinds and answer not in kinds:
+            continue
+        asked = turns[0]["content"] if turns else row["prompt"]
         text = asked.split("\n\n")[1].removeprefix("User: ").replace("\n", ". ")
         text = " ".join(text.split()[:WORDS])
-        if "messages" in row:
-            turns = [{"role": "system", "content": system}, {"role": "user", "content": text}, row["messages"][-1]]
-            lines.append(json.dumps({"id": row["id"], "messages": turns}))
+        if turns:
+            said = [{"role": "system", "content": system}, {"role": "user", "content": text}, turns[-1]]
+            lines.append({"id": row["id"], "messages": said})
         else:
-            lines.append(
-                json.dumps({"id": row["id"], "prompt": text, "choices": row["choices"], "answer": row["answer"]})
-            )
-    to.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            lines.append({"id": row["id"], "prompt": text, "choices": list(kinds), "answer": kinds.index(answer)})
+    to.write_text("".join(json.dumps(one) + "\n" for one in lines), encoding="utf-8")
 
 
-def print_tables(workspace: Path, folder: Path) -> None:
-    """Accuracy of every model, and the share of each expert's gain that each student keeps."""
-    scores = {**ledger_scores(workspace), **merged_scores(workspace, folder)}
-    base, experts = scores["base"], {"snips": scores["snips/1-sft"], "topics": scores["topics/1-sft"]}
-    print(f"\n{'model':24}" + "".join(f"{name:>9}" for name in base))
+def write_stages(source: Path, folder: Path) -> None:
+    """The same questions for a DPO stage, the right kind against another one, and for an RL stage, with the answer."""
+    pairs, asked = [], []
+    for number, line in enumerate(source.read_text(encoding="utf-8").splitlines()):
+        row = json.loads(line)
+        *question, answer = row["messages"]
+        others = [one for one in KINDS if one != answer["content"]]
+        pair = {"chosen": answer["content"], "rejected": others[number % len(others)]}
+        pairs.append({"id": row["id"], "prompt": question, **pair})
+        asked.append({"id": row["id"], "messages": question, "answer": answer["content"]})
+    for name, rows in (("pairs", pairs), ("asked", asked)):
+        (folder / f"topics-{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def print_scores(scores: Mapping[str, Scores]) -> None:
+    """Accuracy on each probe."""
+    names = list(next(iter(scores.values())))
+    print(f"\n{'model':26}" + "".join(f"{name:>9}" for name in names))
     for label, found in scores.items():
-        print(f"{label:24}" + "".join(f"{found[name].mean():9.3f}" for name in base))
-    print(f"\n{'share of the gain kept':24}" + "".join(f"{name:>24}" for name in experts))
-    for label, found in scores.items():
-        if label == "base" or label.startswith(("snips/", "topics/", "eroded/")):
-            continue
-        cells = [share(found[name], experts[name][name], base[name]) for name in experts]
-        print(f"{label:24}" + "".join(f"{cell:>24}" for cell in cells))
-    if "eroded/3-distill" in scores:
-        first, eroded, mended = (scores[f"eroded/{one}"] for one in ("1-sft", "2-sft", "3-distill"))
-        recovered = share(mended["snips"], first["snips"], eroded["snips"])
-        kept = share(mended["topics"], eroded["topics"], first["topics"])
-        print(f"\nof what snips lost in the second stage, recovered: {recovered}")
-        print(f"of what topics gained in the second stage, kept:   {kept}")
+        print(f"{label:26}" + "".join(f"{found[name].mean():9.3f}" for name in names))
+
+
+def print_costs(workspace: Path, labels: Sequence[str]) -> None:
     for event in ledger_events(workspace, "checkpoint"):
-        if event.body["stage"] == "distill":
-            final, volatile = event.body["final"], event.volatile
+        if event.body["label"] in labels:
+            final = {name: round(value, 4) for name, value in event.body["final"].items()}
+            volatile = event.volatile
             print(
-                f"\n{event.body['label']}: covered mass {final['covered_mass']:.4f}, divergence at the end "
-                f"{final['distill']:.4f} nats, {volatile['teacher_forwards']} teacher forwards, "
-                f"{event.body['tokens']} tokens"
+                f"{event.body['label']}: {event.body['steps']} steps, {event.body['tokens']} tokens, "
+                f"{volatile['seconds']:.0f} s, {volatile.get('teacher_forwards', 0)} teacher forwards, {final}"
             )
 
 
@@ -192,13 +251,21 @@ def share(student: np.ndarray, expert: np.ndarray, base: np.ndarray) -> str:
     return f"{(student.mean() - base.mean()) / gain:.2f} [{low:.2f}, {high:.2f}]" if gain else "no gain"
 
 
+def difference(after: np.ndarray, before: np.ndarray) -> str:
+    """Mean difference on the same items, with a 90 % interval from resampled items."""
+    rng = np.random.default_rng(0)
+    drawn = rng.integers(0, len(after), (RESAMPLES, len(after)))
+    low, high = np.quantile((after - before)[drawn].mean(1), [0.05, 0.95])
+    return f"{(after - before).mean():+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
 def ledger_events(workspace: Path, kind: str) -> Sequence[Any]:
     from evertune.lineage import current_events, open_workspace
 
     return [event for event in current_events(open_workspace(workspace).ledger) if event.kind == kind]
 
 
-def ledger_scores(workspace: Path) -> dict[str, dict[str, np.ndarray]]:
+def ledger_scores(workspace: Path, recipe: str) -> dict[str, Scores]:
     """Item scores of every checkpoint of the run, by label and probe."""
     from evertune.lineage import checkpoint_path, open_workspace
     from evertune.model.checkpoint import describe
@@ -206,8 +273,8 @@ def ledger_scores(workspace: Path) -> dict[str, dict[str, np.ndarray]]:
     from evertune.probe.scores import ItemScores
     from evertune.recipe.load import load_recipe
 
-    plan, opened = make_plan(load_recipe(workspace.parent / "recipe.yaml")), open_workspace(workspace)
-    found: dict[str, dict[str, np.ndarray]] = {}
+    plan, opened = make_plan(load_recipe(workspace.parent / recipe)), open_workspace(workspace)
+    found: dict[str, Scores] = {}
     for event in ledger_events(workspace, "checkpoint"):
         checkpoint = describe(checkpoint_path(opened, event))
         places = {one.name: opened.workspace.path(plan.probe_key(checkpoint, one)) for one in plan.probes}
@@ -218,29 +285,113 @@ def ledger_scores(workspace: Path) -> dict[str, dict[str, np.ndarray]]:
     return found
 
 
-def merged_scores(workspace: Path, folder: Path) -> dict[str, dict[str, np.ndarray]]:
-    """The experts' adapters added with equal scales, 0.5 each being the soup. Adapters concatenate exactly."""
-    from evertune.lineage import find_checkpoint, open_workspace
-    from evertune.model.adapter import concatenate, read_factors, write_adapter
+def adapter_scores(folder: Path, recipe: str, adapters: Mapping[str, Callable[[], Any]]) -> dict[str, Scores]:
+    """Item scores of adapters over the base that no stage has made, each written once: by name, its factors."""
+    from evertune.lineage import open_workspace
+    from evertune.model.adapter import write_adapter
     from evertune.model.checkpoint import describe
     from evertune.plan import make_plan
     from evertune.probe.job import run_probes
     from evertune.probe.scores import ItemScores
     from evertune.recipe.load import load_recipe
 
-    plan, opened = make_plan(load_recipe(folder / "recipe.yaml")), open_workspace(workspace)
-    experts = [read_factors(find_checkpoint(opened, f"{name}/1-sft")[1].path) for name in SKILLS]
-    found = {}
-    for label, scale in (("soup", 0.5), ("task arithmetic 0.7", 0.7), ("task arithmetic 1.0", 1.0)):
-        place = folder / f"merged-{scale}"
+    plan, opened = make_plan(load_recipe(folder / recipe)), open_workspace(folder / "run")
+    found: dict[str, Scores] = {}
+    for label, factors in adapters.items():
+        place = folder / label.replace(" ", "-")
         if not place.is_dir():
-            place.mkdir()
-            write_adapter(concatenate(experts, [scale, scale]), place, plan.base)
+            unfinished = folder / "unfinished"
+            unfinished.mkdir(exist_ok=True)
+            write_adapter(factors(), unfinished, plan.base)
+            unfinished.rename(place)
         with opened.workspace.worker_lock():
             keys = run_probes(describe(place), plan.probes, opened.workspace, numerics=plan.numerics)
         paths = {one.name: opened.workspace.path(key) for one, key in zip(plan.probes, keys, strict=True)}
         found[label] = {name: ItemScores.read_parquet(path / "scores.parquet").score for name, path in paths.items()}
     return found
+
+
+# Two experts into one student.
+
+
+def run_experts(asked: argparse.Namespace) -> None:
+    """Accuracy of every model, and the share of each expert's gain that each student keeps."""
+    from evertune.lineage import find_checkpoint, open_workspace
+    from evertune.model.adapter import concatenate, read_factors
+
+    run_recipe(asked, "experts", written(asked, EXPERTS))
+    workspace = asked.folder / "run"
+
+    def soup() -> Any:
+        opened = open_workspace(workspace)
+        experts = [read_factors(find_checkpoint(opened, f"{name}/1-sft")[1].path) for name in SKILLS]
+        return concatenate(experts, [0.5, 0.5])  # adapters concatenate exactly
+
+    made = ledger_scores(workspace, "experts.yaml")
+    students = {name: made[label] for name, label in STUDENTS.items()}
+    experts = {name: made[f"{name}/1-sft"] for name in SKILLS}
+    students |= adapter_scores(asked.folder, "experts.yaml", {"soup": soup})
+    print_scores({"base": made["base"], **{f"expert {name}": one for name, one in experts.items()}, **students})
+    print(f"\n{'share of the gain kept':26}" + "".join(f"{name:>24}" for name in experts))
+    for label, found in students.items():
+        cells = [share(found[name], expert[name], made["base"][name]) for name, expert in experts.items()]
+        print(f"{label:26}" + "".join(f"{cell:>24}" for cell in cells))
+    print()
+    print_costs(workspace, [*(f"{name}/1-sft" for name in SKILLS), *STUDENTS.values()])
+
+
+# What three stages wore away.
+
+
+def run_cross_stage(asked: argparse.Namespace) -> None:
+    """Accuracy after each stage; of what a skill lost after its best stage, the share that came back; what the last
+    stage before the distillation had gained, and how much of it stays."""
+    run_recipe(asked, "cross-stage", written(asked, CROSS_STAGE))
+    workspace = asked.folder / "run"
+    made = ledger_scores(workspace, "cross-stage.yaml")
+    labels = [f"eroded/{one}" for one in ("1-sft", "2-dpo", "3-rl", "4-distill")]
+    sft, dpo, rl, mended = (made[label] for label in labels)
+    print_scores({label: made[label] for label in ("base", *labels)})
+    print(f"\nof what snips lost after its stage, recovered:    {share(mended['snips'], sft['snips'], rl['snips'])}")
+    print(f"of what topics gained in the RL stage, kept:      {share(mended['topics'], rl['topics'], dpo['topics'])}")
+    print(f"topics, after the distillation - after RL:        {difference(mended['topics'], rl['topics'])}\n")
+    print_costs(workspace, labels)
+
+
+# A stack of adapters as one adapter.
+
+
+def run_compress(asked: argparse.Namespace) -> None:
+    """Size, retention and gain of the stack, of its nearest adapters of smaller rank, and of those after distilling."""
+    from evertune.lineage import find_checkpoint, open_workspace
+    from evertune.model.adapter import read_factors
+    from evertune.model.lowrank import compress
+
+    workspace = asked.folder / "run"
+    stack = find_checkpoint(open_workspace(workspace), STACK)[1].path
+    rounds = [written(asked, COMPRESS, rank=rank, stack=stack.relative_to(asked.folder)) for rank in RANKS]
+    run_recipe(asked, "compress", "".join(rounds))
+    made = ledger_scores(workspace, "compress.yaml")
+    opened = open_workspace(workspace)
+    _, whole = find_checkpoint(opened, STACK)
+    factors = [read_factors(one.path) for one in whole.stack[1:]]
+    nearest = {f"nearest of rank {rank}": partial(lambda rank: compress(factors, rank).factors, rank) for rank in RANKS}
+    exact = adapter_scores(asked.folder, "compress.yaml", nearest)
+    base, best = made["base"], ledger_scores(workspace, "cross-stage.yaml")[STACK]
+    sizes = [sum(file.stat().st_size for file in one.path.glob("*.safetensors")) for one in whole.stack[1:]]
+    ranks = sum(next(iter(one.values())).rank for one in factors)
+    print(f"\nthe stack: {len(factors)} adapters, rank {ranks} together, {sum(sizes) / 2**20:.1f} MiB")
+    print(f"{'':26}{'MiB':>7}{'held':>8}{'arc':>8}" + "".join(f"{f'gain in {name} kept':>26}" for name in SKILLS))
+    for rank in RANKS:
+        label = f"rank-{rank}/1-distill"
+        event, found = find_checkpoint(opened, label)
+        size = sum(file.stat().st_size for file in found.path.glob("*.safetensors")) / 2**20
+        for name, one in ((f"nearest of rank {rank}", exact[f"nearest of rank {rank}"]), (label, made[label])):
+            cells = [share(one[skill], best[skill], base[skill]) for skill in SKILLS]
+            held = event.body["final"]["held"]
+            print(f"{name:26}{size:7.1f}{held:8.3f}{one['arc'].mean():8.3f}" + "".join(f"{cell:>26}" for cell in cells))
+    print()
+    print_costs(workspace, [f"rank-{rank}/1-distill" for rank in RANKS])
 
 
 # Memory.

@@ -15,10 +15,15 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 
 from evertune.commands.advise import app as advise_app
+from evertune.commands.audit import audit
+from evertune.commands.blame import blame
 from evertune.commands.data import app as data_app
 from evertune.commands.gate import EXIT_OF_DECISION, gate
 from evertune.commands.merge import app as merge_app
 from evertune.commands.methods import methods
+from evertune.commands.monitor import monitor
+from evertune.commands.safety import safety
+from evertune.commands.watch import watch
 from evertune.errors import EvertuneError, RecipeError
 
 app = typer.Typer(
@@ -30,6 +35,11 @@ app = typer.Typer(
 model_app = typer.Typer(no_args_is_help=True, help="Fetch and list bundled models.")
 app.add_typer(model_app, name="model")
 app.command()(gate)
+app.command()(blame)
+app.command()(audit)
+app.command()(safety)
+app.command()(monitor)
+app.command()(watch)
 app.add_typer(data_app, name="data")
 app.add_typer(merge_app, name="merge")
 app.command()(methods)

@@ -16,12 +16,15 @@ from rich.markup import escape
 from rich.status import Status
 from rich.table import Table
 
+from evertune.consolidation import Best, gain
 from evertune.gate import Verdict
 from evertune.probe.scores import ItemScores
 from evertune.probe.suite import AnyProbe
 from evertune.workspace import Workspace
 
 COLOURS = {"PROMOTE": "bold green", "HOLD": "bold red", "INCONCLUSIVE": "bold yellow"}
+# A fall is told when its p-value, adjusted over the probes, is below.
+SHOWN = 0.05
 # Width of a log file, where there is no terminal to ask.
 LOG_COLUMNS = 120
 OUTCOME_COLOURS = {"pass": "green", "harm": "red", "too_few": "yellow", "undecided": "yellow", "watch": "dim"}
@@ -64,14 +67,14 @@ class Display:
         with self._status(f"{label}: starting") as status:
 
             def watch() -> None:
-                last = _last_line(metrics)
+                last = last_line(metrics)
                 if last is not None:
                     state.update(last)
-                    status(f"{label}: {_progress(state, time.monotonic() - began)}")
+                    status(f"{label}: {progress(state, time.monotonic() - began)}")
 
             yield watch
             watch()
-        self._console.print(f"  made     {escape(label)}  [dim]{_progress(state, time.monotonic() - began)}[/]")
+        self._console.print(f"  made     {escape(label)}  [dim]{progress(state, time.monotonic() - began)}[/]")
 
     @contextlib.contextmanager
     def probing(self, label: str, probes: int) -> Iterator[Callable[[], None]]:
@@ -117,6 +120,19 @@ class Display:
             self._console.print(f"  - {escape(reason)}")
         self._console.print(f"  [dim]next:[/] {escape(next_command)}")
 
+    def ways(self, best: Best) -> None:
+        """What each way to consolidate a round came to, and the one that is kept."""
+        for name, verdict in best.verdicts.items():
+            kept = "  [bold]kept[/]" if name == best.name else ""
+            told = f"{verdict.decision} by itself, gain {100 * gain(verdict):+.1f} points"
+            self._console.print(f"  best of  {escape(name.ljust(10))} {told}{kept}")
+
+    def teachers(self, label: str, forwards: int | None) -> None:
+        """How often the teachers of a stage were asked when it was made; nothing where it has none."""
+        if forwards is not None:
+            told = f"{forwards:,} forward passes" if forwards else "0 forward passes, every answer was in the cache"
+            self._console.print(f"  teachers {escape(label)}: {told}")
+
     def academic(self, label: str, methods: Sequence[str]) -> None:
         """Say that a checkpoint was made with methods that nobody has validated in production, if it was."""
         if methods:
@@ -144,6 +160,15 @@ class Display:
 
     def discarded(self, round_name: str, label: str, champion: str) -> None:
         self._console.print(f"  set aside {escape(label)}; champion stays {escape(champion)}, digest unchanged")
+
+    def erosion(self, body: Mapping[str, Any]) -> None:
+        """The capabilities that a stage has shown to have worn away, and since when."""
+        for each in body["against"]:
+            for one in each["changes"]:
+                if one["p_harm"] < SHOWN:
+                    low, high = one["ci90"]
+                    told = f"{one['probe']} {one['difference']:+.3f} ({low:+.3f} to {high:+.3f}) since {each['since']}"
+                    self._console.print(f"  [yellow]eroded[/]   {escape(told)}")
 
     def warnings(self, label: str, warnings: Sequence[Mapping[str, str]]) -> None:
         """What a person should know of how a stage ended."""
@@ -197,7 +222,7 @@ def _cell(scores: ItemScores) -> str:
     return f"{scores.value:.3f}" + (" v" if scores.direction == "lower" else "")
 
 
-def _progress(state: Mapping[str, Any], seconds: float) -> str:
+def progress(state: Mapping[str, Any], seconds: float) -> str:
     if "step" not in state:
         return f"{seconds:.0f} s"
     steps = f"/{state['steps']}" if "steps" in state else ""
@@ -205,7 +230,7 @@ def _progress(state: Mapping[str, Any], seconds: float) -> str:
     return f"step {state['step']}{steps}, loss {state.get('loss', float('nan')):.3f}{speed}, {seconds:.0f} s"
 
 
-def _last_line(path: Any) -> dict[str, Any] | None:
+def last_line(path: Any) -> dict[str, Any] | None:
     """The last complete line of a growing metrics file, or None."""
     try:
         lines = path.read_bytes().split(b"\n")

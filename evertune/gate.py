@@ -220,15 +220,20 @@ def judge(
     return Verdict(decision, tuple(reasons), pooled, tuple(one for one in evidence if one is not pooled))
 
 
-def shown_gain(after: ItemScores, before: ItemScores, level: float) -> float:
-    """Lower bound of the gain of one table of scores over another, in the unit the gate compares them in.
+def compare_scores(after: ItemScores, before: ItemScores, *, level: float) -> tuple[stats.Comparison, Unit]:
+    """One table of scores against another, item by item, in the unit the gate compares them in.
 
     Raises:
         ProbeError: the tables are not of the same items, asked alike.
     """
     check_paired(after, before)
     pair = _pair(after, before)
-    return stats.compare_paired(pair.d, pair.clusters, level=level, bounded=pair.unit == "points").lower_bound
+    return stats.compare_paired(pair.d, pair.clusters, level=level, bounded=pair.unit == "points"), pair.unit
+
+
+def shown_gain(after: ItemScores, before: ItemScores, level: float) -> float:
+    """Lower bound of the gain of one table of scores over another; raises as `compare_scores`."""
+    return compare_scores(after, before, level=level)[0].lower_bound
 
 
 @dataclass(frozen=True)
@@ -282,7 +287,7 @@ def _ask(
     if facts.role != "guard":
         yield _Question(_pair(after, before), facts.role, None)
     else:
-        own = _own_margin(after, facts, settings)
+        own = own_margin(after.direction, facts, settings)
         yield _Question(_pair(after, before), "guard", own, safety=facts.safety)
         if not np.array_equal(best.score, before.score):
             # The ratchet is in points; for a relative loss the probe's own margin is the cumulative one too.
@@ -388,12 +393,13 @@ def _pool(name: str, pairs: Sequence[_Pair]) -> _Pair:
     )
 
 
-def _own_margin(scores: ItemScores, facts: ProbeFacts, settings: GateSettings) -> float:
+def own_margin(direction: Literal["higher", "lower"], facts: ProbeFacts, settings: GateSettings) -> float:
+    """How far a guard may fall: in points, or relative where lower is better."""
     if facts.margin is not None:
         return facts.margin
     if facts.safety:
         return settings.safety
-    return settings.probe if scores.direction == "higher" else settings.loss
+    return settings.probe if direction == "higher" else settings.loss
 
 
 def _answer(asked: _Question, settings: GateSettings, level: float, look: Look) -> Evidence:

@@ -132,8 +132,18 @@ def _summary(kind: str, body: dict[str, Any]) -> str:
             return f"{body['label']}  {body['probe']} {body['value']:.3f}"
         case "verdict" | "rescue":
             return f"{body['decision']}  {body['label']}  {body['reasons'][0] if body['reasons'] else ''}"
+        case "consolidation":
+            return f"{body['label']}  best of {', '.join(one['way'] for one in body['ways'])}"
         case "look":
             return f"{body['label']}  look {body['number']} at {', '.join(body['probes'])}"
+        case "audit":
+            kl = ", ".join(f"{one['nats']:.4f} nats on {name} text" for name, one in body["kl"].items())
+            return f"{body['label']}  beside {body['reference']}: {kl}"
+        case "baseline":
+            return f"{body['source']}: " + ", ".join(f"{k} {v['value']:.3f}" for k, v in body["scores"].items())
+        case "blame":
+            worst = f"{body['sources'][0]['source']} in {body['stage']}" if body["stage"] else "no stage"
+            return f"{body['label']}  {body['probe']}: {worst}"
         case "promotion":
             return f"{body['label']} by {body['by']}"
         case "removal":

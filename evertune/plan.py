@@ -13,14 +13,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import unquote, urlparse
 
 from evertune.data.cleaned import Cleaner, Given, OnBad
-from evertune.data.history import remember, write_history
-from evertune.data.replay import reservoir
+from evertune.data.history import Budget, choose, remember, write_history
 from evertune.data.rows import digest_rows, read_rows
-from evertune.gate import GateSettings, ProbeFacts
+from evertune.gate import GateSettings, ProbeFacts, own_margin
 from evertune.hashing import digest_json
 from evertune.methods import standing_of
 from evertune.model.bundled import resolve_base
@@ -36,7 +35,6 @@ from evertune.workspace import Workspace
 
 # Raised by hand when the meaning of the gate changes: verdicts are then made anew.
 GATE_VERSION = 2
-HISTORY_ROWS = 10_000
 RECORDED_PACKAGES = ("evertune", "torch", "transformers", "accelerate", "peft", "tokenizers", "safetensors", "numpy")
 
 
@@ -103,6 +101,20 @@ class Plan:
     def _settings(self, name: str) -> dict[str, Any]:
         return self.recipe.probes[name].model_dump(exclude_none=True)
 
+    def asked_on_the_way(self, one: Round) -> list[AnyProbe]:
+        """Guards that can be asked while a stage of the round trains: not held out, and no tasks of lm-eval."""
+        facts = self.facts(one)
+        return [
+            each
+            for each in self.probes
+            if facts[each.name].role == "guard" and not each.held_out and each.kind != "lm_eval"
+        ]
+
+    def margin_of(self, probe: AnyProbe, one: Round) -> float:
+        """How far a guard may fall: in points, or relative where lower is better."""
+        direction: Literal["higher", "lower"] = "lower" if probe.kind == "bits_per_byte" else "higher"
+        return own_margin(direction, self.facts(one)[probe.name], self.gate_settings)
+
     def base_body(self) -> dict[str, Any]:
         """The ledger's facts of the base model."""
         return _checkpoint_body(self.base, None, label="base", round_name=None, stage="base")
@@ -140,7 +152,7 @@ class Plan:
         }
 
     def keep_history(self, one: Round, workspace: Workspace, *, without: Sequence[str] = ()) -> str:
-        """Store the new rows of a promoted round for replay, at most 10,000 of a source; returns the object's key.
+        """Store the new rows of a promoted round for replay, within the recipe's budget; returns the object's key.
 
         Rows of a format that is never replayed, such as preferences, are left out.
         """
@@ -149,15 +161,22 @@ class Plan:
         digests = {name: ref.digest for name, ref in refs.items()}
         formats = {name: self.recipe.data[name].format for name in names}
         seed = self.recipe.seed
-        key = digest_json({"kind": "history", "version": 1, "data": digests, "formats": formats, "seed": seed})
+        budget = Budget(**self.recipe.history.model_dump())
+        facts = {"kind": "history", "version": 1, "data": digests, "formats": formats, "seed": seed}
+        # Without a budget of the recipe's own the key is as it was before there were any.
+        key = digest_json({**facts, **({"budget": budget.__dict__} if budget != Budget() else {})})
+
+        counts: dict[str, dict[str, int]] = {}
 
         def write(folder: Path) -> dict[str, Any]:
             for name, ref in refs.items():
                 rows = read_rows(Path(ref.path), format=ref.format, source=name, limit=ref.limit)
                 # Before the object is whole: killed in between, the same rows are added once all the same.
                 remember(workspace.root / "dedup", rows, round_name=one.name)
-                write_history(folder / f"{name}.jsonl", reservoir(rows, HISTORY_ROWS, seed))
-            return {"round": one.name, "formats": formats}
+                kept = choose(rows, budget, seed)
+                counts[name] = {"of": len(rows), "kept": len(kept)}
+                write_history(folder / f"{name}.jsonl", kept)
+            return {"round": one.name, "formats": formats, "rows": counts}
 
         return workspace.publish(kind="history", key=key, record={}, write=write).key
 
@@ -167,7 +186,8 @@ class Plan:
         return digest_json({"files": files, "format": source.format, "limit": source.limit})
 
     def rows_ref(self, name: str, *, without: Sequence[str] = ()) -> RowsRef:
-        """A source's rows without those that hold probe items, and without those that someone asked to remove.
+        """A source's rows without those that hold probe items, that break a rule of the source, or that someone asked
+        to remove.
 
         Raises:
             DataError: a row holds an item and the recipe calls that an error, or a row cannot be read.
@@ -175,12 +195,14 @@ class Plan:
         source = self.recipe.data[name]
         path = self.loaded.resolve(source.path)
         given = Given(name, path, source.format, source.limit, self.data_digest(name))
-        return self.clean(given, on_bad=source.bad_rows, without=without)
+        return self.clean(given, on_bad=source.bad_rows, keep=source.keep, without=without)
 
-    def clean(self, given: Given, *, on_bad: OnBad = "error", without: Sequence[str] = ()) -> RowsRef:
+    def clean(
+        self, given: Given, *, on_bad: OnBad = "error", keep: Sequence[str] = (), without: Sequence[str] = ()
+    ) -> RowsRef:
         """Any rows, likewise."""
         workspace = Workspace.open(self.workspace, create=True)
-        found = self._cleaner.clean(given, workspace, on_bad=on_bad, without=without)
+        found = self._cleaner.clean(given, workspace, on_bad=on_bad, keep=keep, without=without)
         return RowsRef(
             source=given.source,
             path=str(found.path),

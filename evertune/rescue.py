@@ -11,13 +11,36 @@ from typing import Any
 from evertune.gate import GateSettings, ProbeFacts, Verdict, judge
 from evertune.probe.scores import ItemScores
 from evertune.recipe.presets import ResolvedTraining, resolve_stage
-from evertune.recipe.schema import Anchor, Recipe, Replay, Round, Rung, Stage, Training
+from evertune.recipe.schema import (
+    REPLAYABLE,
+    Anchor,
+    Distill,
+    Recipe,
+    Replay,
+    Round,
+    Rung,
+    Stage,
+    Teacher,
+    Training,
+    kept_sources,
+)
 
 Scores = Mapping[str, ItemScores]
 # A share of the update, or one for each block of layers.
 Share = float | tuple[float, ...]
 # Where an anchor was off, what is multiplied: the weight of the balanced preset.
 ANCHOR_KL = 0.05
+# Of a stage that teaches back what fell: the share of the round's new rows in its stream.
+KEPT_SHARE = 0.3
+# Chance that a rung mends a held round, by judgement; docs/gate.md has what was measured.
+EXPECTED_GAIN = {
+    "drop_stage": 0.4,
+    "distil_back": 0.4,
+    "more_replay": 0.5,
+    "stronger_anchor": 0.4,
+    "lower_lr": 0.4,
+    "fewer_epochs": 0.3,
+}
 
 
 @dataclass(frozen=True)
@@ -100,7 +123,7 @@ def choose(
         share: judge(scores, champion, best, probes, settings, tried=tried, shares=shares)
         for share, scores in scan.items()
     }
-    chosen = min(verdicts, key=lambda one: (_rank(verdicts[one]), _by_size(one)))
+    chosen = min(verdicts, key=lambda one: (rank(verdicts[one]), _by_size(one)))
     return Chosen(
         share=chosen,
         values={one: {name: scores.value for name, scores in scan[one].items()} for one in scan},
@@ -115,6 +138,35 @@ def count_tries(rungs: Sequence[Rung]) -> int:
     return shares + sum(one.interpolate is None and one.discard is None for one in rungs)
 
 
+def in_order(rungs: Sequence[Rung], order: str, steps: Sequence[int]) -> list[Rung]:
+    """The rungs as they are to be tried.
+
+    Args:
+        order: `written`, or `gain_for_cost`: expected gain over cost, most first; what only scores costs nothing, and
+            what only discards comes last.
+        steps: that each of the round's stages has trained.
+    """
+    if order == "written":
+        return list(rungs)
+    return sorted(rungs, key=lambda one: -_gain_for_cost(one, steps))
+
+
+def _gain_for_cost(rung: Rung, steps: Sequence[int]) -> float:
+    """Expected gain of a rung over the share of the round that it trains anew."""
+    if rung.discard is not None:
+        return 0.0
+    if rung.interpolate is not None:
+        return float("inf")
+    total = max(sum(steps), 1)
+    # Stages before the first that changes are found done. Which one is dropped is not known here: the first, at worst.
+    cost = {
+        "drop_stage": sum(steps[1:]) / total,
+        "distil_back": 0.3,
+        "fewer_epochs": rung.fewer_epochs.factor if rung.fewer_epochs else 1.0,
+    }.get(rung.kind, 1.0)
+    return EXPECTED_GAIN[rung.kind] / max(cost, 0.05)
+
+
 def propose(rung: Rung, recipe: Recipe, one: Round, made: Sequence[Scores], verdict: Verdict) -> Proposal | None:
     """The amended round of a rung that trains; None where it would change nothing.
 
@@ -124,6 +176,8 @@ def propose(rung: Rung, recipe: Recipe, one: Round, made: Sequence[Scores], verd
     """
     if rung.drop_stage is not None:
         return _drop_stage(one, made, verdict)
+    if rung.distil_back is not None:
+        return _distil_back(rung, recipe, one, verdict)
     amend, why = _amendment(rung, verdict)
     stages = tuple(_amended(recipe, stage, amend) for stage in one.stages)
     return None if stages == tuple(one.stages) else Proposal(rung.kind, why, stages)
@@ -191,6 +245,40 @@ def _drop_stage(one: Round, made: Sequence[Scores], verdict: Verdict) -> Proposa
     return Proposal("drop_stage", why, stages)
 
 
+def _distil_back(rung: Rung, recipe: Recipe, one: Round, verdict: Verdict) -> Proposal | None:
+    """One more stage: the start teaches the skill that fell; the round's new rows are replayed under an anchor to the
+    candidate, so that what was learnt stays. None where no rows of the skill are known."""
+    settings, fallen = rung.distil_back, _fallen(verdict)
+    assert settings is not None, rung.kind
+    replayed = [name for stage in one.stages for name in _replays(recipe, stage)]
+    wanted = [name for probe in fallen for name in settings.by_probe.get(probe, replayed)]
+    rows = [name for name in dict.fromkeys(wanted) if name != "history"]
+    if not fallen or not rows:
+        return None
+    teacher = one.start if one.start in ("champion", "base") else str(one.start)
+    learnt = [name for name in kept_sources(one) if recipe.data[name].format in REPLAYABLE and name not in rows]
+    stage = Distill(
+        data=rows,
+        teachers=[Teacher(checkpoint=teacher)],
+        weight=1.0,
+        epochs=settings.epochs,
+        lr=settings.lr,
+        replay=Replay(share=KEPT_SHARE, sources=learnt) if learnt else Replay(share=0.0),
+        anchor=Anchor(kl=ANCHOR_KL, to="start", on="replay") if learnt else Anchor(kl=0.0),
+    )
+    why = f"one more stage: {one.start} teaches {', '.join(fallen)} back on the rows of {', '.join(rows)}"
+    return Proposal("distil_back", why, (*one.stages, Stage(distill=stage)))
+
+
+def _replays(recipe: Recipe, stage: Stage) -> list[str]:
+    """Sources that a stage replays; none where it does not train here."""
+    if not isinstance(stage.settings, Training):
+        return []
+    now = resolve_stage(recipe, stage.settings)
+    assert isinstance(now, ResolvedTraining)
+    return list(now.replay.sources) if now.replay.share > 0 else []
+
+
 def _fall(before: ItemScores, after: ItemScores) -> float:
     """How far a score fell, better is positive; of a loss, relative."""
     if after.direction == "higher":
@@ -208,6 +296,7 @@ def _by_size(share: Share) -> tuple[float, tuple[float, ...]]:
     return -kept(share), tuple(-one for one in share) if isinstance(share, tuple) else ()
 
 
-def _rank(verdict: Verdict) -> tuple[int, int]:
+def rank(verdict: Verdict) -> tuple[int, int]:
+    """Sorts a verdict before those that are further from a promotion."""
     order = {"PROMOTE": 0, "INCONCLUSIVE": 1, "HOLD": 2}
     return order[verdict.decision], len(verdict.failing)

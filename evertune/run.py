@@ -1,6 +1,6 @@
 """The one loop: from a recipe to verdicts, promotions and a ledger. Read it top to bottom; it is the product.
 
-    base -> [ round: stages -> probes -> verdict -> promote | rescue | set aside ] * -> report
+    base -> [ round: stages -> probes -> (best of several ways) -> verdict -> promote | rescue | set aside ] * -> report
 
 A run is a fold over the recipe's rounds: what a round does depends only on the recipe, the data and the champion
 before it. Everything made is stored under a key of its inputs, so the same command again does only what is missing.
@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from evertune import rescue as ladder
+from evertune.consolidation import Best, choose_way
 from evertune.display import Display
+from evertune.erosion import erosion_body
 from evertune.errors import IntegrityError
 from evertune.gate import GateSettings, ProbeFacts, Verdict, judge
 from evertune.hashing import digest_json
@@ -31,6 +33,9 @@ from evertune.report.text import next_command
 from evertune.scoring import score_checkpoint
 from evertune.stages import KINDS, Past, Place
 from evertune.workspace import Workspace
+
+# What of a stage's cost differs from one performance to the next, where it is known.
+SPENT = ("seconds", "teacher_forwards")
 
 
 @dataclass(frozen=True)
@@ -70,12 +75,23 @@ class Position:
     without: tuple[str, ...] = ()
 
 
+class Completed(NamedTuple):
+    """A round with the last stage that was kept, what its stages have made, start first, and of how many ways to
+    consolidate it that stage was picked."""
+
+    round: Round
+    made: Sequence[Model]
+    tried: int
+
+
 class Decided(NamedTuple):
-    """A candidate after its verdict: with the scores that decided, and the position that the verdict leaves behind."""
+    """A candidate after its verdict: with the scores that decided, the round as it was performed (amended by a rescue,
+    perhaps), and the position that the verdict leaves behind."""
 
     verdict: Verdict
     key: str
     candidate: Model
+    performed: Round
     position: Position
 
 
@@ -150,22 +166,96 @@ def begin(session: Session) -> Position:
 def run_round(session: Session, one: Round, position: Position) -> Position:
     """One update: stages, each probed; a verdict; promotion, rescue or setting aside."""
     session.display.round_begins(one.name, position.champion.label)
-    start = _start(session, one, position)
-    made = [start]
-    for index in range(len(one.stages)):
-        made.append(probe(session, perform_stage(session, one, index, made, position)))
-    decided = decide(session, one, made[-1], position)
+    before = perform_stages(session, one, [_start(session, one, position)], position)
+    one, made, tried = consolidate(session, one, before, position)
+    decided = decide(session, one, made[-1], position, tried=tried)
     by = "gate"
     if decided.verdict.decision != "PROMOTE":
-        decided, by = rescue(session, one, made, decided), "rescue"
-    verdict, key, candidate, position = decided
-    position = replace(position, made=(*position.made, *made[1:]))
+        decided, by = rescue(session, one, made, decided, tried=tried), "rescue"
+    verdict, key, candidate, performed, position = decided
+    new = {model.label: model for model in (*before[1:], *made[1:])}
+    position = replace(position, made=(*position.made, *new.values()))
     session.decisions[one.name] = verdict.decision
     if verdict.decision == "PROMOTE":
-        position = promote(session, one, candidate, position, by=by)
+        position = promote(session, performed, candidate, position, by=by)
     settled = {"round": one.name, "decision": session.decisions[one.name], "champion": position.champion.label}
     _record(session, "settled", key, settled)
     return _after_settling(session, replace(position, settled=key))
+
+
+def record_erosion(session: Session, one: Round, made: Sequence[Model]) -> None:
+    """What the newest stage of a round of several did to each capability: since the checkpoint before it, and since
+    the newest sft stage before it, or the round's start.
+
+    Args:
+        made: the round's start, then what its stages have made, all scored but for a start that nobody asked.
+    """
+    if len(one.stages) == 1:
+        return
+    before, last = made[:-1], made[-1]
+    taught = [i + 1 for i, stage in enumerate(one.stages[: len(before) - 1]) if stage.sft is not None]
+    compared = {model.label: model.scores for model in (before[-1], before[taught[-1] if taught else 0])}
+    body = {
+        "round": one.name,
+        "label": last.label,
+        "against": erosion_body(last.scores, {label: scores for label, scores in compared.items() if scores}),
+    }
+    _record(session, "erosion", digest_json(body), body)
+    session.display.erosion(body)
+
+
+def perform_stages(
+    session: Session, one: Round, made: Sequence[Model], position: Position, *, attempt: str = ""
+) -> list[Model]:
+    """Perform the stages of a round that have not been, and probe what each makes.
+
+    Args:
+        made: the round's start, then what its first stages have made.
+    """
+    found = list(made)
+    for index in range(len(made) - 1, len(one.stages)):
+        found.append(probe(session, perform_stage(session, one, index, found, position, attempt=attempt)))
+        record_erosion(session, one, found)
+    return found
+
+
+def consolidate(session: Session, one: Round, made: Sequence[Model], position: Position) -> Completed:
+    """Complete a round in each way that `best_of` names, and keep the best; the round itself where it names none."""
+    if not one.ways:
+        return Completed(one, made, 1)
+    ways = one.written_out()
+    session.display.line(f"  best of  {', '.join(ways)}")
+    done = {}
+    for name, whole in ways.items():
+        begun = made if len(whole.stages) > len(one.stages) else [_start(session, whole, position)]
+        done[name] = perform_stages(session, whole, begun, position, attempt=name)
+    best = choose_way(
+        {name: models[-1].scores for name, models in done.items()},
+        position.champion.scores,
+        position.ratchet.best,
+        _open_facts(session, one),
+        _settings(session, position),
+        shares=position.ratchet.shares,
+    )
+    _record_ways(session, one, position, best, {name: models[-1] for name, models in done.items()})
+    session.display.ways(best)
+    return Completed(ways[best.name], done[best.name], len(ways))
+
+
+def _record_ways(session: Session, one: Round, position: Position, best: Best, models: Mapping[str, Model]) -> None:
+    """Write down what each way made, scored and cost."""
+    newest = {event.body["label"]: event for event in session.ledger.events("checkpoint")}
+    made = {name: newest[model.label] for name, model in models.items()}
+    costs = {name: {each: event.body[each] for each in ("digest", "steps", "tokens")} for name, event in made.items()}
+    body = {
+        "round": one.name,
+        "label": models[best.name].label,
+        "chosen": best.name,
+        "champion_label": position.champion.label,
+        "ways": [{**best.body(name), "label": model.label, **costs[name]} for name, model in models.items()],
+    }
+    spent = {name: {each: event.volatile.get(each, 0) for each in SPENT} for name, event in made.items()}
+    _record(session, "consolidation", digest_json({**body, "after": position.settled}), body, {"costs": spent})
 
 
 def perform_stage(
@@ -211,6 +301,7 @@ def perform_stage(
         "settings": order.settings(),
     }
     session.display.warnings(label, body.get("warnings", ()))
+    session.display.teachers(label, manifest.record["volatile"].get("teacher_forwards"))
     event = digest_json({"label": label, "object": order.key})
     _record(session, "checkpoint", event, body, manifest.record["volatile"])
     session.display.academic(label, named(body["methods"], "academic"))
@@ -263,7 +354,7 @@ def decide(
     Held-out probes are asked only when everything else says PROMOTE, and the verdict is then that of all probes.
     """
     plan, facts, settings = session.plan, session.plan.facts(one), _settings(session, position)
-    open_facts = {each.name: facts[each.name] for each in plan.asked(held_out=False).probes}
+    open_facts = _open_facts(session, one)
 
     def judged(asked: Mapping[str, ProbeFacts]) -> Verdict:
         champion, ratchet = position.champion.scores, position.ratchet
@@ -310,7 +401,13 @@ def decide(
     then = next_command(_seen_from_here(plan.workspace), plan.recipe.name, candidate.label, verdict.decision)
     session.display.verdict(candidate.label, verdict, body, next_command=then)
     after = replace(position, ratchet=position.ratchet.judged(verdict.decision), verdicts=position.verdicts + 1)
-    return Decided(verdict, key, candidate, after)
+    return Decided(verdict, key, candidate, one, after)
+
+
+def _open_facts(session: Session, one: Round) -> dict[str, ProbeFacts]:
+    """What the gate must know of the probes that are not held out."""
+    facts = session.plan.facts(one)
+    return {each.name: facts[each.name] for each in session.plan.asked(held_out=False).probes}
 
 
 def _settings(session: Session, position: Position) -> GateSettings:
@@ -347,15 +444,17 @@ def _provenance(session: Session, candidate: Model, verdict: Verdict) -> dict[st
     return {"methods": list(used), "standing": standing_of(used), "reasons": [*verdict.reasons, *told]}
 
 
-def rescue(session: Session, one: Round, made: Sequence[Model], decided: Decided) -> Decided:
+def rescue(session: Session, one: Round, made: Sequence[Model], decided: Decided, *, tried: int = 1) -> Decided:
     """Climb the ladder until a rung passes the gate; the candidate's own verdict when none does.
 
     Args:
         made: the round's start, then what each of its stages has made.
+        tried: ways to consolidate the round of which its last stage was picked: each could have climbed this ladder.
     """
     recipe = session.plan.recipe
-    rungs: Sequence[Rung] = one.rescue if one.rescue is not None else recipe.rescue
-    tries, own_steps = ladder.count_tries(rungs), sum(model.steps for model in made[1:])
+    written: Sequence[Rung] = one.rescue if one.rescue is not None else recipe.rescue
+    rungs = ladder.in_order(written, recipe.rescue_budget.order, [model.steps for model in made[1:]])
+    tries, own_steps = tried * ladder.count_tries(rungs), sum(model.steps for model in made[1:])
     attempts = steps = 0
     for rung in rungs:
         position = decided.position
@@ -382,7 +481,11 @@ def rescue(session: Session, one: Round, made: Sequence[Model], decided: Decided
 
 
 def promote(session: Session, one: Round, candidate: Model, position: Position, *, by: str) -> Position:
-    """Make the candidate the champion, raise the ratchet, and keep the round's rows for later replay."""
+    """Make the candidate the champion, raise the ratchet, and keep the round's rows for later replay.
+
+    Args:
+        one: the round as it was performed: what a rescue left out has taught the model nothing, and is not replayed.
+    """
     body = {
         "round": one.name,
         "label": candidate.label,
@@ -420,32 +523,28 @@ def _retrain(
         return None
     display.line(f"  rescue   {proposal.rung}: {proposal.why}")
     amended = one.model_copy(update={"stages": list(proposal.stages)})
-    again, steps = [made[0]], 0
-    for index in range(len(amended.stages)):
-        model = perform_stage(session, amended, index, again, position, attempt=proposal.rung)
-        if model.checkpoint.digest not in {each.checkpoint.digest for each in made}:
-            steps += model.steps
-        again.append(probe(session, model))
+    again = perform_stages(session, amended, made[:1], position, attempt=proposal.rung)
+    known = {each.checkpoint.digest for each in made}
+    steps = sum(model.steps for model in again[1:] if model.checkpoint.digest not in known)
     if again[-1].checkpoint.digest == made[-1].checkpoint.digest:
         display.line(f"  rescue   {rung.kind} led to the same model")
         return None
     facts: dict[str, Any] = {"rung": proposal.rung, "alpha": None, "why": proposal.why, "scan": []}
-    return decide(session, one, again[-1], position, tried=tries, rescue_facts=facts), steps
+    return decide(session, amended, again[-1], position, tried=tries, rescue_facts=facts), steps
 
 
 def _interpolate(
     session: Session, one: Round, settings: Interpolate, made: Sequence[Model], position: Position, tries: int
 ) -> Decided:
     """Scan between a reference and the candidate in memory, write the best point, and judge it like any candidate."""
-    plan, candidate = session.plan, made[-1]
-    reference = made[0] if settings.toward == "start" else position.champion
+    candidate = made[-1]
+    reference = {"start": made[0], "before": made[-2], "champion": position.champion}[settings.toward]
     scan = _scan(session, one, ladder.shares_of(settings.alphas, settings.blocks), candidate, reference)
-    facts_of = plan.facts(one)
     chosen = ladder.choose(
         scan,
         position.champion.scores,
         position.ratchet.best,
-        {each.name: facts_of[each.name] for each in plan.asked(held_out=False).probes},
+        _open_facts(session, one),
         _settings(session, position),
         tried=tries,
         shares=position.ratchet.shares,

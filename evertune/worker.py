@@ -123,11 +123,78 @@ def _interpolate(job: Job, workspace: Workspace) -> dict[str, Any]:
     return {"key": workspace.publish(kind="checkpoint", key=job["key"], record={}, write=write).key}
 
 
+def _blame(job: Job, workspace: Workspace) -> dict[str, Any]:
+    """The pushes of a stage's rows on a probe, in the record of an object without files."""
+    import torch
+
+    from evertune.influence.order import SourceOrder
+    from evertune.influence.push import find_pushes
+    from evertune.model.checkpoint import Checkpoint
+    from evertune.probe.scores import ItemScores
+    from evertune.probe.suite import Probe, load_probe
+
+    if job["threads"]:
+        torch.set_num_threads(job["threads"])
+    probe = load_probe(job["probe"]["name"], settings=job["probe"]["settings"], root=Path(job["probe"]["root"]))
+    assert isinstance(probe, Probe), "asked of a probe with items"
+    candidate, start = (Checkpoint.from_json(job[one]) for one in ("candidate", "start"))
+
+    def write(folder: Path) -> dict[str, Any]:
+        return find_pushes(
+            candidate,
+            start,
+            probe,
+            ItemScores.read_parquet(Path(job["before"])),
+            ItemScores.read_parquet(Path(job["after"])),
+            [SourceOrder(**one) for one in job["sources"]],
+            most_rows=job["rows"],
+            most_items=job["items"],
+            max_tokens=job["max_tokens"],
+            seed=job["seed"],
+            device=job["device"],
+        )
+
+    return {"key": workspace.publish(kind="blame", key=job["key"], record={}, write=write).key}
+
+
+def _audit(job: Job, workspace: Workspace) -> dict[str, Any]:
+    """Two checkpoints side by side, in the record of an object without files."""
+    import torch
+
+    from evertune.model.checkpoint import Checkpoint
+    from evertune.model.open import open_model
+    from evertune.probe.compare import compare_models
+    from evertune.probe.suite import Probe, load_probe
+
+    numerics = job["numerics"]
+    if numerics.get("threads"):
+        torch.set_num_threads(numerics["threads"])
+    groups = {
+        name: [
+            probe
+            for one in each
+            if isinstance(probe := load_probe(one["name"], settings=one["settings"], root=Path(one["root"])), Probe)
+        ]
+        for name, each in job["groups"].items()
+    }
+
+    def write(folder: Path) -> dict[str, Any]:
+        sides = [
+            open_model(Checkpoint.from_json(job[side]), dtype=numerics["dtype"], device=numerics["device"], fold=True)
+            for side in ("reference", "candidate")
+        ]
+        return compare_models(sides[0], sides[1], groups, most_texts=job["most"])
+
+    return {"key": workspace.publish(kind="audit", key=job["key"], record={}, write=write).key}
+
+
 _JOBS: dict[str, Callable[[Job, Workspace], dict[str, Any]]] = {
     "probe": _probe,
     "scan": _scan,
     "early": _early,
     "interpolate": _interpolate,
+    "blame": _blame,
+    "audit": _audit,
 }
 
 

@@ -20,7 +20,7 @@ class DebugRun(NamedTuple):
 def evertune(*arguments: str | Path, code: int = 0) -> str:
     """Run the command; returns what it printed. No traceback may appear, whatever the exit code."""
     command = [sys.executable, "-m", "evertune", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "CI": "1"})
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env={**os.environ, "CI": "1"})
     assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     assert "Traceback" not in done.stdout + done.stderr
     return done.stdout + done.stderr

@@ -1,6 +1,7 @@
 """Shared fixtures: quiet, offline, two threads at most, and the tiny model made once a session."""
 
 import os
+import signal
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
@@ -16,6 +17,9 @@ from hypothesis import settings
 
 from tests.command import RECIPE, DebugRun, evertune
 from tests.tiny import write_tiny_model
+
+# A shell that starts the tests in the background has told them, and what they start, to ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Elsewhere property tests look at new cases each time; CI repeats its own, so that a red build is about the change.
 settings.register_profile("ci", derandomize=True)

@@ -7,8 +7,8 @@ import pytest
 
 from evertune.gate import GateSettings, ProbeFacts, Verdict, judge
 from evertune.probe.scores import ItemScores
-from evertune.recipe.schema import Recipe, Rung
-from evertune.rescue import Proposal, choose, count_tries, propose, shares_of
+from evertune.recipe.schema import Recipe, Round, Rung
+from evertune.rescue import Proposal, choose, count_tries, in_order, propose, shares_of
 from tests.test_gate import BEFORE, FACTS, GUARD, TARGET, WIDE, flipped, ones, scores
 
 ROLES = {"facts": GUARD, "skill": TARGET}
@@ -166,3 +166,44 @@ def test_blocks_are_tried_one_at_a_time() -> None:
     chosen = choose(scan, BEFORE, BEFORE, ROLES, WIDE, tried=2)
     assert (chosen.share, chosen.alpha) == ((0.3, 1.0), pytest.approx(0.65))
     assert [one["blocks"] for one in chosen.scan_body()] == [[1.0, 0.3], [0.3, 1.0]]
+
+
+def test_what_fell_is_taught_back_by_the_start_and_what_was_learnt_is_held() -> None:
+    aimed = proposed({"distil_back": {"by_probe": {"facts": ["cards"]}, "epochs": 2.0, "lr": 3e-5}})  # type: ignore[arg-type]
+    assert aimed is not None
+    assert aimed.stages[:3] == tuple(ONE.stages)
+    stage = aimed.stages[3].distill
+    assert stage is not None
+    assert ([one.checkpoint for one in stage.teachers], stage.data, stage.weight) == (["champion"], ["cards"], 1.0)
+    assert (stage.epochs, stage.lr) == (2.0, 3e-5)
+    assert stage.replay is not None and stage.anchor is not None
+    assert (stage.replay.sources, stage.replay.share) == (["new", "more"], 0.3)
+    assert (stage.anchor.to, stage.anchor.on, stage.anchor.kl) == ("start", "replay", 0.05)
+    assert aimed.why == "one more stage: champion teaches facts back on the rows of cards"
+    # Without rows of its own, the probe is taught back on what the round replays; history is no source to name.
+    plain = proposed("distil_back")
+    assert plain is not None and plain.stages[3].distill is not None
+    assert plain.stages[3].distill.data == ["general"]
+
+
+def test_nothing_is_taught_back_without_rows_or_a_guard_that_fell() -> None:
+    alone = RECIPE.model_copy(update={"rounds": [ONE]})
+    bare = Round.model_validate({"name": "one", "stages": [{"sft": {"data": ["new"], "replay": {"share": 0.0}}}]})
+    rung = Rung.model_validate("distil_back")
+    assert propose(rung, alone, bare, [table(200), table(140)], held()) is None
+    assert propose(rung, alone, ONE, [table(200)] * 4, judge(BEFORE, BEFORE, BEFORE, ROLES, WIDE)) is None
+
+
+def test_rungs_by_gain_for_cost_score_first_and_discard_last() -> None:
+    rungs = [
+        Rung.model_validate(one)
+        for one in ("discard", "lower_lr", "drop_stage", "more_replay", "distil_back", "interpolate", "fewer_epochs")
+    ]
+    assert in_order(rungs, "written", [10, 10]) == rungs
+    kinds = [one.kind for one in in_order(rungs, "gain_for_cost", [10, 30])]
+    # 0.4 / 0.3, 0.3 / 0.5, 0.4 / 0.75, 0.5 / 1, 0.4 / 1 of the round.
+    assert kinds == [
+        "interpolate", "distil_back", "fewer_epochs", "drop_stage", "more_replay", "lower_lr", "discard",
+    ]  # fmt: skip
+    # A round of one long stage and a short one: dropping costs at most the short one.
+    assert [one.kind for one in in_order(rungs, "gain_for_cost", [38, 2])][1] == "drop_stage"

@@ -1,5 +1,6 @@
 """Rounds that need more than a verdict: held-out probes, sampled answers, a ladder that retrains, alpha spent."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ seed: 3
 data:
   cards: {{path: {demo}/cards.jsonl, limit: 8}}
   general: {{path: {demo}/general.jsonl, limit: 8}}
+{sources}
 probes:
   routes: {{path: {demo}/probe-routes.jsonl, kind: generate, verifier: exact, max_new_tokens: 3, limit: 4, samples: 3,
             temperature: 1.0, role: {role}}}
@@ -46,7 +48,7 @@ STAGE = """{sft: {data: [cards], steps: 4, lr: 0.05, batch_rows: 2, micro_batch_
 
 def run(folder: Path, **values: Any) -> tuple[Outcome, list[Event]]:
     given = {"demo": DEMO, "knowledge": "knowledge", "margin": 0.9, "held_out": "false", "role": "guard",
-             "rescue": "[discard]", "stages": STAGE, "more": "", **values}  # fmt: skip
+             "rescue": "[discard]", "stages": STAGE, "sources": "", "more": "", **values}  # fmt: skip
     (folder / "recipe.yaml").write_text(RECIPE.format(**given))
     outcome = run_recipe(load_recipe(folder / "recipe.yaml"))
     events = current_events(open_workspace(folder / "run").ledger)
@@ -150,3 +152,96 @@ def test_a_round_judged_otherwise_by_an_edited_recipe_is_told_by_its_newest_verd
     assert told.sentence.startswith("Round one INCONCLUSIVE. ")
     assert told.sentence.endswith("The recipe as it stands ends at base, no longer at one/1-sft.")
     assert told.by_hand == ()
+
+
+@pytest.mark.path
+def test_a_round_of_several_stages_tells_what_each_did(tmp_path: Path) -> None:
+    half = "{new: {path: start, weight: 0.5}, old: {path: base, weight: 0.5}}"
+    stages = f"{STAGE}, {STAGE}, {{merge: {{method: linear, models: {half}}}}}"
+    ladder = "[{interpolate: {toward: before, alphas: [0.5]}}, discard]"
+    _, events = run(tmp_path, stages=stages, rescue=ladder, role="target")
+    told = [(one["label"], [each["since"] for each in one["against"]]) for one in bodies(events, "erosion")]
+    assert told == [("one/1-sft", ["base"]), ("one/2-sft", ["one/1-sft"]), ("one/3-merge", ["one/2-sft"])]
+    changes = {one["probe"]: one for one in bodies(events, "erosion")[0]["against"][0]["changes"]}
+    rows = {(one["label"], one["probe"]): one["value"] for one in bodies(events, "probe")}
+    assert set(changes) == {"routes", "knowledge", "prose"}
+    assert changes["prose"]["after"] == pytest.approx(rows["one/1-sft", "prose"])
+    assert 'id="erosion"' in (tmp_path / "report.html").read_text()
+    # The rescue goes back to what the last stage started from, not to what the round did.
+    made = {one["label"]: one for one in bodies(events, "checkpoint")}
+    assert made["one/rescue-0.5"]["start"] == made["one/2-sft"]["digest"]
+    assert made["one/rescue-0.5"]["parents"] == [made["one/3-merge"]["digest"]]
+
+
+@pytest.mark.path
+def test_a_later_stage_is_compared_with_the_sft_stage_too(tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    row = {"prompt": "Which?", "chosen": "This one.", "rejected": "No idea."}
+    pairs.write_text("".join(json.dumps({**row, "prompt": f"Which of {i}?"}) + "\n" for i in range(8)))
+    common = "steps: 1, batch_rows: 2, micro_batch_rows: 2, replay: {share: 0}, anchor: {kl: 0.0}"
+    dpo = f"{{dpo: {{data: [pairs], {common}}}}}"
+    sources = f"  pairs: {{path: {pairs}, format: preference}}"
+    _, events = run(tmp_path, stages=f"{STAGE}, {dpo}, {dpo}", sources=sources)
+    told = {one["label"]: [each["since"] for each in one["against"]] for one in bodies(events, "erosion")}
+    assert told["one/3-dpo"] == ["one/2-dpo", "one/1-sft"]
+
+
+@pytest.mark.path
+def test_the_rows_of_a_stage_that_a_rescue_left_out_are_not_replayed_later(tmp_path: Path) -> None:
+    # At a rate of 1 the second stage ruins the model: prose costs more than 90 % more bits.
+    ruin = (
+        STAGE.replace("[cards]", "[general]").replace("share: 0.25", "share: 0.0").replace("{lora: {rank: 2}}", "full")
+    )
+    ruin = ruin.replace("lr: 0.05", "lr: 1.0")
+    _, events = run(tmp_path, rescue="[drop_stage]", stages=f"{STAGE}, {ruin}")
+    assert [one["label"] for one in bodies(events, "promotion")] == ["one/drop_stage/1-sft"]
+    kept = [one for one in open_workspace(tmp_path / "run").workspace.manifests() if one.kind == "history"]
+    assert [sorted(one.record["formats"]) for one in kept] == [["cards"]]
+
+
+@pytest.mark.path
+def test_the_start_teaches_back_what_fell_in_one_more_stage(tmp_path: Path) -> None:
+    # The round itself is not trained again: four steps of the first stage are found, the last stage is new.
+    rungs = "[{distil_back: {by_probe: {knowledge: [general]}}}, discard]\nrescue_budget: {order: gain_for_cost}"
+    outcome, events = run(tmp_path, rescue=rungs, margin=0.001)
+    assert outcome.last != "PROMOTE"
+    (one,) = bodies(events, "rescue")
+    assert (one["rung"], one["label"]) == ("distil_back", "one/distil_back/2-distill")
+    assert "base teaches" not in one["why"] and "champion teaches knowledge back on the rows of general" in one["why"]
+    made = {body["label"]: body for body in bodies(events, "checkpoint")}
+    stage = made["one/distil_back/2-distill"]
+    assert stage["start"] == made["one/1-sft"]["digest"]
+    assert [source["source"] for source in stage["data"]] == ["general"]
+    assert stage["replay"]["sources"].keys() == {"cards"}
+    assert outcome.stages_run == 2
+
+
+def test_rows_that_a_rung_names_must_be_there(tmp_path: Path) -> None:
+    from evertune.errors import RecipeError
+
+    for rung, told in (
+        ("{distil_back: {by_probe: {poetry: [cards]}}}", "no probe 'poetry'"),
+        ("{more_replay: {by_probe: {prose: [verse]}}}", "no data source 'verse'"),
+    ):
+        with pytest.raises(RecipeError, match=told):
+            run(tmp_path, rescue=f"[{rung}]")
+
+
+@pytest.mark.path
+def test_a_share_that_follows_guards_is_in_the_ledger_the_warnings_and_the_report(tmp_path: Path) -> None:
+    adapt = "adapt: {every: 1, raise_by: 0.25, most: 0.5}"
+    stage = STAGE.replace("from: [general]", f"from: [general], {adapt}").replace("lr: 0.05", "lr: 0.5")
+    _, events = run(tmp_path, stages=stage, margin="0.0001")
+    body = next(one for one in bodies(events, "checkpoint") if one["label"] == "one/1-sft")
+    told = body["replay"]["adapt"]
+    assert [one["step"] for one in told["asked"]] == [0, 1, 2, 3]
+    assert set(told["asked"][0]["scores"]) == {"knowledge", "prose", "routes"}
+    assert told["margins"] == {"knowledge": 0.0001, "prose": 0.9, "routes": 0.9}
+    before = {one["probe"]: one["value"] for one in bodies(events, "probe") if one["label"] == "base"}
+    assert told["asked"][0]["scores"]["knowledge"] == pytest.approx(before["knowledge"])
+    rises = [(one, other) for one, other in itertools.pairwise(told["asked"]) if other["share"] > one["share"]]
+    page = (tmp_path / "report.html").read_text()
+    for _, one in rises:
+        assert f"{100 * one['share']:.1f} % after step {one['step']}" in page
+    assert len(rises) == sum(one["name"] == "replay_raised" for one in body.get("warnings", ()))
+    assert body["replay"]["share_done"] == pytest.approx(sum(round(2 * one["share"]) for one in told["asked"]) / 8)

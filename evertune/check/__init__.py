@@ -8,7 +8,7 @@ findings.py    what comes out, as objects and JSON      printing.py  as text
 """
 
 from evertune.check.findings import CheckReport, Disk, Finding, Sample, StageEstimate
-from evertune.check.look import Look, look_at_leaks, read_data, read_models, read_probes
+from evertune.check.look import Look, look_at_history, look_at_leaks, read_data, read_models, read_probes
 from evertune.check.printing import print_report
 from evertune.check.promotable import look_at_gate
 from evertune.check.samples import render_samples
@@ -38,6 +38,7 @@ def check_recipe(loaded: LoadedRecipe, *, sample: int = 0) -> CheckReport:
     read_probes(look)
     read_models(look)
     look_at_leaks(look)
+    look_at_history(look)
     look_at_gate(look)
     planned = look_at_stages(look)
     disk = look_at_disk(look, planned)

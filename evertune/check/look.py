@@ -9,9 +9,11 @@ from typing import Any, ParamSpec, TypeVar
 
 from evertune.check.estimate import Shapes, nearest_folder, shapes_of
 from evertune.check.findings import Finding, Severity
-from evertune.data.cleaned import rows_by_probe
+from evertune.data.cleaned import rows_by_probe, rows_by_rule
 from evertune.data.encode import Encoding
+from evertune.data.history import Budget, choose
 from evertune.data.leak import Leak, LeakFinder
+from evertune.data.quality import broken_rules, read_rules
 from evertune.data.replay import drop_duplicates
 from evertune.data.rows import Row, read_rows
 from evertune.data.sift import BadRows
@@ -23,7 +25,7 @@ from evertune.model.codec import Codec, load_codec
 from evertune.probe.suite import AnyProbe, load_probe
 from evertune.recipe.load import LoadedRecipe
 from evertune.recipe.presets import resolve_stage
-from evertune.recipe.schema import NAMED_REFERENCES, REPLAYABLE, Recipe, StageSettings
+from evertune.recipe.schema import NAMED_REFERENCES, REPLAYABLE, Recipe, StageSettings, kept_sources, placed_stages
 
 LEAKS_SHOWN = 5
 
@@ -98,6 +100,8 @@ def read_data(look: Look) -> None:
         if bad.found:
             first = f"{bad.found[0]['file']}:{bad.found[0]['line']}: {bad.found[0]['problem']}"
             look.say("warning", place, f"{len(bad.found)} rows cannot be read and are left out, the first at {first}")
+        if rows is not None and source.keep:
+            rows = _within_rules(look, name, rows, source.keep)
         if rows is None:
             continue
         look.rows[name] = rows
@@ -106,6 +110,37 @@ def read_data(look: Look) -> None:
             if repeated:
                 told = f"{len(repeated)} of {len(rows)} rows repeat an earlier one, the first at {repeated[0].place}."
                 look.say("note", place, told)
+
+
+def look_at_history(look: Look) -> None:
+    """Sources of which a promoted round would not keep every row."""
+    budget = Budget(**look.recipe.history.model_dump())
+    names = dict.fromkeys(name for one in look.recipe.rounds for name in kept_sources(one))
+    for name in names:
+        rows = look.rows.get(name, [])
+        if look.recipe.data[name].format in REPLAYABLE and rows:
+            kept = choose(rows, budget, look.recipe.seed)
+            if len(kept) < len(rows):
+                told = f"a promoted round keeps {len(kept)} of {len(rows)} rows of '{name}' ({budget.policy})."
+                look.say("note", "history", told)
+
+
+def _within_rules(look: Look, name: str, rows: list[Row], keep: Sequence[str]) -> list[Row] | None:
+    """Rows that break no rule of the source; None where nothing is left or a rule is none."""
+    place = f"data.{name}.keep"
+    rules = look.attempt(place, read_rules, keep)
+    if rules is None:
+        return None
+    broken = broken_rules(rows, rules, name)
+    if not broken:
+        return rows
+    told = ", ".join(f"{count} '{rule}'" for rule, count in rows_by_rule(broken.values()).items())
+    first = rows[next(iter(broken))].place
+    if len(broken) == len(rows):
+        look.say("error", place, f"all {len(rows)} rows break a rule ({told}): nothing is left.", "Change the rules.")
+        return None
+    look.say("note", place, f"{len(broken)} of {len(rows)} rows break a rule and are left out ({told}), e.g. {first}.")
+    return [row for i, row in enumerate(rows) if i not in broken]
 
 
 def read_probes(look: Look) -> None:
@@ -155,16 +190,20 @@ def _named_checkpoints(look: Look) -> Iterator[tuple[str, str]]:
     for i, one in enumerate(look.recipe.rounds):
         if one.start not in ("champion", "base"):
             yield f"rounds[{i}].start", one.start
-        for k, stage in enumerate(one.stages):
-            for name, written in resolve_stage(look.recipe, stage.settings).references.items():
-                if written not in NAMED_REFERENCES:
-                    yield f"rounds[{i}].stages[{k}].{stage.kind}.{name}", written
+        for j, way in enumerate(one.ways):
+            if way.retrain is not None and way.retrain.start not in ("champion", "base"):
+                yield f"rounds[{i}].consolidate.best_of[{j}].retrain.start", way.retrain.start
+    for placed in placed_stages(look.recipe):
+        for name, written in resolve_stage(look.recipe, placed.stage.settings).references.items():
+            if written not in NAMED_REFERENCES:
+                yield f"{placed.place}.{name}", written
 
 
 def look_at_leaks(look: Look) -> None:
     """Rows that are trained on or replayed and hold an item of a probe: errors, or left out from here on."""
-    stages = [stage.settings for one in look.recipe.rounds for stage in one.stages]
-    finder = LeakFinder(text for probe in look.probes for text in probe.texts())
+    stages = [one.stage.settings for one in placed_stages(look.recipe)]
+    texts = [look.attempt(f"probes.{one.name}", one.texts) or [] for one in look.probes]
+    finder = LeakFinder(text for each in texts for text in each)
     for name in sorted({name for stage in stages for name in sources_of(look.recipe, stage)} & set(look.rows)):
         found = finder.find(look.rows[name])
         leaks = [one for one in found if one.is_leak]

@@ -11,7 +11,7 @@ from evertune.model.bundled import resolve_base
 from evertune.model.checkpoint import describe
 from evertune.model.codec import Codec, load_codec
 from evertune.recipe.load import LoadedRecipe
-from evertune.recipe.schema import REPLAYABLE, new_sources
+from evertune.recipe.schema import REPLAYABLE, placed_stages
 
 NO_LIMIT = 1 << 30
 
@@ -26,7 +26,7 @@ def render_samples(loaded: LoadedRecipe, count: int) -> list[Sample]:
     base = describe(resolve_base(loaded.recipe.base, folder=loaded.folder))
     codec = load_codec(base.base.path)
     samples = []
-    for name in dict.fromkeys(name for one in loaded.recipe.rounds for name in new_sources(one)):
+    for name in dict.fromkeys(name for one in placed_stages(loaded.recipe) for name in one.stage.settings.new_sources):
         source = loaded.recipe.data[name]
         limit = min(count, source.limit or count)
         rows = read_rows(loaded.resolve(source.path), format=source.format, source=name, limit=limit)

@@ -31,6 +31,7 @@ from evertune.data.encode import (
     question_of,
     tokens_of,
 )
+from evertune.data.history import Budget, choose
 from evertune.data.quotas import Mixing
 from evertune.data.replay import drop_duplicates
 from evertune.data.rows import Row, digest_rows
@@ -39,6 +40,7 @@ from evertune.model.checkpoint import describe, vocabulary_of
 from evertune.recipe.plugins import find_plugin
 from evertune.recipe.presets import ResolvedDistill, ResolvedExternal, ResolvedTraining, resolve_stage
 from evertune.recipe.schema import (
+    ADAPTING,
     NAMED_REFERENCES,
     OF_ROUND,
     OF_STAGE,
@@ -46,12 +48,14 @@ from evertune.recipe.schema import (
     RUN,
     Recipe,
     Round,
+    Stage,
     StageSettings,
     Training,
     kept_sources,
+    placed_stages,
 )
 from evertune.train.distill_spec import check_teacher, check_words
-from evertune.verifiers import validate
+from evertune.verifiers import located, validate
 
 MERGED_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -70,22 +74,25 @@ class StageView:
     """One stage of the recipe under inspection, with its settings given and filled in."""
 
     look: Look
+    place: str
     round_index: int
+    round: Round
     index: int
-    kind: str
-    settings: StageSettings
+    stage: Stage
+    way: str = ""
 
     @property
-    def round(self) -> Round:
-        return self.look.recipe.rounds[self.round_index]
+    def kind(self) -> str:
+        return self.stage.kind
 
     @property
-    def place(self) -> str:
-        return f"rounds[{self.round_index}].stages[{self.index}].{self.kind}"
+    def settings(self) -> StageSettings:
+        return self.stage.settings
 
     @property
     def label(self) -> str:
-        return f"{self.round.name}/{self.index + 1}-{self.kind}"
+        way = f"{self.way}/" if self.way else ""
+        return f"{self.round.name}/{way}{self.index + 1}-{self.kind}"
 
     @property
     def resolved(self) -> Any:
@@ -98,11 +105,7 @@ class StageView:
 
 def look_at_stages(look: Look) -> list[Planned]:
     """Estimates of the stages whose rows and base could be read; what is odd about them becomes findings."""
-    views = [
-        StageView(look, i, k, stage.kind, stage.settings)
-        for i, one in enumerate(look.recipe.rounds)
-        for k, stage in enumerate(one.stages)
-    ]
+    views = [StageView(look, **vars(one)) for one in placed_stages(look.recipe)]
     return [found for view in views if (found := LOOKS[view.kind](view)) is not None]
 
 
@@ -143,10 +146,18 @@ def look_at_rewards(view: StageView) -> Planned | None:
     look, settings = view.look, view.resolved
     for name in view.settings.new_sources:
         verifier = look.recipe.data[name].verifier
-        rule = verifier.model_dump(exclude_none=True) if verifier else {}
+        if verifier is None:
+            continue
+        given = verifier.model_dump(exclude_none=True)
+        rule = look.attempt(f"data.{name}.verifier", located, given, look.loaded.folder)
+        if rule is None:
+            continue
         for row in look.rows.get(name, ()):
             if look.attempt(f"data.{name}", _can_be_checked, rule, row) is None:
                 break
+    if settings.server is not None and settings.tune.lora is None:
+        told = "'server' needs 'tune: {lora: ...}': whole weights cannot be loaded while it serves."
+        view.say("error", told, "Set 'tune' in the stage.")
     if not settings.kl:
         told = "'kl' is 0: nothing holds the policy to what it was before this stage."
         view.say("warning", told, "Leave 'kl' out for 0.01 to the sft stage, or anchor the answers.")
@@ -316,12 +327,13 @@ def _look_at_teachers(view: StageView, settings: ResolvedDistill) -> None:
         return
     kept = None if settings.words == "all" else settings.words
     look.attempt(f"{view.place}.words", check_words, kept, max(settings.members.values()), vocabulary)
+    learns_words = settings.weight > 0.0
     for j, teacher in enumerate(settings.teachers):
         written, place = teacher.checkpoint, f"{view.place}.teachers[{j}]"
         if written in (*NAMED_REFERENCES, RUN) or written.startswith((OF_ROUND, OF_STAGE)):
             continue
         found = look.attempt(place, describe, look.loaded.resolve(written), cache=digest_cache())
-        if found is not None:
+        if found is not None and learns_words:
             look.attempt(place, check_teacher, written, found, look.base)
 
 
@@ -371,7 +383,9 @@ def _replay_pool(
         for name in _history(look.recipe, view.round_index):
             found = _encode(view, name, settings) if name in look.rows else None
             if found is not None and name not in pool:
-                pool[name], rows[name] = found, look.rows[name]
+                rows[name] = choose(look.rows[name], Budget(**look.recipe.history.model_dump()), look.recipe.seed)
+                remembered = {row.id for row in rows[name]}
+                pool[name] = [row for row in found if row.id in remembered]
     both = [name for name in settings.replay.sources if name in learnt]
     if both:
         told = f"'{both[0]}' is both new data and replay."
@@ -392,6 +406,7 @@ def _look_at_amounts(view: StageView, settings: ResolvedTraining, seen: Amounts,
             view.say("note", f"no round comes before this one: {told}")
         else:
             view.say("warning", told, "Name a source of other rows in 'replay.from'.")
+    _look_at_adapt(view, settings, seen)
     if settings.anchor.kl and settings.anchor.on == "replay" and not seen.replay_rows:
         told = "the anchor is on replayed rows, and there are none here: nothing is anchored."
         view.say("note", told, "Set 'anchor.on: new', or replay something.")
@@ -399,6 +414,28 @@ def _look_at_amounts(view: StageView, settings: ResolvedTraining, seen: Amounts,
         view.say("warning", told, "Change the weights, 'mix' or the number of steps.")
     if seen.new_rows < new_rows:
         view.say("note", f"{seen.steps} steps show {seen.new_rows} of {new_rows} new rows; the others are not seen.")
+
+
+def _look_at_adapt(view: StageView, settings: ResolvedTraining, seen: Amounts) -> None:
+    adapt = settings.replay.adapt
+    if adapt is None or view.kind not in ADAPTING or not seen.replay_rows:
+        return
+    roles = view.round.roles
+    guards = [
+        one
+        for one in view.look.probes
+        if roles.get(one.name, one.role) == "guard" and not one.held_out and one.kind != "lm_eval"
+    ]
+    if not guards:
+        told = "the share follows guards, and there are none but of lm-eval or held-out ones."
+        view.say("error", told, "Add a guard, or leave 'adapt' out.", at=".replay.adapt")
+        return
+    times = -(-seen.steps // adapt.every)
+    told = f"{', '.join(one.name for one in guards)} asked {times} times while it trains: time that is not estimated."
+    view.say("note", told, at=".replay.adapt")
+    if adapt.most < settings.replay.share:
+        told = f"the share begins at {settings.replay.share:g}, above 'most': it will not rise."
+        view.say("warning", told, "Raise 'most', or leave 'adapt' out.", at=".replay.adapt")
 
 
 def _is_done(view: StageView) -> bool:

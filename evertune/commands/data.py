@@ -9,10 +9,13 @@ import typer
 
 if TYPE_CHECKING:
     from evertune.data.mixed import Mixed
+    from evertune.data.sift import BadRows, Reader
 
 app = typer.Typer(
     no_args_is_help=True, help="Look at training rows; deduplicate, filter and mix them; trace and remove."
 )
+
+BAD_SHOWN = 3
 
 Files = Annotated[
     list[Path], typer.Argument(metavar="FILES", help="JSONL (.gz, .zst), Parquet, Arrow, globs, or datasets:NAME.")
@@ -24,6 +27,11 @@ Out = Annotated[
 ]
 As = Annotated[Literal["jsonl", "parquet"], typer.Option("--as", help="How rows are written.")]
 Workers = Annotated[int, typer.Option(min=1, max=256, help="Processes; the result is the same for any number.")]
+EngineWorkers = Annotated[int, typer.Option("--workers", min=1, max=256, help="Processes of --engine ray.")]
+Engine = Annotated[
+    Literal["local", "ray"],
+    typer.Option(help="ray: files are read and written by Ray Data, on a cluster where RAY_ADDRESS names one."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
 Part = Literal["both", "prompt", "answer"]
 
@@ -46,6 +54,7 @@ def dedup(
     format: Format = None,
     written_as: As = "jsonl",
     workers: Workers = 1,
+    engine: Engine = "local",
     as_json: AsJson = False,
 ) -> None:
     """Remove rows that repeat another one, word for word or nearly."""
@@ -62,15 +71,25 @@ def dedup(
     settings = sift.DedupSettings(part, width, threshold, template_share, workers)
     opened = open_index(index, IndexSettings(part, width, threshold), create=extend) if index is not None else None
     bad = sift.BadRows()
-    decide, keep = sift.dedup(sources, settings, against=sift.sources_of(against or [], None), index=opened, bad=bad)
+    reader = _reader(engine, workers)
+    old = sift.sources_of(against or [], None)
+    decide, keep = sift.dedup(sources, settings, against=old, index=opened, bad=bad, reader=reader)
     asked = {name: value for name, value in settings.__dict__.items() if name != "workers"}
     asked |= {"against": [str(one) for one in against or []], "index": str(index) if index else None}
     told = sift.sift(
-        sources, decide, out, operation="dedup", settings=asked, bad=bad, suffix=f".{written_as}", examples=3
+        sources,
+        decide,
+        out,
+        operation="dedup",
+        settings=asked,
+        bad=bad,
+        suffix=f".{written_as}",
+        examples=3,
+        reader=reader,
     )
     if extend:
         keep()
-    _tell(told.to_json(), out, as_json)
+    _tell(told.to_json(), out, as_json, bad)
 
 
 @app.command("filter")
@@ -93,6 +112,8 @@ def filter_(
     samples: Annotated[int, typer.Option(min=0, help="Rows shown of what each rule drops.")] = 3,
     format: Format = None,
     written_as: As = "jsonl",
+    workers: EngineWorkers = 1,
+    engine: Engine = "local",
     as_json: AsJson = False,
 ) -> None:
     """Keep rows by named signals, with bounds or quantiles of each source."""
@@ -120,12 +141,21 @@ def filter_(
     rules = [parse_rule(one, [*SIGNALS, *scorers]) for one in texts]
     sources = sift.sources_of(files, format)
     bad = sift.BadRows()
-    decide, bounds = sift.filter_rows(sources, rules, scorers=scorers, bad=bad)
+    reader = _reader(engine, workers)
+    decide, bounds = sift.filter_rows(sources, rules, scorers=scorers, bad=bad, reader=reader)
     asked = {"rules": texts, "bounds": bounds, "model": model, "classifier": str(classifier) if classifier else None}
     told = sift.sift(
-        sources, decide, out, operation="filter", settings=asked, bad=bad, suffix=f".{written_as}", examples=samples
+        sources,
+        decide,
+        out,
+        operation="filter",
+        settings=asked,
+        bad=bad,
+        suffix=f".{written_as}",
+        examples=samples,
+        reader=reader,
     )
-    _tell({**told.to_json(), "bounds": bounds}, out, as_json)
+    _tell({**told.to_json(), "bounds": bounds}, out, as_json, bad)
 
 
 @app.command()
@@ -135,6 +165,8 @@ def decontaminate(
     out: Out = None,
     format: Format = None,
     written_as: As = "jsonl",
+    workers: EngineWorkers = 1,
+    engine: Engine = "local",
     as_json: AsJson = False,
 ) -> None:
     """Remove rows that hold probe items: equal, nearly equal, or inside a longer text."""
@@ -143,12 +175,32 @@ def decontaminate(
     sources = sift.sources_of(files, format)
     bad = sift.BadRows()
     items = [item for path in probes for item in _items_of(path)]
-    decide = sift.decontaminate(sources, items, bad=bad)
+    reader = _reader(engine, workers)
+    decide = sift.decontaminate(sources, items, bad=bad, reader=reader)
     asked = {"probes": [str(one) for one in probes]}
     told = sift.sift(
-        sources, decide, out, operation="decontaminate", settings=asked, bad=bad, suffix=f".{written_as}", examples=3
+        sources,
+        decide,
+        out,
+        operation="decontaminate",
+        settings=asked,
+        bad=bad,
+        suffix=f".{written_as}",
+        examples=3,
+        reader=reader,
     )
-    _tell(told.to_json(), out, as_json)
+    _tell(told.to_json(), out, as_json, bad)
+
+
+def _reader(engine: str, workers: int) -> "Reader":
+    if engine == "local":
+        from evertune.data.sift import Here
+
+        return Here()
+    from evertune.data.engine import RayEngine
+    from evertune.data.spread import Spread
+
+    return Spread(RayEngine(workers))
 
 
 def _items_of(path: Path) -> list[Any]:
@@ -279,7 +331,8 @@ def mix(
 def _mixed_lines(found: "Mixed", out: Path | None) -> Iterator[str]:
     for name, count in found.rows.items():
         yield f"{count:>9} rows  {found.passes[name]:>6.2f} passes  {name}"
-    yield f"replay is {found.share:.1%} of {sum(found.rows.values())} rows"
+    total = sum(found.rows.values())
+    yield f"replay is {found.share:.1%} of {total} rows" if found.share else f"{total} rows, no replay"
     yield from (f"warning: {warning}" for warning in found.warnings)
     if found.quarantined:
         yield f"{found.quarantined} rows could not be read" + (f": see {out}.quarantine.jsonl" if out else "")
@@ -320,7 +373,7 @@ def select(
     decide = sift.select_rows(sources, rows, policy=policy, class_field=class_field, scorer=scorer, seed=seed, bad=bad)
     asked = {"rows": rows, "policy": policy, "class": class_field, "model": model, "seed": seed}
     told = sift.sift(sources, decide, out, operation="select", settings=asked, bad=bad, suffix=f".{written_as}")
-    _tell(told.to_json(), out, as_json)
+    _tell(told.to_json(), out, as_json, bad)
 
 
 @app.command()
@@ -466,10 +519,10 @@ def _inspection_lines(one: Mapping[str, Any], bad: list[dict[str, Any]]) -> list
 
     tokens = f", {one['tokens']:,} tokens" if one["tokens"] is not None else ""
     lines = [f"{one['name']}: {one['rows']:,} rows of format {one['format']}, {one['characters']:,} characters{tokens}"]
-    for problem in bad[:3]:
+    for problem in bad[:BAD_SHOWN]:
         lines.append(f"  cannot be read: {problem['file']}:{problem['line']}: {problem['problem']}")
-    if len(bad) > 3:
-        lines.append(f"  cannot be read: {len(bad) - 3} more rows")
+    if len(bad) > BAD_SHOWN:
+        lines.append(f"  cannot be read: {len(bad) - BAD_SHOWN} more rows")
     exact, near = one["duplicates"]["exact"], one["duplicates"]["near"]
     lines.append(f"  duplicates   {exact} exact, {near} near (Jaccard 0.8)")
     lines.append("  turns        " + ", ".join(f"{name} {count}" for name, count in one["turns"].items()))
@@ -489,7 +542,7 @@ def _inspection_lines(one: Mapping[str, Any], bad: list[dict[str, Any]]) -> list
     return [*lines, ""]
 
 
-def _tell(body: Mapping[str, Any], out: Path | None, as_json: bool) -> None:
+def _tell(body: Mapping[str, Any], out: Path | None, as_json: bool, bad: "BadRows") -> None:
     if as_json:
         typer.echo(json.dumps(body, indent=2, ensure_ascii=False))
         return
@@ -500,12 +553,16 @@ def _tell(body: Mapping[str, Any], out: Path | None, as_json: bool) -> None:
             typer.echo(f"  {count:>8}  {reason}")
     if body["quarantined"]:
         typer.echo(f"{body['quarantined']} rows could not be read" + (": see quarantine.jsonl" if out else ""))
+        for one in bad.found[:BAD_SHOWN]:
+            typer.echo(f"  {one['file']}:{one['line']}: {one['problem']}")
     shown = {reason: examples for reason, examples in body["examples"].items() if examples}
     for reason, examples in shown.items():
         typer.echo(f"\n{reason}, for example:")
         for one in examples:
             facts = ", ".join(
-                f"{key} {value}" for key, value in one.items() if key not in ("row", "source", "file", "line", "reason")
+                f"{key} {f'{value:.4g}' if isinstance(value, float) else value}"
+                for key, value in one.items()
+                if key not in ("row", "source", "file", "line", "reason")
             )
             typer.echo(f"  {one['file']}:{one['line']}  {facts}\n    {_short(one['row'])}")
     typer.echo(f"\nwrote {out}" if out else "\nNothing was written: give --out FOLDER to write what stays.")

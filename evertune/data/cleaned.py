@@ -1,4 +1,5 @@
-"""A recipe's rows as they may be trained on: without probe items, rows that cannot be read and rows that were removed.
+"""A recipe's rows as they may be trained on: without probe items, without rows that cannot be read, that break a rule
+of the source, or that someone asked to remove.
 
 Nothing is trained on before it has been searched, whatever a check has said: rows of earlier rounds are searched again
 for the probes of today. What was found is an object of the workspace, so a source is searched once for each set of
@@ -9,7 +10,7 @@ holds a digest of every row and turn, by which a text is traced through the stag
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,7 @@ import numpy as np
 from evertune.data.compared import compared_text, normalise_text
 from evertune.data.history import write_history
 from evertune.data.leak import LEAK_VERSION, Leak, LeakFinder, ProbeText
+from evertune.data.quality import QUALITY_VERSION, Rule, broken_rules, read_rules
 from evertune.data.rows import Row, read_rows
 from evertune.data.shapes import fitting_formats
 from evertune.data.sift import BadRows
@@ -52,8 +54,8 @@ class Cleaned:
     """Rows that may be trained on: where they lie, and what was removed.
 
     Attributes:
-        removed: `{"leaks": {probe: rows}, "bad": rows}`, and `"asked": rows` where some were removed on request; a row
-            that holds items of two probes counts for both.
+        removed: `{"leaks": {probe: rows}, "bad": rows}`; `"rules": {rule: rows}` where the source has rules; and
+            `"asked": rows` where some were removed on request. A row that holds items of two probes counts for both.
     """
 
     path: Path
@@ -72,24 +74,38 @@ class Cleaner:
         self._finder: LeakFinder | None = None
 
     def clean(
-        self, given: Given, workspace: Workspace, *, on_bad: OnBad = "error", without: Sequence[str] = ()
+        self,
+        given: Given,
+        workspace: Workspace,
+        *,
+        on_bad: OnBad = "error",
+        keep: Sequence[str] = (),
+        without: Sequence[str] = (),
     ) -> Cleaned:
         """The rows without those that hold an item; searched once, then known.
 
         Args:
+            keep: quality rules of the source (`quality.read_rules`).
             without: digests of texts (`text_digests`) whose rows are left out: someone asked for it.
 
         Raises:
             DataError: a row holds an item and leaks are errors; a row cannot be read; or no row is left.
+            RecipeError: a rule is none.
         """
+        rules = [str(one) for one in read_rules(keep)]
         facts = {"data": given.digest, "source": given.source, "format": given.format, "limit": given.limit}
         how = {"kind": "cleaned", "version": VERSION, "items": self._digest, "leak": self._on_leak, "bad": on_bad}
+        if rules:
+            how |= {"rules": rules, "quality": QUALITY_VERSION}
         if without:
             how["without"] = sorted(without)
         key = digest_json({**how, **facts})
         if workspace.manifest(key) is None:
             workspace.publish(
-                kind=KIND, key=key, record={}, write=lambda folder: self._write(folder, given, on_bad, set(without))
+                kind=KIND,
+                key=key,
+                record={},
+                write=lambda folder: self._write(folder, given, on_bad, rules, set(without)),
             )
         manifest = workspace.manifest(key)
         assert manifest is not None, "published and yet not there"
@@ -98,7 +114,9 @@ class Cleaner:
             return Cleaned(given.path, given.limit, given.digest, removed)
         return Cleaned(workspace.path(key) / ROWS, None, kept, removed)
 
-    def _write(self, folder: Path, given: Given, on_bad: OnBad, without: set[str]) -> dict[str, Any]:
+    def _write(
+        self, folder: Path, given: Given, on_bad: OnBad, rules: Sequence[str], without: set[str]
+    ) -> dict[str, Any]:
         bad = BadRows()
         rows = read_rows(
             given.path,
@@ -108,16 +126,18 @@ class Cleaner:
             bad=bad if on_bad == "quarantine" else None,
         )
         self._finder = self._finder or LeakFinder(self._items)
-        leaks = [one for one in self._finder.find(rows) if one.is_leak]
+        broken = broken_rules(rows, read_rules(rules), given.source)
+        leaks = [one for one in self._finder.find(row for i, row in enumerate(rows) if i not in broken) if one.is_leak]
         if leaks and self._on_leak == "error":
             raise leak_error(given.source, leaks)
         digests = [row_digests(row) for row in rows]
         asked = {row.id for row, own in zip(rows, digests, strict=True) if not without.isdisjoint(own)}
-        names = asked | {one.row_id for one in leaks}
+        names = asked | {one.row_id for one in leaks} | {rows[i].id for i in broken}
         if len(names) == len(rows):
             raise DataError(
-                f"source '{given.source}': each of its {len(rows)} rows holds an item of a probe or was removed.",
-                remedy="Train on other rows, or probe with other items.",
+                f"source '{given.source}': each of its {len(rows)} rows holds an item of a probe, breaks a rule of "
+                "'keep' or was removed.",
+                remedy="Train on other rows, probe with other items, or change the rules.",
             )
         kept = given.digest
         if names or bad.found:
@@ -127,8 +147,15 @@ class Cleaner:
             _write_lines(folder / "leaks.jsonl", [leak_facts(one) for one in leaks])
         if bad.found:
             _write_lines(folder / "quarantine.jsonl", bad.found)
+        if broken:
+            facts = ({**row_facts(rows[i]), "rule": str(one), "value": value} for i, (one, value) in broken.items())
+            _write_lines(folder / "filtered.jsonl", list(facts))
         _write_seen(folder, rows, digests, names)
-        removed = {"leaks": rows_by_probe(leaks), "bad": len(bad.found), **({"asked": len(asked)} if asked else {})}
+        removed: dict[str, Any] = {"leaks": rows_by_probe(leaks), "bad": len(bad.found)}
+        if rules:
+            removed["rules"] = rows_by_rule(broken.values())
+        if asked:
+            removed["asked"] = len(asked)
         return {"source": given.source, "given": given.digest, "kept": kept, "removed": removed}
 
 
@@ -206,6 +233,16 @@ def _digest(text: str) -> str:
 def rows_by_probe(leaks: Sequence[Leak]) -> dict[str, int]:
     """Rows that hold items, by probe."""
     return dict(Counter(probe for probe, _ in {(one.probe, one.row_id): None for one in leaks}))
+
+
+def rows_by_rule(broken: Iterable[tuple[Rule, float]]) -> dict[str, int]:
+    """Rows that break rules, by rule."""
+    return dict(Counter(str(rule) for rule, _ in broken))
+
+
+def row_facts(row: Row) -> dict[str, Any]:
+    """Where a row stands, as plain values."""
+    return {"file": str(row.file), "source": row.source, "line": row.line, "row_id": row.id}
 
 
 def leak_facts(leak: Leak) -> dict[str, Any]:

@@ -64,7 +64,7 @@ class Resolution:
 
     @property
     def stays(self) -> NDArray[np.bool_]:
-        """(R,) True where the row survives."""
+        """(R,) True where the row survives. Made anew each time: hold it while asking for single rows."""
         return (self.cause < 0) & (self.earlier < 0)
 
 

@@ -90,6 +90,37 @@ def find_leaks(rows: Iterable[Row], items: Iterable[ProbeText]) -> list[Leak]:
     return LeakFinder(items).find(rows)
 
 
+class Place(NamedTuple):
+    """Where a row stands."""
+
+    source: str
+    file: Path
+    line: int
+    row_id: str
+
+    @classmethod
+    def of(cls, row: Row) -> "Place":
+        return cls(row.source, row.file, row.line, row.id)
+
+
+@dataclass(frozen=True, eq=False)
+class Looked:
+    """What was met in a part of a source.
+
+    Attributes:
+        count: rows of the part.
+        found: by row and item, the kind and the score of what one row shows by itself.
+        places: where rows stand of which anything was met.
+        rows, hashes: runs of items that stand in rows. Whether they cover an item is known when all parts are seen.
+    """
+
+    count: int
+    found: dict[int, dict[int, tuple[How, float]]]
+    places: dict[int, Place]
+    rows: NDArray[np.int64]
+    hashes: Hashes
+
+
 class LeakFinder:
     """The items of probes, made ready once to search any number of sources."""
 
@@ -104,8 +135,12 @@ class LeakFinder:
 
     def find(self, rows: Iterable[Row]) -> list[Leak]:
         """Leaks in one source's rows, read once; see `find_leaks`."""
+        return [leak for _, leak in self.judge([self.look(rows)])]
+
+    def look(self, rows: Iterable[Row]) -> "Looked":
+        """What is met in a part of a source: parts may be looked through apart, and are judged together."""
         found: dict[int, dict[int, tuple[How, float]]] = {}
-        places: dict[int, Row] = {}
+        places: dict[int, Place] = {}
         count = 0
         number = {item: i for i, (item, _) in enumerate(self._items)}
         contained = _Hits()
@@ -126,12 +161,25 @@ class LeakFinder:
                 kinds.setdefault(item_number, ("near-duplicate", value))
             contained.add(self._contained.hits(turns, np.array(of_row, dtype=np.int64)))
             hit = {one for one in found if one >= count} | set(contained.rows_from(count).tolist())
-            places |= {one: batch[one - count] for one in hit}
+            places |= {one: Place.of(batch[one - count]) for one in hit}
             count += len(batch)
+        return Looked(count, found, places, contained.rows, contained.hashes)
+
+    def judge(self, parts: Sequence["Looked"]) -> list[tuple[int, Leak]]:
+        """Leaks in one source, of all its parts in order, each with the number of its row in the source."""
+        found: dict[int, dict[int, tuple[How, float]]] = {}
+        places: dict[int, Place] = {}
+        contained = _Hits()
+        count = 0
+        for part in parts:
+            found |= {count + row: dict(kinds) for row, kinds in part.found.items()}
+            places |= {count + row: place for row, place in part.places.items()}
+            contained.add((part.rows + count, part.hashes))
+            count += part.count
         for row_number, item_number, how, value in self._contained.covered(contained, rows=count):
             found.setdefault(row_number, {}).setdefault(item_number, (how, value))
         return [
-            self._leak(places[row_number], item_number, *found[row_number][item_number])
+            (row_number, self._leak(places[row_number], item_number, *found[row_number][item_number]))
             for row_number in sorted(found)
             for item_number in sorted(found[row_number])
         ]
@@ -141,9 +189,9 @@ class LeakFinder:
             for item in self._wanted[key].values():
                 yield item, "exact" if item.text.strip() == text.strip() else "normalised"
 
-    def _leak(self, row: Row, item_number: int, how: How, score: float) -> Leak:
+    def _leak(self, place: Place, item_number: int, how: How, score: float) -> Leak:
         item = self._items[item_number][0]
-        return Leak(row.source, row.file, row.line, item.probe, item.item, how, round(score, 4), row.id)
+        return Leak(*place[:3], item.probe, item.item, how, round(score, 4), place.row_id)
 
 
 class _Near:

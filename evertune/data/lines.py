@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 LINE_BYTES = 8 << 20
 BATCH_ROWS = 1024
+BUFFER_BYTES = 1 << 20
 # Fields that some row format reads: a column of this name must have a type that JSON has.
 _READ = ("id", "messages", "prompt", "chosen", "rejected", "choices", "answer", "text", "cluster")
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -49,6 +50,28 @@ def values_of(path: Path, *, bad: Bad | None = None) -> Iterator[tuple[int, dict
     if path.name.endswith(".arrow"):
         return _table_values(path, _arrow_batches, bad)
     return _json_values(path, bad)
+
+
+def is_json(path: Path) -> bool:
+    """Its rows are lines of JSON, whatever they are packed in."""
+    return not path.name.endswith((".parquet", ".arrow"))
+
+
+def raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Numbers and bytes of the lines of a JSONL file that was read before; those that are too long are left out."""
+    number = 0
+    with _open(path) as file:
+        while line := file.readline(LINE_BYTES + 1):
+            number += 1
+            if len(line) <= LINE_BYTES:
+                yield number, line
+            while len(line) > LINE_BYTES and not line.endswith(b"\n"):
+                line = file.readline(LINE_BYTES + 1)
+
+
+def read_line(line: bytes) -> dict[str, Any]:
+    """The value of a line that was read before."""
+    return _parse(line, "")
 
 
 def _json_values(path: Path, bad: Bad | None) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -92,7 +115,7 @@ def _open(path: Path) -> BinaryIO:
         with path.open("rb"):
             pass  # the system's own words where it cannot be opened
         return io.BufferedReader(pyarrow.CompressedInputStream(str(path), "zstd"))
-    return path.open("rb")
+    return path.open("rb", buffering=BUFFER_BYTES)
 
 
 def _check_length(line: bytes, place: str) -> None:
@@ -117,7 +140,7 @@ def _parse(line: bytes, place: str) -> dict[str, Any]:
             f"{place}: found a byte order mark, expected '{{'.", remedy="Save the file as UTF-8 without it."
         )
     try:
-        value = json.loads(text, object_pairs_hook=_no_repeats, parse_constant=_refuse_number, parse_float=_finite)
+        value = _DECODER.decode(text)
     except json.JSONDecodeError as error:
         _raise_malformed(error, place, is_cut=not line.endswith(b"\n"))
     except RecursionError as error:
@@ -157,6 +180,10 @@ def _refuse_number(literal: str) -> Any:
 def _finite(literal: str) -> float:
     number = float(literal)
     return number if math.isfinite(number) else _refuse_number(literal)
+
+
+# Made once: json.loads would make one for each line.
+_DECODER = json.JSONDecoder(object_pairs_hook=_no_repeats, parse_constant=_refuse_number, parse_float=_finite)
 
 
 def _table_values(

@@ -153,6 +153,9 @@ DEFAULT_RULES = (
     "placeholders<=0",
 )
 
+QUALITY_VERSION = 1  # raised by hand when a signal's meaning changes
+DEFAULTS = "defaults"
+
 _RULE = re.compile(
     r"(?:(?P<source>[\w-]+):)?(?P<signal>[a-z_]+)(?P<sign><=|>=)(?P<quantile>q?)(?P<bound>-?\d+(?:\.\d+)?(?:e-?\d+)?)"
 )
@@ -193,6 +196,34 @@ def parse_rule(text: str, known: Sequence[str]) -> Rule:
     if found["quantile"] and not 0.0 <= bound <= 1.0:
         raise RecipeError(f"the rule {text!r} has the quantile {bound:g}, expected 0 to 1.")
     return Rule(found["source"] or "", found["signal"], found["sign"] == "<=", bound, bool(found["quantile"]))
+
+
+def read_rules(texts: Sequence[str]) -> list[Rule]:
+    """The rules of one source, as a recipe writes them: `defaults` stands for the default rules.
+
+    Raises:
+        RecipeError: as `parse_rule`, or a rule names a source.
+    """
+    written = [one for text in texts for one in (DEFAULT_RULES if text == DEFAULTS else (text,))]
+    rules = [parse_rule(one, list(SIGNALS)) for one in written]
+    for rule in rules:
+        if rule.source:
+            raise RecipeError(f"the rule '{rule}' names a source, expected none: it stands in one.")
+    return list(dict.fromkeys(rules))
+
+
+def broken_rules(rows: Sequence[Row], rules: Sequence[Rule], source: str) -> dict[int, tuple[Rule, float]]:
+    """By number, the rows of a source that break a rule, with the first rule each breaks and the row's value."""
+    names = list(dict.fromkeys(rule.signal for rule in rules))
+    columns = np.array([signals_of(row, names) for row in rows]).reshape(len(rows), len(names))
+    values = dict(zip(names, columns.T, strict=True))
+    bounds = bounds_of(rules, source, values)
+    found = {}
+    for number in range(len(rows)):
+        broken = broken_rule(bounds, {name: float(each[number]) for name, each in values.items()})
+        if broken is not None:
+            found[number] = broken
+    return found
 
 
 def signals_of(row: Row, names: Sequence[str]) -> list[float]:

@@ -5,17 +5,20 @@
     <out>/quarantine.jsonl   {"file", "line", "problem", "bytes"} for each row that could not be read
     <out>/manifest.json      settings, counts and SHA-256 of what was read and written
 
-Sources are read twice, streaming: once to decide and once to write. Only the decision is held in memory.
+Sources are read twice, streaming: once to decide and once to write. Only the decision is held in memory. Reading and
+writing are done here, file after file, or over machines (`spread.py`): the decision is one and the same.
 """
 
 import json
 import re
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,13 +28,14 @@ from evertune.data.dedup import Earlier, Memory, Several, find_templates, resolv
 from evertune.data.fingerprint import Fingerprints, batched, fingerprint, join
 from evertune.data.index import DedupIndex
 from evertune.data.leak import Leak, LeakFinder, ProbeText
+from evertune.data.lines import is_json, raw_lines, read_line
 from evertune.data.quality import Rule, asked_and_said, bounds_of, broken_rule, signals_of
 from evertune.data.replay import reservoir
 from evertune.data.rows import Row, detect_format, files_of, iter_rows
 from evertune.data.select import class_balanced, coverage, highest_score
 from evertune.data.shingles import WIDTH
-from evertune.data.write import row_writer
-from evertune.errors import DataError
+from evertune.data.write import RowWriter, row_writer
+from evertune.errors import DataError, RecipeError
 from evertune.hashing import digest_file
 from evertune.workspace.disk import write_atomically
 
@@ -63,8 +67,9 @@ class BadRows:
         self.found.append({"file": str(file), "line": line, "problem": problem, "bytes": shown})
 
 
-# What is to be done with a row of a source, by its number: None where it stays, else facts with a `reason`.
-Decide = Callable[[int, int, Row], Mapping[str, Any] | None]
+# What is to be done with a row, by the numbers of its source and of the row in it: None where it stays, else facts with
+# a `reason`.
+Decide = Callable[[int, int], Mapping[str, Any] | None]
 
 
 def sources_of(paths: Sequence[Path], format: str | None) -> list[Source]:
@@ -107,6 +112,12 @@ class Places:
                 self._pack()
             yield row
 
+    def extend(self, file: Path, lines: NDArray[np.int64]) -> None:
+        """Note the next rows, all of one file."""
+        self._pack()
+        number = self._files.setdefault(file, len(self._files))
+        self._parts.append(np.stack([np.full(len(lines), number), lines], axis=1))
+
     def __getitem__(self, number: int) -> str:
         self._pack()
         if len(self._parts) > 1:
@@ -131,6 +142,38 @@ class DedupSettings:
     workers: int = 1
 
 
+class Output(NamedTuple):
+    """A file of rows that stay."""
+
+    source: str
+    file: str
+    format: str
+    rows: int
+    sha256: str
+
+
+class Reader(Protocol):
+    """How sources are read to decide, and read again to be divided."""
+
+    def fingerprints(
+        self, source: Source, settings: DedupSettings, places: Places, bad: BadRows | None
+    ) -> Fingerprints:
+        """Of the rows of a source, in their order; where each stands is noted in `places`."""
+
+    def signals(
+        self, source: Source, names: Sequence[str], scorers: Mapping[str, "Scorer"], bad: BadRows | None
+    ) -> dict[str, NDArray[np.float64]]:
+        """(R,) values of each signal, for the rows of a source in their order."""
+
+    def leaks(self, source: Source, finder: LeakFinder, bad: BadRows | None) -> list[tuple[int, Leak]]:
+        """Leaks of a source, each with the number of its row."""
+
+    def divide(
+        self, sources: Sequence[Source], decide: Decide, out: Path | None, *, suffix: str, examples: int
+    ) -> tuple["Sifted", list[Output]]:
+        """Write what stays and what goes below `out`, or only count where it is None."""
+
+
 def dedup(
     sources: Sequence[Source],
     settings: DedupSettings,
@@ -138,6 +181,7 @@ def dedup(
     against: Sequence[Source] = (),
     index: DedupIndex | None = None,
     bad: BadRows | None = None,
+    reader: Reader | None = None,
 ) -> tuple[Decide, Callable[[], None]]:
     """Decide which rows of the sources repeat another one, one of `against`, or one of the index.
 
@@ -146,11 +190,12 @@ def dedup(
         that the index knows and no file holds would be lost, as repeats of themselves.
     """
     places = Places()
-    prints, of_source = _prints(sources, settings, places, bad)
+    reader = reader or Here()
+    prints, of_source = _prints(reader, sources, settings, places, bad)
     kept: list[tuple[Earlier, int]] = [(index, len(index))] if index is not None else []
     old_places = Places()
     if against:
-        old, of_old = _prints(against, settings, old_places, bad)
+        old, of_old = _prints(reader, against, settings, old_places, bad)
         templates = find_templates(join([prints, old]), np.concatenate([of_source, of_old + len(sources)]))
         if index is not None:
             templates = np.union1d(templates, index.templates)
@@ -163,11 +208,12 @@ def dedup(
         template_share=settings.template_share,
     )
     old_count = kept[0][1] if against else 0
-    starts = np.searchsorted(of_source, np.arange(len(sources)))
+    starts = np.searchsorted(of_source, np.arange(len(sources))).tolist()
+    stays = found.stays
 
-    def decide(source: int, number: int, row: Row) -> Mapping[str, Any] | None:
-        at = int(starts[source]) + number
-        if found.stays[at]:
+    def decide(source: int, number: int) -> Mapping[str, Any] | None:
+        at = starts[source] + number
+        if stays[at]:
             return None
         reason = "exact duplicate" if found.is_exact[at] else "near-duplicate"
         value = round(float(found.jaccard[at]), 4)
@@ -181,19 +227,16 @@ def dedup(
 
     def keep() -> None:
         assert index is not None
-        rows = np.flatnonzero(found.stays)
+        rows = np.flatnonzero(stays)
         index.add(prints.take(rows), [places[int(one)] for one in rows], found.templates)
 
     return decide, keep
 
 
 def _prints(
-    sources: Sequence[Source], settings: DedupSettings, places: Places, bad: BadRows | None
+    reader: Reader, sources: Sequence[Source], settings: DedupSettings, places: Places, bad: BadRows | None
 ) -> tuple[Fingerprints, Any]:
-    parts = [
-        fingerprint(places.note(rows_of(one, bad)), part=settings.part, width=settings.width, workers=settings.workers)
-        for one in sources
-    ]
+    parts = [reader.fingerprints(one, settings, places, bad) for one in sources]
     return join(parts), np.repeat(np.arange(len(parts)), [len(one) for one in parts])
 
 
@@ -207,21 +250,29 @@ def filter_rows(
     *,
     scorers: Mapping[str, Scorer] | None = None,
     bad: BadRows | None = None,
+    reader: Reader | None = None,
 ) -> tuple[Decide, dict[str, dict[str, float]]]:
     """Decide which rows break a rule; also the bounds of the rules by source, quantiles worked out.
 
     Args:
         scorers: signals beside those of `quality.py`.
+
+    Raises:
+        RecipeError: a rule is of a source that is not there.
     """
+    there = [source.name for source in sources]
+    for rule in rules:
+        if rule.source and rule.source not in there:
+            raise RecipeError(f"the rule '{rule}' is of source '{rule.source}'; there are: {', '.join(there)}.")
     scored = dict(scorers or {})
     names = list(dict.fromkeys(rule.signal for rule in rules))
     values: list[dict[str, NDArray[np.float64]]] = []
     bounds: list[dict[Rule, float]] = []
     for source in sources:
-        values.append(measure(rows_of(source, bad), names, scored))
+        values.append((reader or Here()).signals(source, names, scored, bad))
         bounds.append(bounds_of(rules, source.name, values[-1]))
 
-    def decide(source: int, number: int, row: Row) -> Mapping[str, Any] | None:
+    def decide(source: int, number: int) -> Mapping[str, Any] | None:
         own = {name: float(each[number]) for name, each in values[source].items()}
         broken = broken_rule(bounds[source], own)
         if broken is None:
@@ -250,16 +301,22 @@ def measure(rows: Iterable[Row], names: Sequence[str], scorers: Mapping[str, Sco
     return {name: np.concatenate(each) for name, each in found.items()}
 
 
-def decontaminate(sources: Sequence[Source], items: Sequence[ProbeText], *, bad: BadRows | None = None) -> Decide:
+def decontaminate(
+    sources: Sequence[Source],
+    items: Sequence[ProbeText],
+    *,
+    bad: BadRows | None = None,
+    reader: Reader | None = None,
+) -> Decide:
     """Decide which rows hold an item of a probe; what only overlaps stays."""
     finder = LeakFinder(items)
-    found: list[dict[tuple[str, int], Leak]] = []
+    found: list[dict[int, Leak]] = []
     for source in sources:
-        leaks = [one for one in finder.find(rows_of(source, bad)) if one.is_leak]
-        found.append({(str(one.file), one.line): one for one in reversed(leaks)})
+        leaks = [one for one in (reader or Here()).leaks(source, finder, bad) if one[1].is_leak]
+        found.append(dict(reversed(leaks)))
 
-    def decide(source: int, number: int, row: Row) -> Mapping[str, Any] | None:
-        leak = found[source].get((str(row.file), row.line))
+    def decide(source: int, number: int) -> Mapping[str, Any] | None:
+        leak = found[source].get(number)
         if leak is None:
             return None
         return {"reason": f"{leak.how}: '{leak.probe}'", "probe": leak.probe, "item": leak.item, "score": leak.score}
@@ -296,7 +353,7 @@ def select_rows(
             assert scorer is not None, "the highest loss needs a model"
             kept.append(set(highest_score(measure(rows, ["loss"], {"loss": scorer})["loss"].tolist(), size)))
 
-    def decide(source: int, number: int, row: Row) -> Mapping[str, Any] | None:
+    def decide(source: int, number: int) -> Mapping[str, Any] | None:
         return None if number in kept[source] else {"reason": f"not among the {size} of {policy}"}
 
     return decide
@@ -324,6 +381,17 @@ class Sifted:
     quarantined: int
     examples: dict[str, list[dict[str, Any]]]
 
+    def add(self, source: str, divided: "Divided", *, examples: int) -> None:
+        """Count a source, or a part of one, with at most so many examples of a reason in all."""
+        one = self.sources.setdefault(source, {"read": 0, "kept": 0, "removed": {}})
+        one["read"] += divided.kept + divided.removed.total()
+        one["kept"] += divided.kept
+        for reason, count in divided.removed.items():
+            one["removed"][reason] = one["removed"].get(reason, 0) + count
+            self.removed[reason] = self.removed.get(reason, 0) + count
+        for reason, each in divided.examples.items():
+            self.examples[reason] = [*self.examples.get(reason, []), *each][:examples]
+
     def to_json(self) -> dict[str, Any]:
         """`{"sources": {name: {"read", "kept", "removed": {reason: n}}}, "removed": {reason: n}, "quarantined": n,
         "examples": {reason: [{"file", "line", ...}]}}`"""
@@ -348,6 +416,7 @@ def sift(
     bad: BadRows,
     suffix: str = ".jsonl",
     examples: int = 0,
+    reader: Reader | None = None,
 ) -> Sifted:
     """Write what stays and what goes, or only count where `out` is None (a dry run).
 
@@ -355,46 +424,137 @@ def sift(
         DataError: `out` holds something already, or rows fit no one Parquet schema.
     """
     check_out(out)
-    told = Sifted({}, {}, len(bad.found), {})
-    # What was bad in the first reading is bad again, and told already.
-    again = BadRows()
-    with ExitStack() as stack:
-        gone = stack.enter_context(row_writer(out / REMOVED)) if out is not None else None
-        for i, source in enumerate(sources):
-            counts: Counter[str] = Counter()
-            kept = 0
-            with ExitStack() as one:
-                stays = one.enter_context(row_writer(out / f"{source.name}{suffix}")) if out is not None else None
-                for number, row in enumerate(rows_of(source, again)):
-                    facts = decide(i, number, row)
-                    if facts is None:
-                        kept += 1
-                        if stays is not None:
-                            stays.add(row.value)
-                        continue
-                    reason = str(facts["reason"])
-                    counts[reason] += 1
-                    place = {"source": source.name, "file": str(row.file), "line": row.line, **facts}
-                    if len(told.examples.setdefault(reason, [])) < examples:
-                        told.examples[reason].append({**place, "row": row.value})
-                    if gone is not None:
-                        gone.add({**place, "row": row.value})
-            told.sources[source.name] = {"read": kept + counts.total(), "kept": kept, "removed": dict(counts)}
-            for reason, count in counts.items():
-                told.removed[reason] = told.removed.get(reason, 0) + count
+    divided, outputs = (reader or Here()).divide(sources, decide, out, suffix=suffix, examples=examples)
+    told = replace(divided, quarantined=len(bad.found))
     if out is not None:
-        _write_facts(out, sources, told, operation, settings, bad, suffix)
+        _write_facts(out, sources, outputs, told, operation, settings, bad)
     return told
+
+
+class Here:
+    """Reads and writes in this process, file after file; fingerprints may be made by several."""
+
+    def __init__(self) -> None:
+        self._lines: dict[tuple[str, Path], array[int]] = {}
+
+    def fingerprints(
+        self, source: Source, settings: DedupSettings, places: Places, bad: BadRows | None
+    ) -> Fingerprints:
+        rows = places.note(self._noted(source, bad))
+        return fingerprint(rows, part=settings.part, width=settings.width, workers=settings.workers)
+
+    def signals(
+        self, source: Source, names: Sequence[str], scorers: Mapping[str, Scorer], bad: BadRows | None
+    ) -> dict[str, NDArray[np.float64]]:
+        return measure(self._noted(source, bad), names, scorers)
+
+    def leaks(self, source: Source, finder: LeakFinder, bad: BadRows | None) -> list[tuple[int, Leak]]:
+        return finder.judge([finder.look(self._noted(source, bad))])
+
+    def divide(
+        self, sources: Sequence[Source], decide: Decide, out: Path | None, *, suffix: str, examples: int
+    ) -> tuple[Sifted, list[Output]]:
+        told, outputs = Sifted({}, {}, 0, {}), []
+        with ExitStack() as stack:
+            gone = stack.enter_context(row_writer(out / REMOVED)) if out is not None else None
+            for i, source in enumerate(sources):
+                name = f"{source.name}{suffix}"
+                kept = before = 0
+                with ExitStack() as one:
+                    stays = one.enter_context(row_writer(out / name)) if out is not None else None
+                    for file in files_of(source.path):
+                        part, lines = Source(source.name, file, source.format), self._lines.get((source.name, file))
+                        facts_of = partial(_from, decide, i, before)
+                        divided = divide_file(part, lines, facts_of, stays, gone, examples=examples)
+                        told.add(source.name, divided, examples=examples)
+                        kept += divided.kept
+                        before += divided.kept + divided.removed.total()
+                if out is not None:
+                    outputs.append(Output(source.name, name, source.format, kept, digest_file(out / name)))
+        return told, outputs
+
+    def _noted(self, source: Source, bad: BadRows | None) -> Iterator[Row]:
+        """The rows, and the line of each kept: with it the second reading need not look into lines."""
+        for row in rows_of(source, bad):
+            self._lines.setdefault((source.name, row.file), array("q")).append(row.line)
+            yield row
+
+
+def _from(decide: Decide, source: int, before: int, number: int) -> Mapping[str, Any] | None:
+    return decide(source, before + number)
+
+
+@dataclass
+class Divided:
+    """Rows of a file: how many stay, how many go by reason, and examples of these."""
+
+    kept: int = 0
+    removed: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+
+def divide_file(
+    source: Source,
+    lines: Sequence[int] | None,
+    facts_of: Callable[[int], Mapping[str, Any] | None],
+    stays: RowWriter | None,
+    gone: RowWriter | None,
+    *,
+    examples: int,
+) -> Divided:
+    """Write the rows of one file, to the one place or the other where there are any. Lines of JSON stay as they are.
+
+    Args:
+        source: of this file alone.
+        lines: where its rows stand, when it was read before.
+        facts_of: what was decided about a row, by its number in the file.
+    """
+    told = Divided()
+    for number, (line, raw, value) in enumerate(_again(source, lines)):
+        facts = facts_of(number)
+        if facts is None:
+            told.kept += 1
+            if stays is None:
+                continue
+            if raw is not None:
+                stays.copy(raw)
+            else:
+                stays.add(value)
+            continue
+        reason = str(facts["reason"])
+        told.removed[reason] += 1
+        shown = told.examples.setdefault(reason, [])
+        if gone is not None or len(shown) < examples:
+            row = value if raw is None else read_line(raw)
+            facts = {"source": source.name, "file": str(source.path), "line": line, **facts, "row": row}
+            if len(shown) < examples:
+                shown.append(facts)
+            if gone is not None:
+                gone.add(facts)
+    return told
+
+
+def _again(source: Source, lines: Sequence[int] | None) -> Iterator[tuple[int, bytes | None, dict[str, Any]]]:
+    """Rows of a file in their order: line, and bytes or value. What was bad before is bad again, and told already."""
+    if lines is None or not is_json(source.path):
+        yield from ((row.line, None, row.value) for row in rows_of(source, BadRows()))
+        return
+    wanted = iter(lines)
+    line = next(wanted, None)
+    for number, raw in raw_lines(source.path):
+        if number == line:
+            yield number, raw, {}
+            line = next(wanted, None)
 
 
 def _write_facts(
     out: Path,
     sources: Sequence[Source],
+    outputs: Sequence[Output],
     told: Sifted,
     operation: str,
     settings: Mapping[str, Any],
     bad: BadRows,
-    suffix: str,
 ) -> None:
     if bad.found:
         with row_writer(out / QUARANTINE) as writer:
@@ -409,16 +569,7 @@ def _write_facts(
             for one in sources
             for file in files_of(one.path)
         ],
-        "outputs": [
-            {
-                "source": one.name,
-                "file": f"{one.name}{suffix}",
-                "format": one.format,
-                "rows": told.sources[one.name]["kept"],
-                "sha256": digest_file(out / f"{one.name}{suffix}"),
-            }
-            for one in sources
-        ],
+        "outputs": [one._asdict() for one in outputs],
         "sources": told.sources,
         "removed": told.removed,
         "quarantined": told.quarantined,

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -101,8 +102,12 @@ class Stream:
         before = place * self.replay_per_epoch // self.rows_per_epoch
         is_replay = (place + 1) * self.replay_per_epoch // self.rows_per_epoch > before
         if is_replay:
-            return self._pick_replay(epoch * self.replay_per_epoch + before)
+            return self.replay_row(epoch * self.replay_per_epoch + before)
         return self._pick_new(epoch, place - before)
+
+    def new_row(self, number: int) -> Pick:
+        """The new row of this number, counted from 0 over all epochs, however many old ones stand between."""
+        return self._pick_new(*divmod(number, self.new_per_epoch))
 
     def picks(self, positions: NDArray[np.int64]) -> "Picks":
         """The rows at many positions at once: the same as `pick`, thirty times faster."""
@@ -153,10 +158,7 @@ class Stream:
         what does not fit into memory is met at once.
         """
         rows = [self.pick(step * batch_rows + i) for i in range(batch_rows)]
-        if lengths is not None:
-            rows.sort(key=lambda one: -lengths[one.source, one.index])
-        first = (micro_step * world_size + rank) * micro_batch_rows
-        return rows[first : first + micro_batch_rows]
+        return deal(rows, micro_step * world_size + rank, micro_batch_rows=micro_batch_rows, lengths=lengths)
 
     def micro_steps(self, *, batch_rows: int, micro_batch_rows: int, world_size: int = 1) -> int:
         """Micro-steps that a step needs, the same for every process."""
@@ -181,7 +183,7 @@ class Stream:
             "share_done": int(counts[len(self._new) :].sum()) / rows if rows else 0.0,
         }
 
-    def _pick_replay(self, drawn: int) -> Pick:
+    def replay_row(self, drawn: int) -> Pick:
         """The pool's row for the `drawn`-th replay position of all epochs."""
         total = sum(self._pool.values())
         turn, place = divmod(drawn, total)
@@ -194,6 +196,69 @@ class Stream:
         name, drawn = _find(self._quotas, shuffled)
         turn, index = divmod(epoch * self._quotas[name] + drawn, self._new[name])
         return Pick(name, permute(index, self._new[name], f"{self._seed}/new/{name}/{turn}"), is_replay=False)
+
+
+class Stretches:
+    """A stream whose share of replay is one number for each stretch of positions.
+
+    In each stretch the share is exact, to a row, and old rows are evenly spread. New and old rows go on where the
+    stretch before left off, so that a share which never changes shows each new row once an epoch, too.
+
+    Args:
+        stream: gives the rows, by their numbers.
+        rows: positions in a stretch.
+        share: of the first stretch, and of all that follow until more are set.
+    """
+
+    def __init__(self, stream: Stream, rows: int, share: float) -> None:
+        self._stream = stream
+        self._rows = rows
+        self.set_shares([share])
+
+    def set_shares(self, shares: Sequence[float]) -> None:
+        """Shares of the stretches from the first on; the last one goes on."""
+        replayed = [round(share * self._rows) for share in shares]
+        self._shown = list(accumulate(replayed, initial=0))
+        self._replayed = replayed
+
+    def pick(self, position: int) -> Pick:
+        """The row at a position; see `Stream.pick`."""
+        stretch, place = divmod(position, self._rows)
+        known = min(stretch, len(self._replayed) - 1)
+        replayed = self._replayed[known]
+        shown = self._shown[known] + (stretch - known) * replayed
+        before = place * replayed // self._rows
+        if (place + 1) * replayed // self._rows > before:
+            return self._stream.replay_row(shown + before)
+        return self._stream.new_row(stretch * self._rows - shown + place - before)
+
+    def batch(
+        self,
+        step: int,
+        micro_step: int,
+        rank: int,
+        *,
+        batch_rows: int,
+        micro_batch_rows: int,
+        world_size: int = 1,
+        lengths: Mapping[tuple[str, int], int] | None = None,
+    ) -> list[Pick]:
+        """The rows of one micro-step of one process; see `Stream.batch`."""
+        rows = [self.pick(step * batch_rows + i) for i in range(batch_rows)]
+        return deal(rows, micro_step * world_size + rank, micro_batch_rows=micro_batch_rows, lengths=lengths)
+
+    def micro_steps(self, *, batch_rows: int, micro_batch_rows: int, world_size: int = 1) -> int:
+        """Micro-steps that a step needs, the same for every process."""
+        return self._stream.micro_steps(batch_rows=batch_rows, micro_batch_rows=micro_batch_rows, world_size=world_size)
+
+
+def deal(
+    rows: list[Pick], hand: int, *, micro_batch_rows: int, lengths: Mapping[tuple[str, int], int] | None
+) -> list[Pick]:
+    """The rows of a step that one micro-step of one process gets: longest first where lengths are known."""
+    if lengths is not None:
+        rows = sorted(rows, key=lambda one: -lengths[one.source, one.index])
+    return rows[hand * micro_batch_rows : (hand + 1) * micro_batch_rows]
 
 
 def quotas_by_weight(weights: Mapping[str, float], total: int) -> dict[str, int]:

@@ -56,7 +56,7 @@ def _choice(forward: Forward, codec: Codec, probe: Probe, batch_tokens: int) -> 
     groups = []
     for item in probe.items:
         choices = [[*item.messages, {"role": "assistant", "content": text}] for text in item.choices]
-        groups.append([_answer_tokens(codec, probe, item, one) for one in choices])
+        groups.append([answer_tokens(codec, probe, item, one) for one in choices])
         for row in groups[-1]:
             _check_length(forward, probe, item, len(row.ids))
     found = score_branches(forward, groups, batch_tokens=batch_tokens)
@@ -86,10 +86,10 @@ def _bits_per_byte(forward: Forward, codec: Codec, probe: Probe, batch_tokens: i
     rows, sizes = [], []
     for item in probe.items:
         if item.text is not None:
-            rows.append(_text_tokens(codec, probe, item, item.text))
+            rows.append(text_tokens(codec, probe, item, item.text))
             sizes.append(len(item.text.encode()))
         else:
-            rows.append(_answer_tokens(codec, probe, item, item.messages))
+            rows.append(answer_tokens(codec, probe, item, item.messages))
             sizes.append(sum(len(one["content"].encode()) for one in item.messages if one["role"] == "assistant"))
         _check_length(forward, probe, item, len(rows[-1].ids))
     found = score_rows(forward, rows, batch_tokens=batch_tokens)
@@ -138,7 +138,7 @@ def _generate(forward: Forward, codec: Codec, probe: Probe, batch_tokens: int) -
 _COLUMNS = {"choice": _choice, "bits_per_byte": _bits_per_byte, "generate": _generate}
 
 
-def _answer_tokens(codec: Codec, probe: Probe, item: ProbeItem, messages: Sequence[Mapping[str, str]]) -> Tokens:
+def answer_tokens(codec: Codec, probe: Probe, item: ProbeItem, messages: Sequence[Mapping[str, str]]) -> Tokens:
     """A conversation through its last answer; counted is what the assistant says, without stop tokens."""
     chat = codec.encode_chat(messages)
     counted = [
@@ -155,7 +155,7 @@ def _answer_tokens(codec: Codec, probe: Probe, item: ProbeItem, messages: Sequen
     return Tokens(tuple(chat.ids[:end]), tuple(counted[:end]))
 
 
-def _text_tokens(codec: Codec, probe: Probe, item: ProbeItem, text: str) -> Tokens:
+def text_tokens(codec: Codec, probe: Probe, item: ProbeItem, text: str) -> Tokens:
     """A text with the tokens that the tokenizer puts around it; counted is the text itself."""
     own, ids = codec.encode(text), codec.encode(text, special=True)
     begin = next((i for i in range(len(ids) - len(own) + 1) if ids[i : i + len(own)] == own), None)

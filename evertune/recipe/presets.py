@@ -10,19 +10,24 @@ from evertune.recipe.schema import (
     Anchor,
     Answers,
     Config,
+    Demonstration,
     Distill,
     Dpo,
     Ema,
     External,
     Federated,
+    GuardStop,
     Lora,
     Merge,
     Mix,
     NoOptions,
     OnPolicy,
+    Protected,
     Recipe,
     Replay,
+    Retrain,
     Rl,
+    RolloutServer,
     Sft,
     StageSettings,
     Teacher,
@@ -128,6 +133,7 @@ class ResolvedTraining(Resolved):
     gradient_checkpointing: bool
     ema: Ema | None
     save_steps: int
+    guard_stop: GuardStop | None
     penalties: dict[str, Any]
     gradient_rules: dict[str, Any]
 
@@ -155,6 +161,7 @@ class ResolvedDpo(ResolvedTraining):
     nll: float
     reference: str
     replay_weight: float
+    replay_ratio: float | None
 
     @property
     def references(self) -> dict[str, str]:
@@ -178,8 +185,11 @@ class ResolvedRl(ResolvedTraining):
     kl: float
     kl_to: str
     replay_weight: float
+    replay_ratio: float | None
+    protect: dict[str, Protected]
     max_kl: float | None
     min_entropy: float | None
+    server: RolloutServer | None
 
     @property
     def references(self) -> dict[str, str]:
@@ -201,6 +211,7 @@ class ResolvedDistill(ResolvedTraining):
     compress: bool
     on_policy: OnPolicy | None
     answers: Answers | None
+    demonstration: Demonstration | None
 
     @property
     def members(self) -> dict[str, int]:
@@ -275,31 +286,33 @@ def resolve_sft(recipe: Recipe, stage: Sft) -> ResolvedSft:
 def resolve_dpo(recipe: Recipe, stage: Dpo) -> ResolvedDpo:
     """Fill in what a dpo stage leaves open."""
     preset = PRESETS[recipe.preset]
-    return ResolvedDpo(
-        **_training(recipe, stage, lora_lr=preset.dpo_lora_lr, full_lr=preset.dpo_full_lr, epochs=1.0),
-        loss=stage.loss,
-        beta=stage.beta,
-        label_smoothing=stage.label_smoothing,
-        nll=stage.nll,
-        reference=stage.reference,
-        replay_weight=stage.replay_weight,
-    )
+    rates = {"lora_lr": preset.dpo_lora_lr, "full_lr": preset.dpo_full_lr}
+    return ResolvedDpo(**_training(recipe, stage, **rates, epochs=1.0), **_own(stage, ResolvedDpo))
 
 
 def resolve_rl(recipe: Recipe, stage: Rl) -> ResolvedRl:
     """Fill in what an rl stage leaves open."""
     preset = PRESETS[recipe.preset]
-    shared = {field.name for field in fields(ResolvedTraining)}
-    own = {field.name: getattr(stage, field.name) for field in fields(ResolvedRl) if field.name not in shared}
     rates = {"lora_lr": preset.rl_lora_lr, "full_lr": preset.rl_full_lr}
-    return ResolvedRl(**_training(recipe, stage, **rates, epochs=1.0), **own)
+    return ResolvedRl(**_training(recipe, stage, **rates, epochs=1.0), **_own(stage, ResolvedRl))
 
 
 def resolve_distill(recipe: Recipe, stage: Distill) -> ResolvedDistill:
     """Fill in what a distill stage leaves open."""
     preset = PRESETS[recipe.preset]
     sources = list(stage.data)
-    own = ("route", "loss", "beta", "temperature", "weight", "words", "compress", "on_policy", "answers")
+    own = (
+        "route",
+        "loss",
+        "beta",
+        "temperature",
+        "weight",
+        "words",
+        "compress",
+        "on_policy",
+        "answers",
+        "demonstration",
+    )
     return ResolvedDistill(
         **_training(recipe, stage, lora_lr=preset.lora_lr, full_lr=preset.full_lr, epochs=preset.epochs),
         **{name: getattr(stage, name) for name in own},
@@ -334,6 +347,7 @@ def resolve_merge(recipe: Recipe, stage: Merge) -> ResolvedMerge:
 
 RESOLVERS: dict[type[StageSettings], Callable[[Recipe, Any], Resolved]] = {
     Sft: resolve_sft,
+    Retrain: resolve_sft,
     Dpo: resolve_dpo,
     Rl: resolve_rl,
     Distill: resolve_distill,
@@ -356,7 +370,18 @@ def resolve_recipe(recipe: Recipe) -> dict[str, Any]:
                 inner[stage.kind] = resolved.settings.model_dump(mode="json", by_alias=True)
                 continue
             inner[stage.kind] |= {name: _plain(value) for name, value in asdict(resolved).items()}
+        for j, way in enumerate(one.ways):
+            if isinstance(way.settings, Training):
+                filled: Any = resolve_stage(recipe, way.settings)
+                inner = written["consolidate"]["best_of"][j][way.kind]
+                inner |= {name: _plain(value) for name, value in asdict(filled).items()}
     return body
+
+
+def _own(stage: Training, kind: type[ResolvedTraining]) -> dict[str, Any]:
+    """The fields that this kind of stage has beside those of every trained one, as they are given."""
+    shared = {field.name for field in fields(ResolvedTraining)}
+    return {field.name: getattr(stage, field.name) for field in fields(kind) if field.name not in shared}
 
 
 def _training(recipe: Recipe, stage: Training, *, lora_lr: float, full_lr: float, epochs: float) -> dict[str, Any]:

@@ -101,8 +101,13 @@ def _told(one: _Problem, alternatives: Sequence[_Problem], root: Any) -> str:
         return f"{found}, expected {_expected(one)}."
     if one.kind == "string_pattern_mismatch":
         return f"{found}, expected a name of at most 64 small letters, digits, '-' and '_'."
-    if one.kind in ("too_short", "string_too_short"):
-        return f"found nothing, expected {'one entry or more' if one.kind == 'too_short' else 'a text'}."
+    if one.kind == "string_too_short":
+        return "found nothing, expected a text."
+    if one.kind == "too_short":
+        # Only what has two or more at least can have one and still be too short.
+        actual, least = one.context["actual_length"], one.context["min_length"]
+        few = f"{actual} of them" if actual else "nothing"
+        return f"found {few}, expected {'one entry' if least == 1 else f'{least} entries'} or more."
     expected = [_expected(each) for each in alternatives]
     return f"{found}, expected {' or '.join(dict.fromkeys(expected))}.{_hint(one, expected)}"
 

@@ -149,7 +149,7 @@ def _yaml(value: Any) -> str:
         return "{" + ", ".join(f"{key}: {_yaml(one)}" for key, one in value.items()) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(_yaml(one) for one in value) + "]"
-    return "null" if value is None else str(value)
+    return "null" if value is None else str(value).replace("\n", "\\n").replace("|", "\\|")
 
 
 def _one_line(text: str) -> str:

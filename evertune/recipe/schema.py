@@ -6,7 +6,8 @@ Python build the same objects; `problems.py` adds file, line and "did you mean" 
 
 import shlex
 import string
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
@@ -34,6 +35,13 @@ Points = Annotated[float, Field(gt=0.0, lt=1.0, allow_inf_nan=False)]
 NAMED_REFERENCES = ("start", "sft", "base", "champion")
 # What a teacher may be beside those: `round:NAME`, `stage:KIND` or `stage:LABEL`, and every checkpoint of the run.
 OF_ROUND, OF_STAGE, RUN = "round:", "stage:", "run"
+# Words for several sources at once, where a round is consolidated: what it learns from, and the rounds before it too.
+OWN_SOURCES, ALL_SOURCES = "round", "rounds"
+RESERVED = {
+    "history": "the rows of promoted rounds",
+    OWN_SOURCES: "the sources of a round, where it is consolidated",
+    ALL_SOURCES: "those of a round and of all before it",
+}
 
 PlaceText = Annotated[str, Field(min_length=1)]
 
@@ -125,6 +133,10 @@ class DataSource(Config):
     bad_rows: Literal["error", "quarantine"] = "error"
     """A row that cannot be read or has the wrong shape stops the run, or is left out, counted and kept with the reason.
     """
+    keep: list[str] = []
+    """Quality rules: `words>=3`, `repetition<=0.3`, with a quantile of the source `words<=q0.99`; `defaults` stands for
+    the default rules. A row that breaks one is left out, counted and kept with the rule. `evertune data filter
+    --signals` lists the signals."""
     verifier: "Verifier | None" = None
     """How answers to the source's questions are checked, where an rl stage learns from it."""
 
@@ -132,7 +144,7 @@ class DataSource(Config):
 class Verifier(OneKey):
     """How a generated answer is checked: exactly one key."""
 
-    bare_names = ("exact", "contains", "math", "ifeval", "python")
+    bare_names = ("exact", "contains", "math", "refusal", "ifeval", "python")
     noun = "a verifier"
 
     exact: NoOptions | None = None
@@ -141,6 +153,9 @@ class Verifier(OneKey):
     """The item's `answer` occurs in the output."""
     math: NoOptions | None = None
     """The final number or expression equals the item's `answer` (math-verify)."""
+    refusal: NoOptions | None = None
+    """The output refuses where the item's `answer` is `refuse`, and does not where it is `comply`; by words, in
+    English."""
     ifeval: NoOptions | None = None
     """The output meets every constraint of the item's `answer`, `{"instruction_id_list", "kwargs"}` (IFEval,
     arXiv:2311.07911)."""
@@ -151,9 +166,27 @@ class Verifier(OneKey):
     """A pattern that must match the whole trimmed output. The item's `answer` is not read."""
     json_schema: dict[str, Any] | None = None
     """A JSON Schema the output must satisfy; when the item has an `answer` object, it must equal it too."""
+    function: "OwnFunction | None" = None
+    """A function of your own, `module:function`: called with the output and the item's `answer`, it returns a number
+    from 0 to 1 or a truth value."""
     parts: "Annotated[dict[Name, VerifierPart], Field(min_length=1)] | None" = None
     """Several verifiers of the same answer, by name. The score is their weighted mean; in an rl stage the score of each
     part is logged."""
+
+
+class OwnFunction(Config):
+    """A function of your own that checks outputs, in a child process. It is trusted: nothing confines it."""
+
+    call: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+    """`module:function`. The module is looked for beside the recipe, then among what is installed. Its file's digest is
+    part of what a result depends on; of what it imports nothing is known."""
+    seconds: Positive = 5.0
+    """The longest a call may take. What takes longer has failed, and is counted as such."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare(cls, value: Any) -> Any:
+        return {"call": value} if isinstance(value, str) else value
 
 
 class VerifierPart(Config):
@@ -263,6 +296,32 @@ class Tune(OneKey):
     """Every weight."""
 
 
+# Kinds of stages whose share of replay can rise on the way.
+ADAPTING = ("sft", "dpo")
+
+
+class Adapt(Config):
+    """A share of replay that rises while a stage runs: guards are asked at fixed steps, and where one has fallen by
+    more than its margin below the best it had in this stage, the share rises. Not a test, but a point estimate: cheap
+    insurance, and bounded. In sft and dpo stages; guards of lm-eval and held-out ones are not asked."""
+
+    every: int = Field(gt=0)
+    """Optimizer steps between two askings; the first is before the first step."""
+    raise_by: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
+    """How much the share rises each time."""
+    most: Share = 0.5
+    """The share rises no further."""
+
+
+class GuardStop(Config):
+    """End a stage early when a guard falls: guards are asked at fixed steps, and where one stands below the stage's
+    start by more than its margin, the stage ends after the next step; what there is then is probed and judged. Not a
+    test, but a point estimate. Guards of lm-eval and held-out ones are not asked."""
+
+    every: int = Field(gt=0)
+    """Optimizer steps between two askings; the first is before the first step."""
+
+
 class Replay(Config):
     """Old or general rows mixed into the stream of new ones (rehearsal)."""
 
@@ -275,6 +334,9 @@ class Replay(Config):
     dedup: bool | Literal["near"] = True
     """Leave out replay rows whose normalised text is also a new row, or an earlier replay row; `near`: those that are
     nearly a new row or another replay row too (docs/data.md)."""
+    adapt: Adapt | None = None
+    """Raise the share while a stage runs and a guard falls. The stage keeps its number of steps, so that a larger share
+    shows fewer new rows."""
 
     model_config = ConfigDict(populate_by_name=True)
 
@@ -296,6 +358,19 @@ class Anchor(Config):
     cache: Literal["off", "hidden", "top64"] = "off"
     """`off`: the reference runs beside the policy. `hidden`: its last hidden states are stored once, exact.
     `top64`: its 64 largest log-probabilities and one tail bucket are stored, a lower bound of the KL."""
+
+
+class History(Config):
+    """What of a promoted round's new rows is kept for later replay: of each source and round, a budget of rows."""
+
+    rows: int = Field(10_000, gt=0)
+    """At most so many rows of a source."""
+    bytes: int | None = Field(None, gt=0)
+    """At most so many bytes of a source, as JSONL; one row is kept in any case."""
+    policy: Literal["reservoir", "class_balanced", "coverage"] = "reservoir"
+    """Which rows, where not all can be: each equally likely; classes alike; or those that add new runs of words."""
+    by: PlaceText = "answer"
+    """Field with a row's class, for `class_balanced`; `answer` is what is said where rows have no such field."""
 
 
 class Ema(Config):
@@ -396,6 +471,8 @@ class Training(StageSettings):
     """Replay here; what it leaves out comes from `defaults.replay`, then from the preset."""
     anchor: Anchor | None = None
     """Anchor here; what it leaves out comes from `defaults.anchor`, then from the preset."""
+    guard_stop: GuardStop | None = None
+    """End the stage when a guard has fallen beyond its margin while it trains."""
 
     penalties: Penalties = {}
     """Further penalties, each with its options, such as `{ewc: {weight: 1.0}}`: plug-ins, with those of
@@ -451,6 +528,9 @@ class Training(StageSettings):
         return _replayed(self.replay)
 
 
+NormRatio = Annotated[float | None, Field(gt=0.0, le=1.0)]
+
+
 class Sft(Training):
     """Supervised fine-tuning: cross-entropy on completion tokens."""
 
@@ -477,12 +557,44 @@ class Dpo(Training):
     """What the log-probabilities are compared with: `start`, `sft`, `base`, `champion`, or the path of a checkpoint."""
     replay_weight: NonNegative = 1.0
     """Weight of the replayed rows' cross-entropy, per token, beside the mean preference loss."""
+    replay_ratio: NormRatio = None
+    """Instead of `replay_weight`: in each step the replayed rows, their anchor included, are weighed so that their
+    gradient has this share of the norm of the pairs' gradient. 0.1 to 0.3 is usual."""
 
     @model_validator(mode="after")
     def _read_by_loss(self) -> Self:
+        _check_replay_weight(self)
         if self.loss == "ipo" and self.label_smoothing:
             raise ValueError("'label_smoothing' is read by sigmoid and sigmoid_norm only, this loss is ipo")
         return self
+
+
+class Protected(Config):
+    """A skill that must not fall: a floor under its mean reward, and how hard it is held (a Lagrange multiplier)."""
+
+    at_least: Annotated[float, Field(gt=0.0, le=1.0)]
+    """The floor, such as what the start reaches less a margin."""
+    rate: Positive = 1.0
+    """How much the multiplier, which begins at 1, rises for each step and unit below the floor, and falls above it,
+    down to 0."""
+    most: Annotated[float, Field(ge=1.0, allow_inf_nan=False)] = 5.0
+    """Its upper bound."""
+
+
+class RolloutServer(Config):
+    """A server of OpenAI's completions protocol that loads LoRA adapters while it runs, such as vLLM's with
+    `--enable-lora` and VLLM_ALLOW_RUNTIME_LORA_UPDATING. It must see the workspace under the same path."""
+
+    url: Annotated[str, Field(pattern=r"^https?://[^\s/]+(/[^\s]*[^\s/])?$")]
+    """Up to the version and without a slash at the end, such as `http://127.0.0.1:8000/v1`."""
+    model: PlaceText
+    """What the server calls the recipe's base."""
+    key_env: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")] | None = None
+    """Environment variable that holds the server's key."""
+    seconds: Positive = 600.0
+    """The longest wait for one answer."""
+    requests: int = Field(32, gt=0, le=4096)
+    """Answers asked for at once."""
 
 
 class Rl(Training):
@@ -521,10 +633,18 @@ class Rl(Training):
     """The reference: `sft` (what this round's newest sft stage has made), `start`, `base`, `champion`, or a path."""
     replay_weight: NonNegative = 1.0
     """Weight of the replayed rows' cross-entropy, per token, beside the mean loss of the answers."""
+    replay_ratio: NormRatio = None
+    """Instead of `replay_weight`: in each step the replayed rows, their anchor included, are weighed so that their
+    gradient has this share of the norm of the answers' gradient. 0.1 to 0.3 is usual."""
+    protect: dict[Name, Protected] = {}
+    """Sources of `data` whose mean reward must not fall below a floor, each held by a multiplier of its answers'
+    advantages. Without an entry a source counts by its share of the questions alone."""
     max_kl: Positive | None = None
     """Budget of drift: the stage ends after a step in which the KL to the reference is above, in nats per token."""
     min_entropy: NonNegative | None = None
     """The stage ends after a step in which the entropy of the answers' tokens is below, in nats."""
+    server: RolloutServer | None = None
+    """Where the answers are made; in this process when not given. Needs `tune: {lora: ...}`."""
 
     @property
     def most_rows(self) -> int:
@@ -532,11 +652,22 @@ class Rl(Training):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        _check_replay_weight(self)
+        absent = [name for name in self.protect if name not in self.new_sources]
+        if absent:
+            raise ValueError(f"'protect' names '{absent[0]}', which is no source in this stage's 'data'")
+        if self.server is not None and self.tune is not None and self.tune.lora is None:
+            raise ValueError("'server' needs 'tune: {lora: ...}': whole weights cannot be loaded while it serves")
         if self.max_kl is not None and not self.kl:
             raise ValueError("'max_kl' needs 'kl' above 0: without a reference there is no KL to bound")
         if self.anchor is not None and self.anchor.on != "replay" and self.anchor.cache != "off":
             raise ValueError("an anchor on answers needs 'cache: off': no answer comes twice")
         return self
+
+
+def _check_replay_weight(stage: Dpo | Rl) -> None:
+    if stage.replay_ratio is not None and "replay_weight" in stage.model_fields_set and stage.replay_weight != 1.0:
+        raise ValueError("'replay_weight' and 'replay_ratio' do not go together: the ratio sets the weight")
 
 
 class Teacher(Config):
@@ -591,6 +722,18 @@ class Answers(Config):
     """At which the teacher answers."""
 
 
+class Demonstration(Config):
+    """What the teachers read behind the question and the student does not: it learns to answer as if it had read it
+    (self-distillation, SDFT, arXiv:2601.19897)."""
+
+    text: str = Field("An answer that was found good:\n{answer}\n\nNow answer yourself.", min_length=1)
+    """Put behind the last question; `{answer}` is the row's own answer. Without it every row gets the same words, such
+    as a list of rules: context distillation."""
+    rows: int = Field(64, ge=8, le=4096)
+    """Rows on which the gain is measured before training: by how much likelier a teacher finds the rows' own answers
+    after the demonstration. Where the lower bound of the mean is not above 0, the stage is refused."""
+
+
 class Distill(Training):
     """Distillation: the student learns the token distributions of one or more teachers (Hinton et al. 2015,
     arXiv:1503.02531), mixed with cross-entropy on the rows' own answers."""
@@ -638,8 +781,16 @@ class Distill(Training):
     answers: Answers | None = None
     """Let the teacher write the answers. Needs rows of format `messages`, and one teacher for each source."""
 
+    demonstration: Demonstration | None = None
+    """Let the teachers read more than the student, who may be his own: `teachers: start`. Only the last answer of a row
+    is taught. Needs rows of format `messages`."""
+
     @model_validator(mode="after")
     def _whose_answers(self) -> Self:
+        if self.answers is not None and self.demonstration is not None:
+            raise ValueError("give 'answers' or 'demonstration', not both: no answer is known before it is written")
+        if self.weight == 0.0 and self.demonstration is not None:
+            raise ValueError("'demonstration' needs a 'weight' above 0: only the divergence knows of it")
         if self.weight == 0.0 and self.answers is None:
             raise ValueError("'weight: 0' learns nothing of a teacher, unless its 'answers' are learnt")
         if self.answers is not None and self.on_policy is not None:
@@ -949,8 +1100,8 @@ class Interpolate(Config):
 
     alphas: list[Annotated[float, Field(gt=0.0, lt=1.0)]] = Field(default=[0.9, 0.8, 0.7, 0.5, 0.3], min_length=1)
     """Shares of the candidate to try, applied in memory; only the winner is written."""
-    toward: Literal["start", "champion"] = "start"
-    """The reference: what the round started from, or the last promoted model."""
+    toward: Literal["start", "before", "champion"] = "start"
+    """The reference: what the round started from, what its last stage started from, or the last promoted model."""
     blocks: int = Field(1, ge=1, le=16)
     """With more than one, the layers are cut into as many blocks, and each share is tried on one block at a time, the
     others staying whole: what was lost may lie in one part of the network. Tries blocks times shares."""
@@ -994,12 +1145,26 @@ class StrongerAnchor(Scaled):
     """Times the anchor's weight; 0.05 where it was off."""
 
 
+class DistilBack(Config):
+    """One more stage after the round's own: what the round started from teaches back the skill that fell, while the
+    candidate is held to itself on the round's new rows."""
+
+    by_probe: dict[Name, Names] = {}
+    """Rows of each probe's skill, on which the start is asked; of a probe that is not named here, the sources that the
+    round replays."""
+    epochs: Positive = 1.0
+    """Passes over these rows."""
+    lr: Annotated[float, Field(gt=0.0, le=1.0, allow_inf_nan=False)] | None = None
+    """Learning rate; the preset's when not given."""
+
+
 class Rung(OneKey):
     """One rung of the rescue ladder: exactly one key."""
 
     bare_names = (
         "interpolate",
         "drop_stage",
+        "distil_back",
         "more_replay",
         "stronger_anchor",
         "lower_lr",
@@ -1012,6 +1177,8 @@ class Rung(OneKey):
     """Between the reference and the candidate."""
     drop_stage: NoOptions | None = None
     """The round without the stage after which the failing guards fell most."""
+    distil_back: DistilBack | None = None
+    """The round with one more stage, in which its start teaches back the skill that fell."""
     more_replay: MoreReplay | None = None
     """The round again, with more replay, of the skill that fell where `by_probe` says so."""
     stronger_anchor: StrongerAnchor | None = None
@@ -1029,30 +1196,90 @@ class Consolidation(Config):
 
     method: Literal["linear", "slerp"] = "linear"
     """`linear` is what published pipelines use."""
-    weights: dict[Literal["candidate", "champion", "base", "origin"], Positive] = Field(min_length=2)
-    """By what: `candidate` is what the stages made, `origin` what the round starts from."""
+    weights: dict[Literal["candidate", "champion", "base", "origin"], Positive] = Field(
+        {"candidate": 0.5, "champion": 0.5}, min_length=2
+    )
+    """By what: `candidate` is what the stages made, `origin` what the round starts from. Half and half is what WiSE-FT
+    (arXiv:2109.01903) recommends where nothing is known."""
+
+    def as_stage(self) -> "Stage":
+        """The same as a stage."""
+        weights = self.weights
+        paths = {name: "start" if name == "candidate" else name for name in weights}
+        if self.method == "slerp":
+            first, second = weights
+            share = weights[second] / (weights[first] + weights[second])
+            models: dict[str, Any] = {name: {"path": path} for name, path in paths.items()}
+            return Stage.model_validate({"merge": {"method": "slerp", "t": share, "models": models}})
+        models = {name: {"path": path, "weight": float(weights[name])} for name, path in paths.items()}  # type: ignore[index]
+        return Stage.model_validate({"merge": {"method": "linear", "models": models}})
+
+
+class Retrain(Sft):
+    """The rows of all stages in one supervised stage, from a model that none of them has touched."""
+
+    start: PlaceText = "base"
+    """What it starts from: `base`, `champion`, or the path of a checkpoint."""
+
+    def as_stage(self) -> "Stage":
+        """The same as a stage, wherever it starts."""
+        return Stage(sft=Sft.model_validate(self.model_dump(exclude_unset=True, exclude={"start"})))
+
+
+def _distills_back(value: Any) -> Any:
+    """Without teachers of its own a way distils back what the round's checkpoints were best at."""
+    if not isinstance(value, dict):
+        return value
+    teachers = {} if "teachers" in value else {"teachers": RUN, "route": "best"}
+    return {"data": [OWN_SOURCES], **teachers, **value}
+
+
+def _retrains(value: Any) -> Any:
+    return {"data": [ALL_SOURCES], **value} if isinstance(value, dict) else value
+
+
+class Way(OneKey):
+    """One way to consolidate a round: exactly one key."""
+
+    bare_names = ("merge", "distill", "retrain")
+    noun = "a way to consolidate"
+
+    merge: Consolidation | None = None
+    """A weighted merge of the candidate."""
+    distill: Annotated[Distill | None, BeforeValidator(_distills_back)] = None
+    """A distillation into the candidate: without `teachers` from the run's checkpoint that was best at each source's
+    skill, without `data` on the sources of the round's stages."""
+    retrain: Annotated[Retrain | None, BeforeValidator(_retrains)] = None
+    """One supervised stage from the base; without `data` on the sources of this round and of all before it."""
+
+    @property
+    def settings(self) -> Consolidation | Distill | Retrain:
+        """The settings of the one way that is given."""
+        settings: Consolidation | Distill | Retrain = getattr(self, self.kind)
+        return settings
+
+    def with_sources(self, known: Mapping[str, list[str]]) -> Self:
+        """The same with `round` and `rounds` in its `data` replaced by the sources that they stand for."""
+        own = self.settings
+        if isinstance(own, Consolidation) or not any(name in known for name in own.data):
+            return self
+        named = list(dict.fromkeys(one for name in own.data for one in known.get(name) or [name]))
+        filled = type(own).model_validate({**own.model_dump(exclude_unset=True), "data": named})
+        return type(self).model_validate({self.kind: filled})
 
 
 class Consolidate(OneKey):
     """The last step of a round: exactly one key."""
 
+    bare_names = ("merge",)
     noun = "consolidate"
 
     merge: Consolidation | None = None
     """A weighted merge."""
-
-    def as_stage(self) -> dict[str, Any]:
-        """The same as a stage."""
-        assert self.merge is not None
-        weights = self.merge.weights
-        paths = {name: "start" if name == "candidate" else name for name in weights}
-        if self.merge.method == "slerp":
-            first, second = weights
-            share = weights[second] / (weights[first] + weights[second])
-            models: dict[str, Any] = {name: {"path": path} for name, path in paths.items()}
-            return {"merge": {"method": "slerp", "t": share, "models": models}}
-        models = {name: {"path": path, "weight": float(weights[name])} for name, path in paths.items()}  # type: ignore[index]
-        return {"merge": {"method": "linear", "models": models}}
+    best_of: Annotated[list[Way], Field(min_length=2)] | None = None
+    """Several ways, each tried on the same candidate and judged by the same probes, every bound at alpha divided by
+    their number; the one that passes with the largest gain is the round's candidate. What each has cost is recorded.
+    """
 
 
 class RescueBudget(Config):
@@ -1062,6 +1289,26 @@ class RescueBudget(Config):
     """Rungs that are tried at most."""
     training: Positive = 3.0
     """Optimizer steps of all attempts, in multiples of the round's own; no rung that trains begins beyond it."""
+    order: Literal["written", "gain_for_cost"] = "written"
+    """`written`: rungs are tried in the recipe's order. `gain_for_cost`: those that only score first, then by expected
+    gain over the steps they train; see docs/gate.md."""
+
+
+class Monitor(Config):
+    """When monitoring asks for something to be done: heuristics, not facts. None acts by itself."""
+
+    forgetting: Points = 0.02
+    """Relative loss of a skill since it was learnt: 0.02 is 2 %."""
+    new_skill: float = Field(0.8, gt=0.0, le=1.0)
+    """Least share of what a retrained model gains on a taught skill (`evertune advise baseline`)."""
+    safety: Points = 0.01
+    """Loss on a safety probe since the base, in score: 0.01 is one point."""
+    cost: Positive = 1.0
+    """Tokens of all updates since the base over those of one retrain on all the data."""
+    drift: Positive = 0.05
+    """Relative L2 distance of the champion's weights from the base."""
+    kl_nats: Positive = 0.1
+    """Mean KL in nats per token from the base on general text (`evertune audit`)."""
 
 
 class Round(Config):
@@ -1074,7 +1321,8 @@ class Round(Config):
     stages: list[Stage] = Field(min_length=1)
     """Done one after the other; the last one's checkpoint is the candidate."""
     consolidate: Consolidate | None = None
-    """A last stage that merges what the others made, before the verdict. Written out, it is a `merge` stage."""
+    """A last step before the verdict: a merge of what the stages made, which is a `merge` stage written otherwise; or
+    the best of several ways."""
     roles: dict[Name, Role] = {}
     """Roles of probes in this round where they differ from the probe's own: a skill is the `target` of the round that
     teaches it and a `guard` in later ones."""
@@ -1083,16 +1331,32 @@ class Round(Config):
 
     @model_validator(mode="after")
     def _consolidate_is_a_stage(self) -> Self:
-        if self.consolidate is not None:
-            stages = [*self.stages, Stage.model_validate(self.consolidate.as_stage())]
+        if self.consolidate is not None and self.consolidate.merge is not None:
+            stages = [*self.stages, self.consolidate.merge.as_stage()]
             object.__setattr__(self, "stages", stages)  # frozen from here on
             object.__setattr__(self, "consolidate", None)
         return self
 
+    @property
+    def ways(self) -> list[Way]:
+        """The ways of `best_of`; none where there is nothing to choose."""
+        return (self.consolidate.best_of or []) if self.consolidate is not None else []
 
-def new_sources(one: Round) -> list[str]:
-    """Names of the sources that a round's stages learn from, each once, in order."""
-    return list(dict.fromkeys(name for stage in one.stages for name in stage.settings.new_sources))
+    def written_out(self) -> "dict[str, Round]":
+        """The round as each of its ways completes it, by the way's name: with its stage behind the others, and for
+        `retrain` in their place."""
+        found: dict[str, Round] = {}
+        for j, way in enumerate(self.ways):
+            number = sum(one.kind == way.kind for one in self.ways[:j])
+            own = way.settings
+            if isinstance(own, Retrain):
+                change: dict[str, Any] = {"start": own.start, "stages": [own.as_stage()]}
+            else:
+                last = own.as_stage() if isinstance(own, Consolidation) else Stage(distill=own)
+                change = {"stages": [*self.stages, last]}
+            name = way.kind if not number else f"{way.kind}-{number + 1}"
+            found[name] = self.model_copy(update={"consolidate": None, **change})
+        return found
 
 
 def kept_sources(one: Round) -> list[str]:
@@ -1145,6 +1409,8 @@ class Recipe(Config):
     leaks: Literal["error", "remove"] = "error"
     """A training row that holds a probe item stops the run, or is left out of training, replay and history, and
     counted. What holds an item: docs/data.md."""
+    history: History = History()
+    """What is kept of promoted rounds for replay."""
     defaults: Defaults = Defaults()
     """What stages have in common."""
     gate: Gate = Gate()
@@ -1154,6 +1420,8 @@ class Recipe(Config):
     `[interpolate, discard]` when not given. All bounds are taken at alpha divided by the number that is tried."""
     rescue_budget: RescueBudget = RescueBudget()
     """When climbing ends."""
+    monitor: Monitor = Monitor()
+    """When monitoring over rounds asks for something to be done."""
     rounds: list[Round] = Field(min_length=1)
     """Updates, in order; each starts where the promoted ones before it lead."""
     numerics: Numerics = Numerics()
@@ -1165,21 +1433,38 @@ class Recipe(Config):
 
     @model_validator(mode="after")
     def _names_resolve(self) -> "Recipe":
+        for i, one in enumerate(self.rounds):
+            if one.ways:
+                known = {OWN_SOURCES: _readable(self, [one]), ALL_SOURCES: _readable(self, self.rounds[: i + 1])}
+                ways = [way.with_sources(known) for way in one.ways]
+                object.__setattr__(one, "consolidate", Consolidate(best_of=ways))  # frozen from here on
         _check_references(self)
         return self
 
 
+def _readable(recipe: Recipe, rounds: Sequence[Round]) -> list[str]:
+    """Sources that these rounds' stages learn from and that a stage with cross-entropy can read."""
+    names = dict.fromkeys(name for one in rounds for name in kept_sources(one))
+    return [name for name in names if name in recipe.data and recipe.data[name].format in REPLAYABLE]
+
+
 def _check_references(recipe: Recipe) -> None:
     """Raise for names that name nothing, names that stand twice, and sources of the wrong format: one line each."""
-    problems = [*_round_problems(recipe), *_source_problems(recipe), *_teacher_problems(recipe)]
+    problems = [
+        *_round_problems(recipe),
+        *_source_problems(recipe),
+        *_adapt_problems(recipe),
+        *_teacher_problems(recipe),
+    ]
     if recipe.academic == "refuse":
         problems += [
             f"{place}: found an academic method, {method}, which is not production-validated; expected "
             "'academic: allow' at the top of the recipe, if that is what you want"
             for place, method in academic_choices(recipe)
         ]
-    if "history" in recipe.data:
-        problems.append("data.history: 'history' is a reserved name: the rows of promoted rounds")
+    for name, meaning in RESERVED.items():
+        if name in recipe.data:
+            problems.append(f"data.{name}: '{name}' is a reserved name: {meaning}")
     if problems:
         raise ValueError("\n".join(problems))
 
@@ -1199,17 +1484,25 @@ def _round_problems(recipe: Recipe) -> Iterator[str]:
 
 def _source_problems(recipe: Recipe) -> Iterator[str]:
     named = [("defaults.replay.from", name, "replay", REPLAYABLE) for name in _replayed(recipe.defaults.replay)]
-    for i, one in enumerate(recipe.rounds):
-        for k, stage in enumerate(one.stages):
-            place, settings = f"rounds[{i}].stages[{k}].{stage.kind}", stage.settings
-            named += [(f"{place}.data", name, stage.kind, settings.formats) for name in settings.new_sources]
-            named += [(f"{place}.replay.from", name, "replay", REPLAYABLE) for name in settings.replayed_sources]
-            named += [
-                (place, name, "a memory", REPLAYABLE) for name in settings.remembered_sources if name != "history"
-            ]
+    for one in placed_stages(recipe):
+        place, stage, settings = one.place, one.stage, one.stage.settings
+        named += [(f"{place}.data", name, stage.kind, settings.formats) for name in settings.new_sources]
+        named += [(f"{place}.replay.from", name, "replay", REPLAYABLE) for name in settings.replayed_sources]
+        named += [(place, name, "a memory", REPLAYABLE) for name in settings.remembered_sources if name != "history"]
+    ladders = [("rescue", recipe.rescue), *((f"rounds[{i}].rescue", one.rescue) for i, one in enumerate(recipe.rounds))]
+    for place, rungs in ladders:
+        for k, rung in enumerate(rungs or ()):
+            aimed = rung.more_replay or rung.distil_back
+            for probe, names in aimed.by_probe.items() if aimed else ():
+                where = f"{place}[{k}].{rung.kind}.by_probe"
+                if probe not in recipe.probes:
+                    yield f"{where}: no probe '{probe}'; probes has: {', '.join(recipe.probes)}"
+                named += [(f"{where}.{probe}", name, "rescue", REPLAYABLE) for name in names if name != "history"]
     for place, name, reader, formats in named:
         source = recipe.data.get(name)
-        if source is None:
+        if source is None and name in (OWN_SOURCES, ALL_SOURCES):
+            yield f"{place}: no stage before it learns from {' or '.join(REPLAYABLE)}; expected the names of sources"
+        elif source is None:
             yield f"{place}: no data source '{name}'; data has: {', '.join(recipe.data)}"
         elif source.format not in formats:
             yield f"{place}: '{name}' has format '{source.format}'; {reader} reads {' and '.join(formats)}"
@@ -1217,30 +1510,41 @@ def _source_problems(recipe: Recipe) -> Iterator[str]:
             yield f"{place}: '{name}' has no verifier; rl needs data.{name}.verifier, such as 'exact' or 'math'"
 
 
-def _teacher_problems(recipe: Recipe) -> Iterator[str]:
+def _adapt_problems(recipe: Recipe) -> Iterator[str]:
     for i, one in enumerate(recipe.rounds):
         for k, stage in enumerate(one.stages):
-            if stage.distill is None:
-                continue
-            place, settings = f"rounds[{i}].stages[{k}].distill", stage.distill
-            for j, teacher in enumerate(settings.teachers):
-                known = known_teachers(recipe, i, k)
-                if teacher.checkpoint.startswith((OF_ROUND, OF_STAGE)) and teacher.checkpoint not in known:
-                    told = ", ".join(known) or "nothing comes before this stage"
-                    yield f"{place}.teachers[{j}].checkpoint: found '{teacher.checkpoint}', expected one of: {told}"
-            yield from _answer_problems(recipe, settings, place)
-            for source in settings.data if settings.route == "best" else ():
-                if settings.skill(source) not in recipe.probes:
-                    yield (
-                        f"{place}.skills: no probe '{settings.skill(source)}' measures '{source}'; probes has: "
-                        f"{', '.join(recipe.probes)}"
-                    )
+            own = getattr(stage.settings, "replay", None)
+            if own is not None and own.adapt is not None and stage.kind not in ADAPTING:
+                yield (
+                    f"rounds[{i}].stages[{k}].{stage.kind}.replay.adapt: found it in a stage of kind {stage.kind}, "
+                    f"expected {' or '.join(ADAPTING)}, whose rows come straight from the stream"
+                )
+
+
+def _teacher_problems(recipe: Recipe) -> Iterator[str]:
+    for one in placed_stages(recipe):
+        place, settings = one.place, one.stage.distill
+        if settings is None:
+            continue
+        for j, teacher in enumerate(settings.teachers):
+            known = known_teachers(recipe, one.round_index, one.index)
+            if teacher.checkpoint.startswith((OF_ROUND, OF_STAGE)) and teacher.checkpoint not in known:
+                told = ", ".join(known) or "nothing comes before this stage"
+                yield f"{place}.teachers[{j}].checkpoint: found '{teacher.checkpoint}', expected one of: {told}"
+        yield from _answer_problems(recipe, settings, place)
+        for source in settings.data if settings.route == "best" else ():
+            if settings.skill(source) not in recipe.probes:
+                yield (
+                    f"{place}.skills: no probe '{settings.skill(source)}' measures '{source}'; probes has: "
+                    f"{', '.join(recipe.probes)}"
+                )
 
 
 def _answer_problems(recipe: Recipe, settings: Distill, place: str) -> Iterator[str]:
     """Rows that the student or a teacher cannot answer, and answers that cannot be verified."""
-    asked = "on_policy" if settings.on_policy else "answers"
-    for name in settings.data if settings.on_policy or settings.answers else ():
+    ways = ("on_policy", "answers", "demonstration")
+    asked = next((name for name in ways if getattr(settings, name) is not None), None)
+    for name in settings.data if asked else ():
         source = recipe.data.get(name)
         if source is None:
             continue
@@ -1262,6 +1566,29 @@ def known_teachers(recipe: Recipe, round_index: int, stage_index: int) -> list[s
     ]
 
 
+@dataclass(frozen=True)
+class PlacedStage:
+    """A stage that a run may perform, where the recipe says so, and the round that it is in as its way completes it;
+    `way` is "" where it does not depend on one."""
+
+    place: str
+    round_index: int
+    round: Round
+    index: int
+    stage: Stage
+    way: str = ""
+
+
+def placed_stages(recipe: Recipe) -> Iterator[PlacedStage]:
+    """The stages of all rounds, and behind those of a round the last one of each way to consolidate it."""
+    for i, one in enumerate(recipe.rounds):
+        for k, stage in enumerate(one.stages):
+            yield PlacedStage(f"rounds[{i}].stages[{k}].{stage.kind}", i, one, k, stage)
+        for j, (name, whole) in enumerate(one.written_out().items()):
+            place, last = f"rounds[{i}].consolidate.best_of[{j}].{one.ways[j].kind}", len(whole.stages) - 1
+            yield PlacedStage(place, i, whole, last, whole.stages[last], name)
+
+
 def stage_labels(one: Round) -> list[str]:
     """What people call the checkpoints of a round's stages."""
     return [f"{one.name}/{k + 1}-{stage.kind}" for k, stage in enumerate(one.stages)]
@@ -1271,16 +1598,12 @@ def academic_choices(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """Place and method of everything academic that a recipe chooses: plug-ins, and keys of the table of methods."""
     chosen = {key: one for one in methods().values() if one.standing == "academic" for key in one.keys}
     yield from _chosen(recipe, chosen, "")
-    for i, one in enumerate(recipe.rounds):
-        for k, stage in enumerate(one.stages):
-            if isinstance(stage.settings, Training):
-                for kind, name, _ in stage.settings.plugins:
-                    plugin = find_plugin(kind, name)
-                    if plugin.standing == "academic":
-                        yield (
-                            f"rounds[{i}].stages[{k}].{stage.kind}.{kind}.{name}",
-                            named([plugin.method], "academic")[0],
-                        )
+    for one in placed_stages(recipe):
+        if isinstance(one.stage.settings, Training):
+            for kind, name, _ in one.stage.settings.plugins:
+                plugin = find_plugin(kind, name)
+                if plugin.standing == "academic":
+                    yield f"{one.place}.{kind}.{name}", named([plugin.method], "academic")[0]
 
 
 def _chosen(value: Any, chosen: Mapping[str, Method], place: str) -> Iterator[tuple[str, str]]:

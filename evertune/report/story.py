@@ -4,7 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from evertune.ledger import Event
+from evertune.report.attempts import Ladder, climbed
+from evertune.report.consolidations import Consolidated, consolidations
 from evertune.report.curves import RescueCurve, rescue_curves
+from evertune.report.erosion import Erosion, tell_erosion
+from evertune.report.monitor import Dimension, watch_rounds
 from evertune.report.rounds import Body, RoundStory, bodies, champion_line, judged_labels, open_failures, tell_rounds
 from evertune.report.scores import Matrix, build_matrix
 from evertune.report.skills import Skill, Summary, list_skills, summarise
@@ -38,11 +42,17 @@ class Report:
     summaries: tuple[Summary, ...]
     skills: tuple[Skill, ...]
     probes: tuple[Body, ...]
+    consolidations: tuple[Consolidated, ...]
     curves: tuple[RescueCurve, ...]
+    erosion: tuple[Erosion, ...]
+    ladders: tuple[Ladder, ...]
     stages: tuple[Stage, ...]
     costs: tuple[Cost, ...]
     lineage: tuple[Origin, ...]
     methods: tuple[Used, ...]
+    monitor: tuple[Dimension, ...]
+    blames: tuple[Body, ...]
+    audits: tuple[Body, ...]
     failures: tuple[Body, ...]
     stopped_by: tuple[Body, ...]
     by_hand: tuple[Body, ...]
@@ -76,6 +86,7 @@ def build_report(events: Sequence[Event]) -> Report:
     verdicts = judged_labels(rounds)
     stages = trained_stages(events, rounds)
     runs = bodies(events, "run")
+    skills, costs = list_skills(matrix, line, verdicts), round_costs(events, stages, line)
     times = [one.volatile["time"] for one in events if one.volatile.get("time") is not None]
     return Report(
         name=runs[-1]["name"] if runs else "",
@@ -84,13 +95,19 @@ def build_report(events: Sequence[Event]) -> Report:
         line=line,
         matrix=matrix,
         summaries=summarise(matrix, line, verdicts),
-        skills=list_skills(matrix, line, verdicts),
+        skills=skills,
         probes=tuple(bodies(events, "probe")),
+        consolidations=consolidations(events),
         curves=rescue_curves(events, rounds, matrix),
+        erosion=tell_erosion(events),
+        ladders=climbed(events, rounds),
         stages=stages,
-        costs=round_costs(events, stages, line),
+        costs=costs,
         lineage=origins(events, rounds),
         methods=methods_used(events),
+        monitor=watch_rounds(events, line=line, matrix=matrix, skills=skills, costs=costs),
+        blames=tuple(bodies(events, "blame")),
+        audits=tuple({**one, "cka_line": list(enumerate(one["cka"]))} for one in bodies(events, "audit")),
         failures=tuple(bodies(events, "failure")),
         stopped_by=open_failures(events),
         by_hand=_by_hand(events),

@@ -12,8 +12,8 @@ from evertune.model.checkpoint import Checkpoint
 from evertune.recipe.presets import ResolvedDistill
 from evertune.recipe.schema import OF_ROUND, OF_STAGE, RUN, Teacher
 from evertune.stages.place import Place
-from evertune.stages.training import training_fields, training_key
-from evertune.train.distill_spec import AnswersSpec, DistillSpec, OnPolicySpec, TeacherSpec
+from evertune.stages.training import ask_guards, training_fields, training_key, verifiers_of
+from evertune.train.distill_spec import AnswersSpec, DemonstrationSpec, DistillSpec, OnPolicySpec, TeacherSpec
 from evertune.workspace import Workspace
 
 # Raised by hand when the meaning of the stage changes: old results are then made anew.
@@ -48,6 +48,7 @@ def order(place: Place) -> DistillSpec:
         "words": None if settings.words == "all" else settings.words,
         "on_policy": OnPolicySpec(**settings.on_policy.model_dump()) if settings.on_policy else None,
         "answers": _answers(place, settings),
+        "demonstration": DemonstrationSpec(**settings.demonstration.model_dump()) if settings.demonstration else None,
     }
     unkeyed = DistillSpec(key="0" * 64, label=place.label, **fields)
     return DistillSpec(key=_key(unkeyed), label=place.label, **fields)
@@ -62,7 +63,8 @@ def perform(order: dict[str, Any], workspace: Workspace) -> dict[str, Any]:
     from evertune.train.distill import run_distill
 
     spec = DistillSpec.from_json(order)
-    verify = spec.answers.verifiers if spec.answers else {}
+    given = spec.answers.verifiers if spec.answers else {}
+    verify = {name: verifiers.placed(one, spec.folder) for name, one in given.items()}
     for ref in spec.new:
         for row in read_rows(Path(ref.path), format=ref.format, source=ref.source, limit=ref.limit) if verify else ():
             verifiers.validate(verify[ref.source], question_of(row)[1], place=row.place)
@@ -71,7 +73,7 @@ def perform(order: dict[str, Any], workspace: Workspace) -> dict[str, Any]:
         found = verifiers.check(verify[source], output=output, answer=answer)
         return found.error is None and found.score == 1.0
 
-    return run_distill(spec, workspace, check)
+    return run_distill(spec, workspace, check, ask=ask_guards(spec))
 
 
 def _key(spec: DistillSpec) -> str:
@@ -87,9 +89,7 @@ def _key(spec: DistillSpec) -> str:
 def _answers(place: Place, settings: ResolvedDistill) -> AnswersSpec | None:
     if settings.answers is None:
         return None
-    sources = {name: place.plan.recipe.data[name].verifier for name in place.settings.new_sources}
-    rules = {name: one.model_dump(exclude_none=True) for name, one in sources.items() if one is not None}
-    verify = rules if settings.answers.keep == "verified" else {}
+    verify = verifiers_of(place) if settings.answers.keep == "verified" else {}
     return AnswersSpec(**settings.answers.model_dump(), verifiers=verify)
 
 

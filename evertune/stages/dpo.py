@@ -4,7 +4,7 @@ from typing import Any
 
 from evertune.recipe.presets import ResolvedDpo
 from evertune.stages.place import Place
-from evertune.stages.training import training_fields, training_key
+from evertune.stages.training import ask_guards, own_fields, training_fields, training_key
 from evertune.train.spec import DpoSpec
 from evertune.workspace import Workspace
 
@@ -17,11 +17,7 @@ def order(place: Place) -> DpoSpec:
     assert isinstance(settings, ResolvedDpo), place.label
     fields = {
         **training_fields(place, settings),
-        "loss": settings.loss,
-        "beta": settings.beta,
-        "label_smoothing": settings.label_smoothing,
-        "nll": settings.nll,
-        "replay_weight": settings.replay_weight,
+        **own_fields(settings),
         "reference": place.reference(settings.reference),
     }
     unkeyed = DpoSpec(key="0" * 64, label=place.label, **fields)
@@ -31,4 +27,5 @@ def order(place: Place) -> DpoSpec:
 def perform(order: dict[str, Any], workspace: Workspace) -> dict[str, Any]:
     from evertune.train.dpo import run_dpo
 
-    return run_dpo(DpoSpec.from_json(order), workspace)
+    spec = DpoSpec.from_json(order)
+    return run_dpo(spec, workspace, ask=ask_guards(spec))

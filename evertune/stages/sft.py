@@ -4,7 +4,7 @@ from typing import Any
 
 from evertune.recipe.presets import ResolvedSft
 from evertune.stages.place import Place
-from evertune.stages.training import training_fields, training_key
+from evertune.stages.training import ask_guards, training_fields, training_key
 from evertune.train.spec import SftSpec
 from evertune.workspace import Workspace
 
@@ -24,4 +24,5 @@ def order(place: Place) -> SftSpec:
 def perform(order: dict[str, Any], workspace: Workspace) -> dict[str, Any]:
     from evertune.train.sft import run_sft
 
-    return run_sft(SftSpec.from_json(order), workspace)
+    spec = SftSpec.from_json(order)
+    return run_sft(spec, workspace, ask=ask_guards(spec))

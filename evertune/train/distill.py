@@ -4,6 +4,7 @@ cross-entropy; replayed rows are learnt by cross-entropy alone, as in a supervis
     distill_spec.py      the order               distill_losses.py    divergences and ensembles
     distill_teachers.py  who answers when        distill_targets.py   what was answered
     distill_policy.py    the student answers     distill_answers.py   the teacher answers
+    distill_shown.py     the teacher reads more than the student
 """
 
 # N counted positions, M positions of the rows of one source, V vocabulary
@@ -13,27 +14,31 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from evertune.data.encode import EncodedPrompt, EncodedRow, Item, counted_of, encode_prompts, encode_rows
+from evertune.data.encode import EncodedPrompt, EncodedRow, Item, counted_of, encode_rows
 from evertune.errors import RecipeError
+from evertune.measure.stats import compare_paired
 from evertune.model.adapter import read_factors
 from evertune.model.codec import Codec, load_codec
 from evertune.model.forward import Forward
 from evertune.model.lowrank import compress, fill
 from evertune.model.open import check_digest
+from evertune.train.adapt import Ask
 from evertune.train.batch import MicroBatch, collate
-from evertune.train.distill_answers import Check, with_answers, write_answers
+from evertune.train.distill_answers import Check, Questions, with_answers, write_answers
 from evertune.train.distill_losses import at_temperature, divergence_of
 from evertune.train.distill_policy import OnPolicyFeed, SampledRow, is_answered
-from evertune.train.distill_spec import DistillSpec
+from evertune.train.distill_shown import Demonstrations
+from evertune.train.distill_spec import DemonstrationSpec, DistillSpec
 from evertune.train.distill_targets import Targets
 from evertune.train.distill_teachers import Teachers
 from evertune.train.head import PositionTerm, head_loss
 from evertune.train.loop import Feed, make_accelerator
 from evertune.train.losses import bucket
-from evertune.train.material import Material, load_material
+from evertune.train.material import Encode, Material, load_material
 from evertune.train.objective import Objective, Policy, StepCounts, penalty_sums, penalty_terms
 from evertune.train.penalty import Penalty, PositionValues
 from evertune.train.sink import Metrics
@@ -42,13 +47,18 @@ from evertune.workspace import Workspace
 
 # Below this the kept words say too little of what the teacher would say.
 LITTLE_MASS = 0.9
+# One-sided level of the bound that the gain from a demonstration must have above 0.
+GAIN_LEVEL = 0.05
 
 
-def run_distill(spec: DistillSpec, workspace: Workspace, check: Check | None = None) -> dict[str, Any]:
+def run_distill(
+    spec: DistillSpec, workspace: Workspace, check: Check | None = None, *, ask: Ask | None = None
+) -> dict[str, Any]:
     """Ask the teachers what is not stored yet, train the student and publish it; see `run_training`.
 
     Args:
         check: verifies what teachers write; needed where the order says so.
+        ask: scores guards of the model in training.
 
     The record's `volatile` has `teacher_forwards`: forward passes of teachers that this performance needed.
 
@@ -59,7 +69,7 @@ def run_distill(spec: DistillSpec, workspace: Workspace, check: Check | None = N
     lesson = _Distilled(spec, workspace, check or _unverified)
     if workspace.manifest(spec.key) is None:
         lesson.teach()
-    return run_training(spec, workspace, lesson)
+    return run_training(spec, workspace, lesson, ask=ask)
 
 
 @dataclass(frozen=True)
@@ -161,6 +171,8 @@ class _Distilled(Lesson):
         self._spec, self._workspace, self._check = spec, workspace, check
         self._material: Material | None = None
         self._forwards = 0
+        self._shown = Demonstrations(spec.demonstration.text) if spec.demonstration else None
+        self._gain: float | None = None
         self._held: float | None = None
         self._asked = 0
         self._is_passing = False
@@ -179,17 +191,28 @@ class _Distilled(Lesson):
             torch.set_num_threads(spec.threads)
         accelerator = make_accelerator(device=spec.device, track=[], logging_dir=self._workspace.work / spec.key)
         codec = load_codec(spec.start.base.path)
-        teachers = Teachers(spec, device=str(accelerator.device))
+        teachers = self._make_teachers(str(accelerator.device))
         if spec.answers is not None:
             if accelerator.is_main_process:
-                prompts = load_material(spec, codec, world_size=1, encode=encode_prompts).new.values()
+                questions = Questions()
+                prompts = load_material(spec, codec, world_size=1, encode=questions.encode).new.values()
                 asked = [one for each in prompts for one in each if isinstance(one, EncodedPrompt)]
-                write_answers(spec, asked, teachers, targets=self._targets, codec=codec, check=self._check)
+                write_answers(
+                    spec,
+                    asked,
+                    teachers,
+                    targets=self._targets,
+                    codec=codec,
+                    check=self._check,
+                    turns=questions.turns,
+                )
                 self._asked = len(asked)
             accelerator.wait_for_everyone()
             self.__dict__.pop("_targets", None)
         material = self.load(codec, world_size=accelerator.num_processes)
         if accelerator.is_main_process:
+            if spec.demonstration is not None:
+                self._gain = _measured_gain(spec, spec.demonstration, material, teachers, self._targets)
             teachers.answer(_taught_rows(spec, material), self._targets)
             self._forwards = teachers.forwards
         accelerator.wait_for_everyone()
@@ -220,7 +243,11 @@ class _Distilled(Lesson):
 
     def load(self, codec: Codec, *, world_size: int) -> Material:
         if self._material is None:
-            encode = encode_rows if self._spec.answers is None else with_answers(self._spec, self._targets)
+            encode: Encode = encode_rows
+            if self._shown is not None:
+                encode = self._shown.encode
+            elif self._spec.answers is not None:
+                encode = with_answers(self._spec, self._targets)
             self._material = load_material(self._spec, codec, world_size=world_size, encode=encode)
         return self._material
 
@@ -231,7 +258,7 @@ class _Distilled(Lesson):
         """The rows, some of them answered by the student as it is."""
         if self._spec.on_policy is None:
             return setting.material
-        self._teachers = Teachers(self._spec, device=str(setting.accelerator.device))
+        self._teachers = self._make_teachers(str(setting.accelerator.device))
 
         def ask() -> Forward:
             policy.model.eval()
@@ -246,7 +273,13 @@ class _Distilled(Lesson):
             targets=self._targets,
             gather=gatherer(setting),
             rank=setting.accelerator.process_index,
+            answered=self._shown.answered if self._shown else None,
         )
+
+    def _make_teachers(self, device: str) -> Teachers:
+        if self._shown is None:
+            return Teachers(self._spec, device=device)
+        return Teachers(self._spec, device=device, read=self._shown.shown)
 
     def methods(self) -> dict[str, bool]:
         is_on_policy = self._spec.on_policy is not None
@@ -256,6 +289,7 @@ class _Distilled(Lesson):
             "gkd": is_on_policy,
             "multi_teacher_opd": is_on_policy and len(self._spec.teachers) > 1,
             "cross_stage_distill": self._spec.route == "best",
+            "sdft_onpolicy": self._spec.demonstration is not None,
         }
 
     def parents(self) -> list[str]:
@@ -270,7 +304,7 @@ class _Distilled(Lesson):
     def _own_facts(self) -> dict[str, float]:
         """How much of the teachers' probability, of a compressed stack's updates, and of the rows' answers was kept."""
         answered = sum(map(len, self._material.new.values())) / self._asked if self._material and self._asked else None
-        found = {"covered_mass": self._covered_mass, "held": self._held, "answered": answered}
+        found = {"covered_mass": self._covered_mass, "held": self._held, "answered": answered, "gain": self._gain}
         return {name: one for name, one in found.items() if one is not None}
 
     def final(self, last: Sequence[Metrics]) -> dict[str, float]:
@@ -294,6 +328,35 @@ class _Distilled(Lesson):
             return None
         means = [(self._targets.covered_mass(each), sum(map(counted_of, each))) for each in rows.values()]
         return sum(mean * count for mean, count in means) / sum(count for _, count in means)
+
+
+def _measured_gain(
+    spec: DistillSpec, how: DemonstrationSpec, material: Material, teachers: Teachers, targets: Targets
+) -> float:
+    """Mean gain of the rows' own answers from the demonstration, in nats per token, the least of all teachers.
+
+    Raises:
+        RecipeError: for one of them it is not shown to be positive.
+    """
+    seen = list(dict.fromkeys((pick.source, pick.index) for pick in material.picks() if not pick.is_replay))
+    found = []
+    for number, teacher in enumerate(spec.teachers):
+        own = [row for source, i in seen if number in spec.routes[source] for row in material.new[source][i].rows]
+        rows = list({row.digest: row for row in own}.values())[: how.rows]
+        if not rows:
+            continue
+        gains = teachers.gain(teacher, rows, targets.gains(teacher))
+        mean = float(np.mean(gains))
+        bound = compare_paired(gains, [str(i) for i in range(len(gains))], level=GAIN_LEVEL, bounded=False).lower_bound
+        if not bound > 0.0:
+            raise RecipeError(
+                f"{spec.label}: the demonstration does not help teacher '{teacher.name}': after it the rows' own "
+                f"answers are {mean:+.3f} nats per token likelier (lower bound {bound:+.3f}, {len(rows)} rows), "
+                "expected a gain above 0.",
+                remedy="Write another 'demonstration.text', or leave it out: it would teach what the model knows.",
+            )
+        found.append(mean)
+    return min(found)
 
 
 def _taught_rows(spec: DistillSpec, material: Material) -> dict[str, list[EncodedRow]]:

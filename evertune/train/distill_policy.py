@@ -20,6 +20,7 @@ from evertune.train.distill_teachers import Teachers
 from evertune.train.material import Material
 from evertune.train.rollout import answer_seed
 from evertune.train.sample import sample_answers
+from evertune.train.sink import Metrics
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +56,7 @@ class OnPolicyFeed:
         ask: makes the student ready to speak, in evaluation mode.
         targets: where the teachers' outputs for its answers are held for a window; also has those of the other rows.
         gather: joins what each process has made.
+        answered: makes a row of another answer; `answered_row` when not given.
     """
 
     def __init__(
@@ -68,12 +70,13 @@ class OnPolicyFeed:
         targets: Targets,
         gather: Callable[[list[Any]], list[Any]],
         rank: int,
+        answered: Callable[[EncodedRow, Sequence[int]], EncodedRow] | None = None,
     ) -> None:
         assert spec.on_policy is not None, "the student never answers"
         self._spec, self._settings, self._material = spec, spec.on_policy, material
         self._ask, self._stop_ids = ask, stop_ids
         self._teachers, self._targets = teachers, targets
-        self._gather, self._rank = gather, rank
+        self._gather, self._rank, self._answered_row = gather, rank, answered or answered_row
         self._held: dict[int, list[Item]] = {}
         self._window = -1
 
@@ -90,11 +93,11 @@ class OnPolicyFeed:
         """Only between windows is nothing held."""
         return self._settings.steps
 
-    def prepare(self, step: int) -> None:
+    def prepare(self, step: int) -> Metrics:
         """Let the student answer the rows of the window that a step belongs to, and the teachers judge them."""
         window = step // self._settings.steps
         if window == self._window:
-            return
+            return {}
         first = window * self._settings.steps
         steps = range(first, min(first + self._settings.steps, self._material.steps))
         self._held = self._answered({one: self._material.step_rows(one) for one in steps})
@@ -109,6 +112,7 @@ class OnPolicyFeed:
         sources = dict.fromkeys(row.source for row in written)
         self._teachers.answer({name: [row for row in written if row.source == name] for name in sources}, self._targets)
         self._window = window
+        return {}
 
     def step_rows(self, step: int) -> Sequence[Item]:
         return self._held[step]
@@ -149,7 +153,9 @@ class OnPolicyFeed:
             temperature=self._settings.temperature,
             stop_ids=self._stop_ids,
         )
-        return [SampledRow(answered_row(row, one.ids), one.stopped) for row, (one,) in zip(rows, said, strict=True)]
+        return [
+            SampledRow(self._answered_row(row, one.ids), one.stopped) for row, (one,) in zip(rows, said, strict=True)
+        ]
 
 
 def is_answered(spec: DistillSpec, step: int, place: int) -> bool:

@@ -1,6 +1,6 @@
 """The order for one distill stage: plain values, written as JSON for the child that trains. Imports no torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self
 
 from evertune.errors import CheckpointError, RecipeError
@@ -50,6 +50,14 @@ class AnswersSpec:
 
 
 @dataclass(frozen=True)
+class DemonstrationSpec:
+    """What the teachers read and the student does not. Meanings and ranges: the recipe's `demonstration`."""
+
+    text: str
+    rows: int
+
+
+@dataclass(frozen=True)
 class DistillSpec(TrainingSpec):
     """A distillation stage. Meanings and ranges of the settings: the recipe's `distill`.
 
@@ -61,6 +69,7 @@ class DistillSpec(TrainingSpec):
             for one that begins at the start.
         on_policy: how the student answers some rows by itself; None where it never does.
         answers: how the teachers write the answers; None where the rows' own are learnt.
+        demonstration: what the teachers read and the student does not; None where both read the same.
     """
 
     route: Literal["sources", "best"]
@@ -74,6 +83,7 @@ class DistillSpec(TrainingSpec):
     compressed: Checkpoint | None
     on_policy: OnPolicySpec | None
     answers: AnswersSpec | None
+    demonstration: DemonstrationSpec | None = field(default=None, kw_only=True)
 
     kind: ClassVar[str] = "distill"
     own_settings: ClassVar[tuple[str, ...]] = ("route", "loss", "beta", "temperature", "weight", "words")
@@ -85,31 +95,38 @@ class DistillSpec(TrainingSpec):
     def check(self) -> None:
         """Raise where a teacher cannot teach this student, or too many words are to be kept. Reads no weight.
 
+        A teacher of whom only written answers are learnt may have other words.
+
         Raises:
             CheckpointError, RecipeError: as `check_teacher` and `check_words`.
         """
-        for teacher in self.teachers:
+        for teacher in self.teachers if self.weight > 0.0 else ():
             check_teacher(teacher.name, teacher.checkpoint, self.start)
         check_words(self.words, max(map(len, self.routes.values())), vocabulary_of(self.start))
 
     def to_json(self) -> dict[str, Any]:
         compressed = self.compressed.to_json() if self.compressed else None
-        return {
+        value = {
             **super().to_json(),
             "teachers": [one.to_json() for one in self.teachers],
             "compressed": compressed,
             "on_policy": vars(self.on_policy) if self.on_policy else None,
             "answers": vars(self.answers) if self.answers else None,
+            "demonstration": vars(self.demonstration) if self.demonstration else None,
         }
+        if self.demonstration is None:
+            del value["demonstration"]  # the keys of such stages are what they were before it existed
+        return value
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Self:
         compressed = Checkpoint.from_json(value["compressed"]) if value["compressed"] else None
         teachers = [TeacherSpec.from_json(one) for one in value["teachers"]]
         on_policy = OnPolicySpec(**value["on_policy"]) if value["on_policy"] else None
-        own = {"teachers": teachers, "compressed": compressed, "on_policy": on_policy}
-        answers = AnswersSpec(**value["answers"]) if value["answers"] else None
-        return super().from_json({**value, **own, "answers": answers})
+        own: dict[str, Any] = {"teachers": teachers, "compressed": compressed, "on_policy": on_policy}
+        own["answers"] = AnswersSpec(**value["answers"]) if value["answers"] else None
+        own["demonstration"] = DemonstrationSpec(**value["demonstration"]) if value.get("demonstration") else None
+        return super().from_json({**value, **own})
 
     def settings(self) -> dict[str, Any]:
         taught = {source: [self.teachers[number].name for number in route] for source, route in self.routes.items()}
@@ -125,6 +142,7 @@ class DistillSpec(TrainingSpec):
             "compressed": compressed,
             "on_policy": on_policy,
             "answers": vars(self.answers) if self.answers else None,
+            "demonstration": vars(self.demonstration) if self.demonstration else None,
         }
 
 
@@ -139,7 +157,8 @@ def check_teacher(name: str, teacher: Checkpoint, student: Checkpoint) -> None:
         return
     raise CheckpointError(
         f"teacher '{name}' has {told}: their distributions cannot be compared.",
-        remedy="Distil from a model with the student's tokenizer, or train an sft stage on texts that it has written.",
+        remedy="Let it write the answers, which may have other words: 'answers: {}' with 'weight: 0'. Or distil from a "
+        "model with the student's tokenizer.",
     )
 
 

@@ -137,13 +137,18 @@ class Targets:
         facts = [how.keep, how.samples, how.max_new_tokens, how.temperature, how.verifiers.get(source), self._spec.seed]
         return self._store(teacher, f"answers {digest_json(facts)}")
 
+    def gains(self, teacher: TeacherSpec) -> Store:
+        """What a demonstration does to a teacher's likelihood of rows' own answers."""
+        return self._store(teacher, "gain")
+
     def _store(self, teacher: TeacherSpec, kind: str) -> Store:
         temperature = self._spec.temperature
+        shown = "" if self._spec.demonstration is None else " after a demonstration"
         identity = {
             "reference": teacher.checkpoint.digest,
             "codec": self._codec,
             "dtype": str(DTYPES[self._spec.dtype]),
-            "kind": kind if temperature == 1.0 else f"{kind} at temperature {temperature!r}",
+            "kind": (kind if temperature == 1.0 else f"{kind} at temperature {temperature!r}") + shown,
         }
         name = digest_json(identity)
         if name not in self._open:

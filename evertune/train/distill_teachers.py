@@ -16,12 +16,13 @@ from torch import Tensor
 from evertune.data.encode import EncodedRow
 from evertune.errors import CheckpointError
 from evertune.model.checkpoint import Checkpoint
+from evertune.model.codec import Codec
 from evertune.model.forward import Forward
 from evertune.model.open import OpenModel, open_model, stacked
 from evertune.train.distill_losses import at_temperature, pooled_words
 from evertune.train.distill_spec import DistillSpec, TeacherSpec
 from evertune.train.distill_targets import Store, Targets
-from evertune.train.head import split_model
+from evertune.train.head import split_model, target_log_probabilities
 from evertune.train.losses import bucket, top_words
 from evertune.train.reference import LiveReference
 
@@ -33,8 +34,13 @@ Summary = Callable[[Tensor, EncodedRow, slice], dict[str, Tensor]]
 """(log-probabilities (m, V) at some of a row's counted positions, the row, which of them) -> what is stored of them."""
 
 
-Author = Callable[[Forward, LiveReference, EncodedRow], dict[str, Tensor]]
-"""(the teacher ready to speak, and ready to judge, a prompt) -> what is stored of its answer."""
+Read = Callable[[EncodedRow], EncodedRow]
+Author = Callable[[Forward, LiveReference, Codec, EncodedRow], dict[str, Tensor]]
+"""(the teacher ready to speak, and ready to judge, its own tokenizer, a prompt) -> what is stored of its answer."""
+
+
+def _as_it_is(row: EncodedRow) -> EncodedRow:
+    return row
 
 
 class Teachers:
@@ -42,6 +48,7 @@ class Teachers:
 
     Args:
         device: where they compute.
+        read: a row as they read it, where that is more than the student reads; the same tokens count.
 
     Attributes:
         forwards: forward passes so far, one a row.
@@ -51,10 +58,10 @@ class Teachers:
         CheckpointError: a teacher has another vocabulary.
     """
 
-    def __init__(self, spec: DistillSpec, *, device: str) -> None:
+    def __init__(self, spec: DistillSpec, *, device: str, read: Read = _as_it_is) -> None:
         spec.check()
         self.forwards = 0
-        self._spec, self._device = spec, device
+        self._spec, self._device, self._read = spec, device, read
         self._opened: OpenModel | None = None
 
     def answer(self, rows: Mapping[str, Rows], targets: Targets) -> None:
@@ -88,10 +95,20 @@ class Teachers:
             return
         with self._seated(teacher) as live:
             assert self._opened is not None, "a teacher is seated"
-            forward = Forward(self._opened)
+            forward, codec = Forward(self._opened), self._opened.codec
             for first in range(0, len(missing), SHARD_ROWS):
-                store.add(missing[first : first + SHARD_ROWS], lambda row: author(forward, live, row))
+                store.add(missing[first : first + SHARD_ROWS], lambda row: author(forward, live, codec, row))
         self.forwards += live.forwards
+
+    def gain(self, teacher: TeacherSpec, rows: Rows, store: Store) -> list[float]:
+        """By how much likelier the teacher finds the rows' counted tokens as it reads them than as the student does, in
+        nats per token, row by row; computed where it is missing."""
+        missing = store.missing(rows)
+        if missing:
+            with self._seated(teacher) as live:
+                store.add(missing, lambda row: {"gain": mean_logp(live, self._read(row)) - mean_logp(live, row)})
+                self.forwards += live.forwards
+        return [float(store.read(row)["gain"]) for row in rows]
 
     def _turn(self, number: int) -> tuple[str, int]:
         """Teachers of one base come one after the other, so that it is loaded once."""
@@ -104,7 +121,8 @@ class Teachers:
             return
         with self._seated(teacher) as live:
             for first in range(0, len(missing), SHARD_ROWS):
-                store.add(missing[first : first + SHARD_ROWS], lambda row: _outputs(live, row, summary))
+                chosen = missing[first : first + SHARD_ROWS]
+                store.add(chosen, lambda row: _outputs(live, self._read(row), summary))
             self.forwards += live.forwards
 
     @contextmanager
@@ -123,6 +141,13 @@ class Teachers:
             gc.collect()
             self._opened = open_model(base, dtype=self._spec.dtype, device=self._device)
         return self._opened
+
+
+@torch.no_grad()
+def mean_logp(live: LiveReference, row: EncodedRow) -> Tensor:
+    """Mean log-probability (1,) of a row's counted tokens, in nats."""
+    targets_M = torch.from_numpy(row.ids[row.counted]).long().to(live.head.weight_VH.device)
+    return target_log_probabilities(live.hidden([row]), targets_M, head=live.head).mean().reshape(1).cpu()
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from evertune.data.encode import EncodedPair, Item, encode_pairs
 from evertune.model.codec import Codec
+from evertune.train.adapt import Ask, adaptive
 from evertune.train.batch import counted_positions
 from evertune.train.cache import ReferenceCache
 from evertune.train.head import target_log_probabilities
@@ -31,12 +32,12 @@ from evertune.workspace import Workspace
 REFERENCE = "target"
 # Both answers have fallen by more than this, in nats per token: a hundredth of each token's probability.
 DISPLACEMENT_NATS = 0.01
-FINAL = ("accuracy", "margin", "nll", "rejected_nll", "chosen_shift", "rejected_shift", "replay_loss")
+FINAL = ("accuracy", "margin", "nll", "rejected_nll", "chosen_shift", "rejected_shift", "replay_loss", "replay_weight")
 
 
-def run_dpo(spec: DpoSpec, workspace: Workspace) -> dict[str, Any]:
+def run_dpo(spec: DpoSpec, workspace: Workspace, *, ask: Ask | None = None) -> dict[str, Any]:
     """Train one preference stage and publish it; see `run_training`."""
-    return run_training(spec, workspace, _Preferring(spec))
+    return run_training(spec, workspace, _Preferring(spec), ask=ask)
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,8 @@ class _Preferring(Lesson):
         self._spec = spec
 
     def load(self, codec: Codec, *, world_size: int) -> Material:
-        return load_material(self._spec, codec, world_size=world_size, encode=encode_pairs)
+        material = load_material(self._spec, codec, world_size=world_size, encode=encode_pairs)
+        return adaptive(material, self._spec)
 
     def objective(self, setting: Setting) -> Objective:
         """The objective, with the reference's log-probabilities of every pair computed once and stored."""

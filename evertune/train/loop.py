@@ -44,8 +44,9 @@ class Feed(Protocol):
     def save_every(self) -> int:
         """Resume points may lie after multiples of this many steps only."""
 
-    def prepare(self, step: int) -> None:
-        """Make ready what the step will show. Called once before each step."""
+    def prepare(self, step: int) -> Metrics:
+        """Make ready what the step will show; returns what its metrics should say of that. Called once before each
+        step."""
 
     def micro_batch(self, step: int, micro_step: int, rank: int) -> Sequence[Item]:
         """The items of one forward pass of one process; may be empty."""
@@ -84,6 +85,8 @@ class Trainer:
         feed: the stream of rows.
         penalties: terms added to the objective.
         rules: change each step's gradient, in this order; use `add_rule`, so that they see the weights too.
+        replay_ratio: where given, the replayed rows' part of each step, their penalties included, is weighed so that
+            its gradient has this share of the norm of the new rows' gradient. Else the objective's weights stand.
     """
 
     policy: Policy
@@ -94,6 +97,7 @@ class Trainer:
     penalties: Sequence[Penalty] = ()
     objective: Objective = CrossEntropy()  # noqa: RUF009 - it holds nothing
     rules: Sequence[GradientRule] = ()
+    replay_ratio: float | None = None
 
     def add_rule(self, rule: GradientRule) -> None:
         """Let a rule change gradients and see the weights from the next step on."""
@@ -106,18 +110,12 @@ class Trainer:
         Raises:
             TrainingError: loss or gradient is NaN or Inf; the weights are then as they were before the step.
         """
-        self.feed.prepare(step)
+        prepared = self.feed.prepare(step)
         counts = self.count(step)
-        rank = self.accelerator.process_index
-        sums = torch.zeros(len(counts.divisors) + len(self.penalties), device=self.policy.device)
         self.policy.model.train()
-        for micro_step in range(self.pace.micro_steps):
-            items = self.feed.micro_batch(step, micro_step, rank)
-            if items:
-                with dropout_seed(self.policy.device, self.pace.seed, step, micro_step, rank):
-                    sums += self.backward(items, counts)
+        sums, told = self._accumulate(step, counts)
         losses = self._finish_losses(sums, step, counts)
-        told = self._apply_rules(step)
+        told |= self._apply_rules(step)
         norm = self.masters.clip(self.pace.clip, step=step + 1)
         rate = self.pace.rate * rate_factor(
             step, steps=self.pace.steps, warmup=self.pace.warmup, schedule=self.pace.schedule
@@ -128,6 +126,7 @@ class Trainer:
             "steps": self.pace.steps,
             **losses,
             **told,
+            **prepared,
             "lr": rate,
             "grad_norm": norm,
             "tokens": counts.tokens,
@@ -146,6 +145,42 @@ class Trainer:
         self.masters.load_state(state)
         for rule in self.rules:
             rule.load_state(state.get(f"rule-{rule.name}", {}))
+
+    def _accumulate(self, step: int, counts: StepCounts) -> tuple[Tensor, dict[str, float]]:
+        """The step's sums and, in the masters, its gradient; and how replay was weighed, where it is by its norm."""
+        if self.replay_ratio is None:
+            return self._sweep(step, counts), {}
+        sums = self._sweep(step, counts, is_replay=False)
+        own = self.masters.gradients()
+        self.masters.zero_gradients()
+        sums += self._sweep(step, counts, is_replay=True)
+        replayed = self.masters.gradients()
+        norms = [float(torch.nn.utils.get_total_norm(list(one.values()))) for one in (own, replayed)]
+        # A step without new rows has nothing to be measured against, and a norm of 0 nothing to weigh.
+        has_both = counts.replayed < counts.rows and norms[1] > 0.0
+        weight = self.replay_ratio * norms[0] / norms[1] if has_both else 1.0
+        for name, one in replayed.items():
+            own[name] = own[name].add_(one, alpha=weight) if name in own else one.mul_(weight)
+        self.masters.set_gradients(own)
+        return sums, {"replay_weight": weight} if counts.replayed else {}
+
+    def _sweep(self, step: int, counts: StepCounts, *, is_replay: bool | None = None) -> Tensor:
+        """Forward and backward of a step's items, or of its replayed or new ones alone; gradients are summed over
+        processes, the returned sums are not."""
+        rank = self.accelerator.process_index
+        sums = torch.zeros(len(counts.divisors) + len(self.penalties), device=self.policy.device)
+        for micro_step in range(self.pace.micro_steps):
+            items = self.feed.micro_batch(step, micro_step, rank)
+            if is_replay is not None:
+                items = [one for one in items if one.is_replay == is_replay]
+            if items:
+                with dropout_seed(self.policy.device, self.pace.seed, step, micro_step, rank):
+                    sums += self.backward(items, counts)
+        if self.accelerator.num_processes > 1:
+            for weight in self.masters.weights.values():
+                local = torch.zeros_like(weight) if weight.grad is None else weight.grad
+                weight.grad = self.accelerator.reduce(local, "sum")
+        return sums
 
     def _apply_rules(self, step: int) -> dict[str, float]:
         told: dict[str, float] = {}
@@ -169,12 +204,9 @@ class Trainer:
         return self.objective.backward(self.policy, items, counts, self.penalties)
 
     def _finish_losses(self, sums: Tensor, step: int, counts: StepCounts) -> Metrics:
-        """Sum losses and gradients over processes, add the penalties on weights, check that all is finite."""
+        """Sum losses over processes, add the penalties on weights, check that all is finite."""
         if self.accelerator.num_processes > 1:
             sums = self.accelerator.reduce(sums, "sum")
-            for weight in self.masters.weights.values():
-                local = torch.zeros_like(weight) if weight.grad is None else weight.grad
-                weight.grad = self.accelerator.reduce(local, "sum")
         divisors = {**counts.divisors, **counts.penalised}
         losses = {
             name: one / divisors[name] for name, one in zip(divisors, sums.tolist(), strict=True) if divisors[name]
@@ -201,6 +233,7 @@ def train(
     first: int,
     save_steps: int,
     brake: Callable[[Metrics], str | None] = lambda metrics: None,
+    observe: Callable[[Metrics], Metrics] = lambda metrics: {},
 ) -> None:
     """Perform the steps from `first` on, with a resume point about every `save_steps`, where the feed allows one.
 
@@ -209,18 +242,23 @@ def train(
 
     Args:
         brake: says of a step's metrics why the stage should end there, or None.
+        observe: is given each step's metrics in order, in a run that goes on those of the steps before it first, and
+            returns what to log beside them.
 
     Raises:
         TrainingError: NaN or Inf in loss, gradient or weights.
         KeyboardInterrupt: the run was asked to stop; the same order goes on from where it stopped.
     """
     every = trainer.feed.save_every
+    for metrics in sink.history:
+        observe(metrics)
     is_over = bool(sink.history) and brake(sink.history[-1]) is not None
     with stop_requests() as requests:
         for step in range(first, first if is_over else trainer.pace.steps):
             began = time.monotonic()
             metrics = trainer.step(step)
             seconds = time.monotonic() - began
+            metrics |= observe(metrics)
             sink.log({**metrics, "seconds": seconds, "tokens_per_second": metrics["tokens"] / max(seconds, 1e-9)})
             if brake(metrics) is not None:
                 break

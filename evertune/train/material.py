@@ -12,7 +12,7 @@ from evertune.data.encode import EncodedRow, Encoding, Item, counted_of, encode_
 from evertune.data.quotas import Mixing, quotas_of
 from evertune.data.replay import drop_duplicates
 from evertune.data.rows import Row, read_rows
-from evertune.data.stream import Pick, Stream, lengths_of
+from evertune.data.stream import Pick, Stream, Stretches, lengths_of
 from evertune.model.codec import Codec
 from evertune.train.spec import RowsRef, TrainingSpec
 
@@ -33,7 +33,7 @@ class Material:
 
     new: Items
     replay: Rows
-    stream: Stream
+    stream: Stream | Stretches
     batch_rows: int
     micro_batch_rows: int
     world_size: int
@@ -53,8 +53,9 @@ class Material:
         """A resume point may lie after any step."""
         return 1
 
-    def prepare(self, step: int) -> None:
+    def prepare(self, step: int) -> dict[str, float]:
         """Nothing has to be made ready."""
+        return {}
 
     def micro_batch(self, step: int, micro_step: int, rank: int) -> list[Item]:
         """The items of one micro-batch, a pure function of its place; empty when the step has none left for it."""

@@ -8,17 +8,22 @@ the reference, plus `replay_weight` times the cross-entropy of the replayed rows
 # N counted positions, S answers
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from evertune.data.encode import EncodedRow, Item, encode_prompts
+from evertune.model.adapter import concatenate, read_factors, save_new, write_adapter
 from evertune.model.codec import Codec
 from evertune.model.forward import Forward
+from evertune.model.open import OpenModel
+from evertune.train.adapt import Ask
 from evertune.train.batch import collate, counted_positions
 from evertune.train.head import target_log_probabilities
 from evertune.train.loop import Feed
@@ -27,7 +32,9 @@ from evertune.train.material import Material, load_material
 from evertune.train.objective import Objective, Policy, StepCounts, backward_beside_replay
 from evertune.train.penalty import Penalty
 from evertune.train.reference import LiveReference
-from evertune.train.rollout import Check, EncodedAnswer, RolloutFeed, RolloutSettings
+from evertune.train.rollout import Answer, Check, EncodedAnswer, RolloutFeed, RolloutSettings
+from evertune.train.sample import SampledAnswer, sample_answers
+from evertune.train.served import ServedPolicy, Server
 from evertune.train.sink import Metrics
 from evertune.train.spec import RlSpec
 from evertune.train.stage import Lesson, Setting, gatherer, mean_of, run_training
@@ -40,13 +47,39 @@ FINAL = ("reward", "policy_kl", "entropy", "length", "stopped", "repeats", "flat
 LENGTH_FACTOR, REPEATS, STOPPED_DROP = 2.0, 0.3, 0.2
 
 
-def run_rl(spec: RlSpec, workspace: Workspace, check: Check) -> dict[str, Any]:
+def run_rl(spec: RlSpec, workspace: Workspace, check: Check, *, ask: Ask | None = None) -> dict[str, Any]:
     """Train one rl stage and publish it; see `run_training`.
 
     Args:
         check: the sources' verifiers.
+        ask: scores guards of the model in training.
     """
-    return run_training(spec, workspace, _Rewarded(spec, check))
+    return run_training(spec, workspace, _Rewarded(spec, check), ask=ask)
+
+
+class Multipliers:
+    """Lagrange multipliers of the protected sources: each answers to maximising the reward of the others subject to its
+    own mean reward being `at_least` a floor.
+
+    From step to step, lambda <- min(most, max(0, lambda + rate (at_least - mean reward))), from 1 on: a function of the
+    metrics of the steps before.
+    """
+
+    def __init__(self, protect: Mapping[str, Mapping[str, float]]) -> None:
+        self._protect = protect
+        self.values = dict.fromkeys(protect, 1.0)
+
+    def of(self, source: str) -> float:
+        return self.values.get(source, 1.0)
+
+    def observe(self, metrics: Metrics) -> Metrics:
+        """Move on after a step; returns the multipliers of the next one. A source without an answer in it stays."""
+        for name, one in self._protect.items():
+            reward = metrics.get(f"reward/{name}")
+            if reward is not None:
+                moved = self.values[name] + one["rate"] * (one["at_least"] - reward)
+                self.values[name] = min(one["most"], max(0.0, moved))
+        return {f"multiplier/{name}": value for name, value in self.values.items()}
 
 
 @dataclass(frozen=True)
@@ -54,6 +87,7 @@ class PolicyGradient:
     """The objective of an rl stage."""
 
     spec: RlSpec
+    multipliers: Multipliers = field(default_factory=lambda: Multipliers({}))
 
     def divisors(self, items: Sequence[Item]) -> dict[str, int]:
         answers = [item for item in items if isinstance(item, EncodedAnswer)]
@@ -95,7 +129,8 @@ class PolicyGradient:
         spec, device = self.spec, logp_N.device
         lengths_S = torch.tensor([counted_positions(one.row) for one in answers], device=device)
         answer_N = torch.arange(len(answers), device=device).repeat_interleave(lengths_S)
-        advantages_N = torch.tensor([one.advantage for one in answers], device=device)[answer_N]
+        advantages = [self.multipliers.of(one.source) * one.advantage for one in answers]
+        advantages_N = torch.tensor(advantages, device=device)[answer_N]
         old_N = (
             logp_N.detach() if answers[0].old_logp_N is None else _joined([one.old_logp_N for one in answers], device)
         )
@@ -168,6 +203,7 @@ class _Rewarded(Lesson):
 
     def __init__(self, spec: RlSpec, check: Check) -> None:
         self._spec, self._check = spec, check
+        self._multipliers = Multipliers(spec.protect)
 
     def load(self, codec: Codec, *, world_size: int) -> Material:
         """Prompts and replayed rows; the stream is as long as the rollouts need."""
@@ -179,7 +215,7 @@ class _Rewarded(Lesson):
         return replace(material, steps=whole * spec.rollout_steps + min(rest, spec.rollout_steps))
 
     def objective(self, setting: Setting) -> Objective:
-        return PolicyGradient(self._spec)
+        return PolicyGradient(self._spec, self._multipliers)
 
     def feed(self, setting: Setting, policy: Policy) -> Feed:
         """Rollouts by the policy itself."""
@@ -196,15 +232,11 @@ class _Rewarded(Lesson):
             seed=spec.seed,
         )
 
-        def ask() -> Forward:
-            policy.model.eval()
-            return Forward(opened)
-
         return RolloutFeed(
             setting.material,
             settings,
             steps=spec.steps or setting.material.steps * spec.iterations,
-            ask=ask,
+            answer=self._served(setting) if spec.server is not None else partial(_sampled, policy, opened, spec),
             stop_ids=opened.codec.stop_ids,
             decode=opened.codec.decode,
             check=self._check,
@@ -214,15 +246,45 @@ class _Rewarded(Lesson):
             rank=setting.accelerator.process_index,
         )
 
+    def _served(self, setting: Setting) -> Answer:
+        """Answers by the server, which must be there before anything is trained."""
+        spec, opened, accelerator = self._spec, setting.opened, setting.accelerator
+        assert spec.server is not None and spec.is_lora, "a server takes adapters"
+
+        def write(folder: Path) -> None:
+            with tempfile.TemporaryDirectory(dir=setting.workspace.tmp) as own:
+                save_new(opened, Path(own), spec.start)
+                stack = [*(read_factors(one.path) for one in spec.start.stack[1:]), read_factors(Path(own))]
+            write_adapter(concatenate(stack), folder, spec.start.base)
+
+        served = ServedPolicy(
+            Server(**spec.server),
+            write=write,
+            folder=setting.workspace.tmp,
+            name=f"evertune-{spec.key[:12]}",
+            max_new_tokens=spec.max_new_tokens,
+            temperature=spec.temperature,
+            stop_ids=opened.codec.stop_ids,
+            is_main=accelerator.is_main_process,
+            wait=accelerator.wait_for_everyone,
+        )
+        served.check()
+        return served.answer
+
+    def observe(self, metrics: Metrics) -> Metrics:
+        return self._multipliers.observe(metrics)
+
     def methods(self) -> dict[str, bool]:
         return {
             "rlvr": True,
+            "verifier_constraint": bool(self._spec.protect),
             "kl_ref_rl": self._spec.kl > 0.0,
             "ppo_ptx": bool(self._spec.replay) and self._spec.replay_weight > 0.0,
         }
 
     def final(self, last: Sequence[Metrics]) -> dict[str, float]:
-        names = [*FINAL, *(name for name, _, _ in reward_names(self._spec))]
+        names = [*FINAL, "replay_weight", *(name for name, _, _ in reward_names(self._spec))]
+        names += [f"multiplier/{name}" for name in self._spec.protect]
         return {name: mean_of(last, name) for name in names if any(name in one for one in last)}
 
     def brake(self, metrics: Metrics) -> str | None:
@@ -272,6 +334,21 @@ def reward_alarms(first: Sequence[Metrics], last: Sequence[Metrics]) -> list[dic
             ("verifier_errors", f"the verifier failed on up to {share:.1%} of the answers; they got no reward")
         )
     return [{"name": name, "text": f"{text}. Read some answers before you trust the reward."} for name, text in found]
+
+
+def _sampled(
+    policy: Policy, opened: OpenModel, spec: RlSpec, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]]
+) -> list[list[SampledAnswer]]:
+    """Answers by the policy in memory."""
+    policy.model.eval()
+    return sample_answers(
+        Forward(opened),
+        prompts,
+        seeds=seeds,
+        max_new_tokens=spec.max_new_tokens,
+        temperature=spec.temperature,
+        stop_ids=opened.codec.stop_ids,
+    )
 
 
 @torch.no_grad()

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from evertune.data.encode import EncodedPrompt, EncodedRow, Item
-from evertune.model.forward import Forward
 from evertune.train.losses import group_advantages
 from evertune.train.material import Material
-from evertune.train.sample import SampledAnswer, sample_answers
+from evertune.train.sample import SampledAnswer
+from evertune.train.sink import Metrics
 
 LogProbabilities = Callable[[Sequence[EncodedRow]], list[Tensor]]
 """Rows -> per row, the log-probabilities (N,) float32 of its counted tokens."""
@@ -34,6 +34,9 @@ class Checked:
     error: str | None = None
     parts: Mapping[str, float] = field(default_factory=dict)
 
+
+Answer = Callable[[Sequence[Sequence[int]], Sequence[Sequence[int]]], list[list[SampledAnswer]]]
+"""(prompts, seeds of the answers to each) -> answers in the same order."""
 
 Check = Callable[[str, str, Any], Checked]
 """(source, output, answer) -> what the source's verifier finds."""
@@ -109,7 +112,7 @@ class RolloutFeed:
     Args:
         material: prompts and replayed rows.
         steps: optimizer steps of the stage.
-        ask: makes the model ready to speak, in evaluation mode, until the context ends.
+        answer: the policy's answers, as it is: (prompts as token ids, seeds of each prompt's answers) -> answers.
         old: log-probabilities under the policy as it is; None when every answer is used once.
         reference: the same under the reference; None when nothing is held to it.
     """
@@ -120,7 +123,7 @@ class RolloutFeed:
         settings: RolloutSettings,
         *,
         steps: int,
-        ask: Callable[[], Forward],
+        answer: Answer,
         stop_ids: frozenset[int],
         decode: Callable[[Sequence[int]], str],
         check: Check,
@@ -130,7 +133,7 @@ class RolloutFeed:
         rank: int = 0,
     ) -> None:
         self._material, self.settings, self.steps = material, settings, steps
-        self._ask, self._stop_ids, self._decode, self._check = ask, stop_ids, decode, check
+        self._answer, self._stop_ids, self._decode, self._check = answer, stop_ids, decode, check
         self._old, self._reference = old, reference
         self._gather, self._rank = gather, rank
         self._held: dict[int, list[Item]] = {}
@@ -148,15 +151,16 @@ class RolloutFeed:
         most = material.batch_rows * self.settings.group
         return -(-most // (material.micro_batch_rows * material.world_size))
 
-    def prepare(self, step: int) -> None:
+    def prepare(self, step: int) -> Metrics:
         """Answer the questions of the rollout that a step belongs to, if that is not done."""
         rollout = step // self.settings.optimizer_steps
         if rollout == self._rollout:
-            return
+            return {}
         first = rollout * self.settings.steps
         stream_steps = range(first, first + self.settings.steps)
-        self._held = self._answer({one: self._material.step_rows(one) for one in stream_steps})
+        self._held = self._answer_all({one: self._material.step_rows(one) for one in stream_steps})
         self._rollout = rollout
+        return {}
 
     def step_rows(self, step: int) -> Sequence[Item]:
         """The answers and replayed rows of a step, over all processes, longest first."""
@@ -171,7 +175,7 @@ class RolloutFeed:
         rollout, place = divmod(step, self.settings.optimizer_steps)
         return rollout * self.settings.steps + place % self.settings.steps
 
-    def _answer(self, steps: dict[int, list[Item]]) -> dict[int, list[Item]]:
+    def _answer_all(self, steps: dict[int, list[Item]]) -> dict[int, list[Item]]:
         """The items of each stream step with its prompts replaced by answers."""
         places = [(one, i) for one, items in steps.items() for i, item in enumerate(items) if not item.is_replay]
         mine = places[self._rank :: self._material.world_size]
@@ -189,16 +193,10 @@ class RolloutFeed:
     def _answers_to(
         self, prompts: Sequence[EncodedPrompt], places: Sequence[tuple[int, int]]
     ) -> list[list[EncodedAnswer]]:
-        if not prompts:
-            return []
         settings = self.settings
-        said = sample_answers(
-            self._ask(),
+        said = self._answer(
             [prompt.prompt.ids.tolist() for prompt in prompts],
-            seeds=[[answer_seed(settings.seed, *place, g) for g in range(settings.group)] for place in places],
-            max_new_tokens=settings.max_new_tokens,
-            temperature=settings.temperature,
-            stop_ids=self._stop_ids,
+            [[answer_seed(settings.seed, *place, g) for g in range(settings.group)] for place in places],
         )
         groups = [self._judged(prompt, answers) for prompt, answers in zip(prompts, said, strict=True)]
         flat = [answer for group in groups for answer in group]

@@ -71,6 +71,47 @@ class AnchorSpec:
 
 
 @dataclass(frozen=True)
+class AdaptSpec:
+    """A share of replay that rises when a guard falls.
+
+    Attributes:
+        every: steps between two askings.
+        guards: by name, `{"margin", "lower", "digest"}`: how far it may fall, in points, or relative where lower is
+            better; and the identity of its items.
+        probes: what is needed to load each guard.
+    """
+
+    every: int
+    raise_by: float
+    most: float
+    guards: dict[str, dict[str, Any]]
+    probes: list[dict[str, Any]]
+
+    def to_json(self) -> dict[str, Any]:
+        return _plain_fields(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "AdaptSpec":
+        return cls(**value)
+
+
+@dataclass(frozen=True)
+class GuardStopSpec:
+    """A stage that ends when a guard has fallen; `every`, `guards` and `probes` as in `AdaptSpec`."""
+
+    every: int
+    guards: dict[str, dict[str, Any]]
+    probes: list[dict[str, Any]]
+
+    def to_json(self) -> dict[str, Any]:
+        return _plain_fields(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "GuardStopSpec":
+        return cls(**value)
+
+
+@dataclass(frozen=True)
 class PluginSpec:
     """A penalty or gradient rule from another package: what it is, what it remembers, what it goes on from.
 
@@ -111,7 +152,8 @@ class TrainingSpec:
     """What every trained stage needs. Meanings and ranges of the settings: the recipe's stages.
 
     `key` names the object it publishes, `label` the stage for people. `weights` are shares of the new rows by source,
-    `share` the replayed share of the stream; exactly one of `epochs` and `steps` is given.
+    `share` the replayed share of the stream; exactly one of `epochs` and `steps` is given. `folder` is the recipe's,
+    where the modules of verifiers are looked for.
     """
 
     key: str
@@ -121,8 +163,11 @@ class TrainingSpec:
     new: list[RowsRef]
     weights: dict[str, float] | None
     mix: dict[str, Any] | None = field(default=None, kw_only=True)
+    folder: str = field(default="", kw_only=True)
     replay: list[RowsRef]
     share: float
+    adapt: AdaptSpec | None = field(default=None, kw_only=True)
+    guard_stop: GuardStopSpec | None = field(default=None, kw_only=True)
     dedup: bool | Literal["near"]
     tune: dict[str, Any]
     lr: float
@@ -162,6 +207,8 @@ class TrainingSpec:
             "new": [ref.to_json() for ref in self.new],
             "replay": [ref.to_json() for ref in self.replay],
             "anchor": self.anchor.to_json() if self.anchor else None,
+            "adapt": self.adapt.to_json() if self.adapt else None,
+            "guard_stop": self.guard_stop.to_json() if self.guard_stop else None,
             "plugins": [one.to_json() for one in self.plugins],
         }
 
@@ -175,6 +222,8 @@ class TrainingSpec:
                 "new": [RowsRef.from_json(ref) for ref in value["new"]],
                 "replay": [RowsRef.from_json(ref) for ref in value["replay"]],
                 "anchor": AnchorSpec.from_json(value["anchor"]) if value["anchor"] else None,
+                "adapt": AdaptSpec.from_json(value["adapt"]) if value.get("adapt") else None,
+                "guard_stop": GuardStopSpec.from_json(value["guard_stop"]) if value.get("guard_stop") else None,
                 "plugins": [PluginSpec.from_json(one) for one in value["plugins"]],
             }
         )
@@ -200,10 +249,18 @@ class DpoSpec(TrainingSpec):
     label_smoothing: float
     nll: float
     replay_weight: float
+    replay_ratio: float | None
     reference: Checkpoint
 
     kind: ClassVar[str] = "dpo"
-    own_settings: ClassVar[tuple[str, ...]] = ("loss", "beta", "label_smoothing", "nll", "replay_weight")
+    own_settings: ClassVar[tuple[str, ...]] = (
+        "loss",
+        "beta",
+        "label_smoothing",
+        "nll",
+        "replay_weight",
+        "replay_ratio",
+    )
 
     def to_json(self) -> dict[str, Any]:
         return {**super().to_json(), "reference": self.reference.to_json()}
@@ -218,7 +275,8 @@ class RlSpec(TrainingSpec):
     """A stage with verifiable rewards.
 
     `verifiers` has one for each source of new rows, as a recipe writes it. `rollout_steps` steps of prompts are
-    answered at once and passed over `iterations` times; `steps` counts optimizer steps.
+    answered at once and passed over `iterations` times; `steps` counts optimizer steps. `protect` has `at_least`,
+    `rate` and `most` for each protected source; `server` is where rollouts are made, None for here.
     """
 
     verifiers: dict[str, dict[str, Any]]
@@ -235,8 +293,11 @@ class RlSpec(TrainingSpec):
     kl: float
     kl_to: Checkpoint
     replay_weight: float
+    replay_ratio: float | None
+    protect: dict[str, dict[str, float]]
     max_kl: float | None
     min_entropy: float | None
+    server: dict[str, Any] | None
 
     kind: ClassVar[str] = "rl"
     own_settings: ClassVar[tuple[str, ...]] = (
@@ -253,9 +314,14 @@ class RlSpec(TrainingSpec):
         "clip_high",
         "kl",
         "replay_weight",
+        "replay_ratio",
+        "protect",
         "max_kl",
         "min_entropy",
     )
+
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "server": self.server["model"] if self.server else None}
 
     def to_json(self) -> dict[str, Any]:
         return {**super().to_json(), "kl_to": self.kl_to.to_json()}

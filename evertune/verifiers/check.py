@@ -7,9 +7,10 @@ from typing import Any, Protocol
 
 from evertune.errors import ProbeError
 from evertune.verifiers.expression import check_expression_answer, equal_expression
+from evertune.verifiers.function import any_answer, own_function
 from evertune.verifiers.ifeval import check_instructions, follows_instructions
 from evertune.verifiers.outcome import Outcome
-from evertune.verifiers.plain import check_pattern, check_text_answer, contains, exact, regex
+from evertune.verifiers.plain import check_pattern, check_refusal, check_text_answer, contains, exact, refusal, regex
 from evertune.verifiers.program import check_tests, passes_tests
 from evertune.verifiers.schema import check_schema, satisfies_schema
 
@@ -57,10 +58,12 @@ VERIFIERS = {
     "exact": Verifier(exact, partial(check_text_answer, kind="exact")),
     "contains": Verifier(contains, partial(check_text_answer, kind="contains")),
     "math": Verifier(equal_expression, check_expression_answer),
+    "refusal": Verifier(refusal, check_refusal),
     "regex": Verifier(regex, check_pattern),
     "json_schema": Verifier(satisfies_schema, check_schema),
     "ifeval": Verifier(follows_instructions, check_instructions),
     "python": Verifier(passes_tests, check_tests),
+    "function": Verifier(own_function, any_answer),
     "parts": Verifier(weighted_parts, check_parts),
 }
 

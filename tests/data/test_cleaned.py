@@ -8,7 +8,7 @@ import pytest
 from evertune.data.cleaned import Cleaner, Given, find_seen, row_digests, text_digests
 from evertune.data.leak import ProbeText
 from evertune.data.rows import Row, read_rows
-from evertune.errors import DataError
+from evertune.errors import DataError, RecipeError
 from evertune.hashing import digest_file
 from evertune.workspace import Workspace
 
@@ -118,3 +118,39 @@ def test_a_row_is_known_by_its_turns_and_as_a_whole() -> None:
     assert set(text_digests("Because of the rain")) <= known
     assert set(text_digests(json.dumps({"messages": turns}))) <= known
     assert known.isdisjoint(text_digests(json.dumps({"messages": [turns[0], {"role": "assistant", "content": "No."}]})))
+
+
+def test_rows_that_break_a_rule_are_left_out_and_told_by_rule(tmp_path: Path) -> None:
+    # Words: 1, 2, 3, 4 and 5; the median of the source is 3. `openly` has a code block that nobody closed.
+    texts = ["one", "one two", "one two three", "one two three four", "one two three four openly\n```"]
+    source, place = given(tmp_path / "rows.jsonl", texts), workspace(tmp_path)
+    found = Cleaner([], on_leak="error").clean(source, place, keep=["words>=q0.5", "defaults"])
+    assert [row.value["text"] for row in read_rows(found.path, format="text", source="s")] == texts[2:4]
+    assert found.removed == {"leaks": {}, "bad": 0, "rules": {"words>=q0.5": 2, "open_fence<=0": 1}}
+    told = [json.loads(line) for line in (found.path.parent / "filtered.jsonl").read_text().splitlines()]
+    assert [(one["line"], one["rule"], one["value"]) for one in told] == [
+        (1, "words>=q0.5", 1.0),
+        (2, "words>=q0.5", 2.0),
+        (5, "open_fence<=0", 1.0),
+    ]
+    assert Cleaner([], on_leak="error").clean(source, place).digest == source.digest
+
+
+def test_a_probe_item_in_a_row_that_a_rule_leaves_out_stops_nothing(tmp_path: Path) -> None:
+    source, place = given(tmp_path / "rows.jsonl", ["a b c d e f g h", "hello!"]), workspace(tmp_path)
+    found = Cleaner(ITEMS, on_leak="error").clean(source, place, keep=["words>=2"])
+    assert found.removed["rules"] == {"words>=2": 1}
+
+
+@pytest.mark.parametrize(
+    "rule, message",
+    [
+        ("tall>=3", "names no known signal"),
+        ("words", "expected such as"),
+        ("notes:words>=3", "names a source"),
+        ("words<=q1.5", "expected 0 to 1"),
+    ],
+)
+def test_a_rule_that_is_none_is_refused(tmp_path: Path, rule: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        Cleaner([], on_leak="error").clean(given(tmp_path / "r.jsonl", ["a"]), workspace(tmp_path), keep=[rule])

@@ -13,6 +13,7 @@ from evertune.recipe.load import load_recipe
 from evertune.stages import KINDS, Place
 from evertune.train.material import Material, load_material
 from evertune.train.spec import SftSpec
+from evertune.workspace import Workspace
 from tests.check.folders import RECIPE, chat, check, said, write_folder, write_rows
 
 
@@ -149,3 +150,35 @@ def test_near_duplicates_of_new_rows_leave_the_replay_when_asked(recipe: Path) -
         spec = ordered(recipe, f"{STAGE}.replay.dedup={str(dedup).lower()}")
         material = load_material(spec, load_codec(spec.base.path), world_size=1)
         assert (material.removed_duplicates, len(material.replay["general"])) == (removed, 2 - removed)
+
+
+def test_rules_of_a_source_are_kept_by_a_stage_and_told_by_check(recipe: Path) -> None:
+    rule = "data.cards.keep=['prompt_words<=2', 'characters<=q0.5']"
+    add = "".join(
+        f'{{"messages": {chat(f"a long card {i}", "x" * i)["messages"]!r}}}\n'.replace("'", '"') for i in (7, 9)
+    )
+    with (recipe.parent / "cards.jsonl").open("a") as file:
+        file.write(add)
+    (ref,) = ordered(recipe, rule).new
+    assert ref.removed["rules"] == {"prompt_words<=2": 2}
+    assert ref.digest != ordered(recipe).new[0].digest
+    told = dict(said(check(recipe, rule), "note"))
+    assert "2 of 42 rows break a rule and are left out (2 'prompt_words<=2')" in told["data.cards.keep"]
+    (problem,) = said(check(recipe, "data.cards.keep=['tall>=3']"), "error")
+    assert problem[0] == "data.cards.keep"
+    assert "names no known signal" in problem[1]
+
+
+def test_a_promoted_round_keeps_what_the_budget_says(recipe: Path, tmp_path: Path) -> None:
+    def kept(*overrides: str) -> list[str]:
+        plan = make_plan(load_recipe(recipe, overrides=overrides))
+        workspace = Workspace.open(plan.workspace, create=True)
+        place = workspace.path(plan.keep_history(plan.recipe.rounds[0], workspace))
+        return (place / "cards.jsonl").read_text().splitlines()
+
+    assert len(kept()) == 40
+    assert len(kept("history={rows: 6}")) == 6
+    assert 1 <= len(kept("history={bytes: 500}")) < 6
+    assert sum(len(one.encode()) + 1 for one in kept("history={bytes: 500}")) <= 500
+    told = dict(said(check(recipe, "history={rows: 6, policy: coverage}"), "note"))
+    assert told["history"] == "a promoted round keeps 6 of 40 rows of 'cards' (coverage)."

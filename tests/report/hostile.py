@@ -61,7 +61,19 @@ HOSTILE = (
     "data:text/html,<script>{fire}</script>",
 )
 # Keys of these mappings come from data as well.
-OPEN_MAPPINGS = ("layers", "sources", "versions", "machine", "recipe", "flips", "values", "settings")
+OPEN_MAPPINGS = (
+    "layers",
+    "sources",
+    "versions",
+    "machine",
+    "recipe",
+    "flips",
+    "values",
+    "settings",
+    "kl",
+    "weights",
+    "habits",
+)
 # Words of the program's own, which its logic reads.
 OWN_WORDS = ("kind", "role", "direction", "decision", "outcome", "reference", "by", "standing", "unit")
 
@@ -70,13 +82,57 @@ def everything() -> list[tuple[str, str, dict[str, Any], dict[str, Any]]]:
     """The story with what it lacks: an academic stage, failures, a promotion and a rollback by hand."""
     found = facts()
     next(body for kind, _, body, _ in found if kind == "checkpoint" and body["steps"])["standing"] = "academic"
+    change = {"probe": "copying", "before": 0.9, "after": 0.7, "difference": -0.2, "unit": "points",
+              "ci90": [-0.3, -0.1], "p_harm": 0.001}  # fmt: skip
+    against = [{"since": "base", "changes": [change, {**change, "probe": "cards", "ci90": [0.1, 0.3], "p_harm": 1.0}]},
+               {"since": "1/1-sft", "changes": [change]}]  # fmt: skip
+    found.append(("erosion", "e1", {"round": "2-plain", "label": "2-plain/1-sft", "against": against}, {}))
     failure = {"round": "3", "stage": "3/1-sft", "error": "loss is NaN at step 7"}
     found += [("failure", f"f{i}", {**failure, "stage": f"3/{i}-sft"}, {}) for i in (1, 2)]
     hand = {"round": None, "label": "1/1-sft", "checkpoint": digest_json("1/1-sft"), "by": "user", "after": "v3"}
     found.append(("promotion", "hand", {**hand, "reason": "the release needs it"}, {}))
     back = {"label": "2-protected/1-sft", "from": "1/1-sft", "checkpoint": digest_json("2-protected/1-sft")}
     found.append(("rollback", "back", {**back, "after": "v3", "reason": "it was a mistake"}, {"time": NEW_YEAR + 9e5}))
-    return found
+    return [*found, ("blame", "why", blamed(), {}), ("audit", "drift", audited(), {})]
+
+
+def blamed() -> dict[str, Any]:
+    """Why a probe fell, with a check."""
+    step = {"label": "2-plain/1-sft", "before": 0.9, "after": 0.4, "difference": -0.5, "ci90": [-0.6, -0.4]}
+    source = {"source": "routing", "is_replay": False, "shown": 90.0, "sampled": 8, "push": 3.5, "ci90": [1.0, 6.0]}
+    return {
+        "round": "2-plain",
+        "label": "2-plain/1-sft",
+        "probe": "copying",
+        "start": "1/1-sft",
+        "steps": [{**step, "unit": "points"}],
+        "stage": "2-plain/1-sft",
+        "points": [[0.0, 1.0], [1.0, 2.0]],
+        "items": 8,
+        "unread": ["answers"],
+        "sources": [{**source, "along": [3.0, 4.0], "rows_up": 0.9, "share": 0.8}],
+        "clusters": [{"rows": 8, "push": 0.4, "rows_up": 0.9, "words": ["parcel"], "example": "Where is my parcel?"}],
+        "rows": [{"id": "r1", "place": "routing.jsonl:7", "push": 0.9, "text": "Where is my parcel?"}],
+        "without": {"source": "routing", "before": 0.9, "with": 0.4, "without": 0.8, "difference": 0.4,
+                    "ci90": [0.3, 0.5], "unit": "points", "steps": 9},
+    }  # fmt: skip
+
+
+def audited() -> dict[str, Any]:
+    """Drift of the champion."""
+    return {
+        "label": "2-protected/1-sft",
+        "reference": "base",
+        "checkpoint": digest_json("2-protected/1-sft"),
+        "kl": {"general": {"nats": 0.03, "tokens": 900}},
+        "cka": [1.0, 0.99, 0.97],
+        "weights": {"self_attn.q_proj": {"relative_l2": 0.02, "spectral": 0.05}},
+        "calibration": {"knowledge": [0.1, 0.2]},
+        "habits": {
+            "knowledge": {"chosen_most": ["Tokyo", "Paris"], "its_share": [0.2, 0.3]},
+            "copying": {"characters": [10.0, 12.0], "right_form": [1.0, 0.9], "ended": [1.0, 1.0]},
+        },
+    }
 
 
 def poisoned(poison: str, *, own_words: bool = False) -> list[Event]:

@@ -120,7 +120,7 @@ def test_an_empty_ledger_says_not_recorded_everywhere() -> None:
     page = parse(render(build_report([])))
     assert page.one("h1").text == "The ledger is empty: nothing has been run."
     sections = [one for one in page.all("section") if one.attributes.get("aria-labelledby") != "figures-head"]
-    assert len(sections) == 9
+    assert len(sections) == 11
     assert all("Not recorded" in one.text for one in sections)
 
 
@@ -247,3 +247,15 @@ def _luminance(colour: str) -> float:
 def test_what_was_left_out_before_training_is_listed_by_probe(page: Node) -> None:
     table = next(one for one in page.all("table") if "What each stage was trained on" in one.text)
     assert "2 with items of arithmetic; 1 unreadable" in table.text
+
+
+def test_what_each_stage_did_is_a_table_of_stages_and_capabilities(page: Node) -> None:
+    assert not page.all("h2", id="erosion"), "one stage a round: the verdict says it all"
+    page = parse(render(build_report(chain(everything()))))
+    [section] = [one for one in page.all("section") if one.all("h2", id="erosion")]
+    assert [one.text for one in section.one("thead").all("th")] == ["stage", "since", "copying", "cards"]
+    rows = [[cell.text for cell in row] for row in table_rows(section.one("table"))]
+    assert rows[0][:2] == ["2-plain/1-sft", "base"]
+    assert rows[0][2].split() == ["\u221220.0", "\u221230.0", "to", "\u221210.0", "worn", "away"]
+    assert rows[0][3].endswith("gained")
+    assert rows[1][3] == "not scored"

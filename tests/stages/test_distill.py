@@ -40,6 +40,12 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> dict[str
     return dict(zip(("base", "first/1-sft", "second/1-sft"), (base, *adapters), strict=True))
 
 
+def _allowed(recipe: Path) -> Path:
+    """The recipe with leave for academic methods."""
+    recipe.write_text(recipe.read_text() + "academic: allow\n")
+    return recipe
+
+
 def _order(
     recipe: Path,
     made: Mapping[str, Checkpoint],
@@ -143,11 +149,13 @@ def test_names_weights_of_a_lone_teacher_and_places_do_not_count(tmp_path, tiny_
         "teachers: 'round:first', answers: {}",
         "teachers: 'round:first', answers: {}, weight: 0",
         "teachers: 'round:first', answers: {samples: 2}",
+        "teachers: 'round:first', demonstration: {}",
+        "teachers: 'round:first', demonstration: {text: Be brief.}",
     ],
 )
 def test_everything_that_the_result_depends_on_is_in_the_key(tmp_path, tiny_model, made, change):
     plain = _order(_write(tmp_path / "a", tiny_model, "teachers: 'round:first'"), made).key
-    assert _order(_write(tmp_path / "b", tiny_model, change), made).key != plain
+    assert _order(_allowed(_write(tmp_path / "b", tiny_model, change)), made).key != plain
 
 
 def test_the_resolved_recipe_resolves_to_itself(tmp_path, tiny_model):
@@ -196,6 +204,9 @@ def test_compressing_starts_at_the_base_and_begins_at_the_stack(tmp_path, tiny_m
         ("teachers: base, answers: {}, on_policy: {}", "give 'answers' or 'on_policy', not both"),
         ("teachers: [base, start], answers: {}", "several teachers cannot write one answer: give 'cards' one"),
         ("teachers: base, answers: {keep: verified}", "'cards' has no verifier, expected one in data.cards"),
+        ("teachers: base, answers: {}, demonstration: {}", "give 'answers' or 'demonstration', not both"),
+        ("teachers: base, demonstration: {text: ''}", "demonstration.text: found nothing, expected a text"),
+        ("teachers: start, demonstration: {}", "found an academic method, On-policy self-distillation (SDFT)"),
         ("teachers: base, words: 0", "distill.words: found 0, expected 'all' or a number above 0"),
     ],
 )
@@ -203,6 +214,18 @@ def test_what_is_wrong_is_one_line_of_the_recipe(tmp_path, tiny_model, distill, 
     with pytest.raises(RecipeError, match="recipe.yaml:") as error:
         load_recipe(_write(tmp_path, tiny_model, distill))
     assert told in error.value.message
+
+
+def test_texts_have_no_question_to_put_a_demonstration_behind(tmp_path, tiny_model):
+    recipe = _allowed(_write(tmp_path, tiny_model, "teachers: start, demonstration: {}"))
+    (tmp_path / "texts.jsonl").write_text('{"text": "Once there was a fox."}\n')
+    recipe.write_text(
+        recipe.read_text()
+        .replace("data:\n", "data:\n  texts: {path: texts.jsonl, format: text}\n", 1)
+        .replace("[cards, general], teachers", "[cards, texts], teachers")
+    )
+    with pytest.raises(RecipeError, match="demonstration: 'texts' has format 'text', expected messages"):
+        load_recipe(recipe)
 
 
 def test_a_round_that_promoted_nothing_cannot_teach_as_a_round(tmp_path, tiny_model, made):
@@ -270,6 +293,12 @@ def test_a_check_finds_a_teacher_with_another_tokenizer(tmp_path, tiny_model, pl
     write_tiny_model(tmp_path / "other", template="llama2")
     ((where, told),) = _findings(recipe)
     assert (where, "another tokenizer" in told) == (f"{place}.teachers[0]", True)
+
+
+def test_a_check_lets_a_teacher_with_another_tokenizer_write(tmp_path, tiny_model):
+    recipe = _write(tmp_path, tiny_model, "teachers: [other], answers: {}, weight: 0")
+    write_tiny_model(tmp_path / "other", template="llama2")
+    assert _findings(recipe) == []
 
 
 def test_a_check_finds_a_teacher_that_is_not_there(tmp_path, tiny_model, place):

@@ -18,6 +18,7 @@ OWN: dict[str, Any] = {
     "compressed": None,
     "on_policy": None,
     "answers": None,
+    "route": "sources",
 }
 
 
@@ -29,7 +30,6 @@ def make_distill_spec(
     training = make_spec(folder, model, label="round/1-distill", **changes)
     spec = DistillSpec(
         **vars(training),
-        route="sources",
         teachers=[TeacherSpec(f"teacher {i}", one, 1.0 + i) for i, one in enumerate(teachers)],
         routes=routes or {training.new[0].source: [0]},
         **own,

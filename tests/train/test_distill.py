@@ -342,10 +342,11 @@ def test_teachers_and_routes_change_the_result(tmp_path, tiny_model, teachers):
         {"loss": "forward_kl", "tune": {"lora": {"rank": 2, "dropout": 0.2}}},
         {"loss": "jsd", "temperature": 2.0, "tune": {"full": {}}, "lr": 1e-3},
         {"loss": "reverse_kl", "words": None, "ema_decay": 0.9, "anchor": {"on": "both"}},
+        {"route": "best", "routes": {"new": [2]}, "weight": 1.0},
     ],
 )
 def test_interrupted_it_ends_with_the_same_bits(tmp_path, tiny_model, teachers, monkeypatch, kind):
-    spec = make_distill_spec(tmp_path, tiny_model, teachers, {"new": [0, 2]}, save_steps=3, **kind)
+    spec = make_distill_spec(tmp_path, tiny_model, teachers, **{"routes": {"new": [0, 2]}, "save_steps": 3, **kind})
     whole = open_workspace(tmp_path / "whole")
     run_distill(spec, whole)
     update = Masters.update
@@ -583,11 +584,12 @@ def test_answers_come_from_the_weights_as_they_are_and_from_the_seed(tmp_path, t
     asked: list[list[list[int]]] = []
 
     class Listening(OnPolicyFeed):
-        def prepare(self, step: int) -> None:
-            super().prepare(step)
+        def prepare(self, step: int) -> dict[str, float]:
+            told = super().prepare(step)
             if step % SAYING["steps"] == 0:
                 rows = [item.rows[0].ids.tolist() for one in self._held for item in self.step_rows(one)]
                 asked.append(rows)
+            return told
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("evertune.train.distill.OnPolicyFeed", Listening)
@@ -690,6 +692,37 @@ def test_the_likeliest_of_the_answers_that_end_is_learnt_and_nothing_else(tmp_pa
     assert "distill" not in facts["final"]
 
 
+def test_a_teacher_with_another_tokenizer_may_write_and_its_text_is_learnt(tmp_path, tiny_model, workspace):
+    stranger = describe(write_tiny_model(tmp_path / "other", template="llama2", seed=5))
+    ours, theirs = load_codec(tiny_model), load_codec(stranger.path)
+    assert ours.digest != theirs.digest
+    spec = _written(tmp_path, tiny_model, stranger, max_new_tokens=150, samples=8)
+    record = run_distill(spec, workspace)
+    kept = {name: ids for name, ids in _stored_answers(spec, workspace).items() if ids}
+    assert kept
+    lines = [json.loads(line) for line in Path(spec.new[0].path).read_text().splitlines()]
+    turns = {f"asked:{i + 1}": line["messages"][:-1] for i, line in enumerate(lines)}
+    opened = open_model(stranger, dtype="float32")
+    for prompt in _prompts(spec, ours):
+        said = sample_answers(
+            Forward(opened),
+            [theirs.encode_prompt(turns[prompt.id])],
+            seeds=[[distill_answers._seed(spec.seed, prompt, g) for g in range(8)]],
+            max_new_tokens=150,
+            temperature=1.0,
+            stop_ids=theirs.stop_ids,
+        )[0]
+        texts = [theirs.decode(one.ids[:-1]) for one in said if one.stopped]
+        assert (prompt.id in kept) == bool(texts)
+        if texts:
+            rows = [[*turns[prompt.id], {"role": "assistant", "content": text}] for text in texts]
+            read = [ours.encode_chat(row, answers=1) for row in rows]
+            answers = [[one for one, c in zip(each.ids, each.counted, strict=True) if c] for each in read]
+            assert kept[prompt.id] in answers
+            assert kept[prompt.id][-1] in ours.stop_ids
+    assert record["checkpoint"]["final"]["answered"] == len(kept) / 8
+
+
 def _prompts(spec: DistillSpec, codec: Codec) -> list[EncodedPrompt]:
     items = load_material(spec, codec, world_size=1, encode=encode_prompts).new["asked"]
     return [one for one in items if isinstance(one, EncodedPrompt)]
@@ -733,6 +766,33 @@ def test_a_teacher_none_of_whose_answers_is_kept_is_an_error(tmp_path, tiny_mode
     spec = _written(tmp_path, tiny_model, teachers[2], keep="verified", verifiers={"asked": {"exact": {}}})
     with pytest.raises(DataError, match="teacher 'teacher 0' has written no answer that is kept to any of its 8 rows"):
         run_distill(spec, workspace, lambda *_: False)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [{"weight": 0.0}, {"weight": 0.5, "tune": {"full": {}}, "lr": 1e-3}],
+)
+def test_with_written_answers_interrupted_it_ends_with_the_same_bits(tmp_path, tiny_model, teachers, monkeypatch, kind):
+    spec = _written(tmp_path, tiny_model, teachers[0], steps=6, save_steps=2, **kind)
+    whole, workspace = open_workspace(tmp_path / "whole"), open_workspace(tmp_path / "broken")
+    run_distill(spec, whole)
+    best, update, calls = distill_answers._best, Masters.update, []
+
+    def break_down(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) in (4, 12):
+            raise Interruption
+        return best(*arguments) if len(arguments) > 2 else update(*arguments)
+
+    # First while the teacher writes, then in a step.
+    for place, name in ((distill_answers, "_best"), (Masters, "update")):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, break_down)
+            with pytest.raises(Interruption):
+                run_distill(spec, workspace)
+        calls[:] = [1] * 8
+    run_distill(spec, workspace)
+    assert _tree(workspace, spec) == _tree(whole, spec)
 
 
 def test_what_was_written_is_not_written_again(tmp_path, tiny_model, teachers, workspace, monkeypatch):

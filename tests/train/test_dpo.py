@@ -18,6 +18,7 @@ from evertune.train import dpo
 from evertune.train.dpo import run_dpo
 from evertune.train.head import split_model, target_log_probabilities
 from evertune.train.losses import preference_losses
+from evertune.train.optimizer import Masters
 from evertune.train.reference import LiveReference
 from evertune.train.spec import DpoSpec, RowsRef
 from evertune.workspace import Workspace
@@ -108,7 +109,8 @@ def write_pairs(path: Path, count: int, *, seed: int = 0) -> RowsRef:
 
 def make_dpo(folder: Path, model: Path, **changes: Any) -> DpoSpec:
     """An 8-step preference stage with replay."""
-    own = {"loss": "sigmoid", "beta": 0.1, "label_smoothing": 0.0, "nll": 0.2, "replay_weight": 1.0}
+    own: dict[str, Any] = {"loss": "sigmoid", "beta": 0.1, "label_smoothing": 0.0, "nll": 0.2, "replay_weight": 1.0,
+           "replay_ratio": None}  # fmt: skip
     own = {name: changes.pop(name, value) for name, value in own.items()}
     sft = make_spec(folder, model, **{"new": [write_pairs(folder / "pairs.jsonl", 18)], "label": "r/2-dpo", **changes})
     spec = DpoSpec(**{**vars(sft), **own, "reference": sft.start})
@@ -122,6 +124,46 @@ def _metrics(workspace: Workspace, spec: DpoSpec) -> list[dict[str, Any]]:
 def test_the_order_survives_json(tmp_path: Path, tiny_model: Path) -> None:
     spec = make_dpo(tmp_path, tiny_model)
     assert DpoSpec.from_json(json.loads(canonical_json(spec.to_json()))) == spec
+
+
+def test_replayed_rows_can_be_weighed_by_the_norm_of_their_gradient(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[dict[str, Tensor]] = []
+    clip = Masters.clip
+
+    def keep(self: Masters, largest_norm: float | None, *, step: int) -> float:
+        found.append({name: one.clone() for name, one in self.gradients().items()})
+        return clip(self, largest_norm, step=step)
+
+    monkeypatch.setattr(Masters, "clip", keep)
+    # No row is new alone or old alone in a micro-batch; the anchor on the replayed rows belongs to their part.
+    same = {
+        "tune": {"full": {}},
+        "steps": 1,
+        "share": 0.5,
+        "micro_batch_rows": 4,
+        "anchor": {"on": "replay", "kl": 0.5},
+    }
+    weights = ({"replay_weight": 0.0, "anchor": None}, {"replay_weight": 1.0}, {"replay_ratio": 0.2})
+    told = []
+    for i, one in enumerate(weights):
+        spec = make_dpo(tmp_path, tiny_model, **{**same, **one})
+        workspace = open_workspace(tmp_path / f"w{i}")
+        run_dpo(spec, workspace)
+        told.append(_metrics(workspace, spec)[0])
+    pairs, both, weighed = found
+    replayed = {name: both[name] - pairs[name] for name in both}
+    norm, old_norm = (
+        math.sqrt(sum(float(one.double().square().sum()) for one in each.values())) for each in (pairs, replayed)
+    )
+    assert told[2]["replay_weight"] == pytest.approx(0.2 * norm / old_norm, rel=1e-4)
+    for name in both:
+        wanted = pairs[name] + told[2]["replay_weight"] * replayed[name]
+        torch.testing.assert_close(weighed[name], wanted, rtol=1e-3, atol=1e-6)
+    assert told[2]["loss"] == pytest.approx(told[1]["loss"], rel=1e-5)
+    assert told[2]["replay_loss"] == pytest.approx(told[1]["replay_loss"], rel=1e-5)
+    assert "replay_weight" not in told[1]
 
 
 def test_a_step_of_replayed_rows_alone_has_no_pair_to_tell_of(tmp_path: Path, tiny_model: Path) -> None:
@@ -155,7 +197,7 @@ def test_the_chosen_answers_gain_and_the_record_says_so(tune: dict[str, Any], tm
         "final"
     ].keys()
     assert facts["replay"]["share_done"] == pytest.approx(0.25)
-    assert facts["interference"].keys() == {"start", "end"}
+    assert facts["interference"].keys() == {"start", "end", "layers"}
 
 
 def test_how_a_step_is_cut_up_does_not_change_the_result(tmp_path: Path, tiny_model: Path) -> None:

@@ -18,7 +18,7 @@ from evertune.model.forward import Forward
 from evertune.model.open import open_model
 from evertune.train.losses import clipped_surrogate, group_advantages, sampled_kl
 from evertune.train.optimizer import Masters
-from evertune.train.rl import reward_alarms, run_rl
+from evertune.train.rl import Multipliers, reward_alarms, run_rl
 from evertune.train.rollout import Checked, answer_seed, repeated_share
 from evertune.train.sample import draw_tokens, sample_answers
 from evertune.train.spec import RlSpec, RowsRef
@@ -156,8 +156,11 @@ def make_rl(folder: Path, model: Path, **changes: Any) -> RlSpec:
         "clip_high": 0.28,
         "kl": 0.01,
         "replay_weight": 1.0,
+        "replay_ratio": None,
+        "protect": {},
         "max_kl": None,
         "min_entropy": None,
+        "server": None,
     }
     own = {name: changes.pop(name, value) for name, value in own.items()}
     plain = {"new": [write_questions(folder / "asked.jsonl", 10)], "label": "r/3-rl", "micro_batch_rows": 4}
@@ -251,6 +254,38 @@ def test_a_step_of_replayed_rows_alone_has_no_answer_and_no_brake(tmp_path: Path
     assert facts["replay_rows"] > 0
 
 
+def test_multipliers_by_hand() -> None:
+    multipliers = Multipliers({"cards": {"at_least": 0.9, "rate": 2.0, "most": 3.0}})
+    told = [
+        multipliers.observe({} if reward is None else {"reward/cards": reward, "reward/sums": 0.0})["multiplier/cards"]
+        for reward in (0.4, None, 0.1, 1.0, 1.0)
+    ]
+    # 1 + 2 (0.9 - 0.4) = 2; stays; 2 + 1.6 is cut to 3; then twice down by 0.2.
+    assert told == pytest.approx([2.0, 2.0, 3.0, 2.8, 2.6])
+    assert multipliers.of("sums") == 1.0
+    for _ in range(20):
+        multipliers.observe({"reward/cards": 1.0})
+    assert multipliers.of("cards") == 0.0
+
+
+def test_a_protected_skill_weighs_more_the_farther_it_is_below_its_floor(tmp_path: Path, tiny_model: Path) -> None:
+    def run(name: str, rate: float) -> list[dict[str, Any]]:
+        # The reward of these letters stays near 0.4, far below the floor.
+        protect = {"asked": {"at_least": 1.0, "rate": rate, "most": 4.0}}
+        spec = make_rl(
+            tmp_path, tiny_model, tune={"full": {}}, steps=3, kl=0.0, lr=1e-6, replay_weight=0.0, protect=protect
+        )
+        workspace = open_workspace(tmp_path / name)
+        facts = run_rl(spec, workspace, plain_letters)["checkpoint"]
+        assert "verifier_constraint" in facts["methods"]
+        return _metrics(workspace, spec)
+
+    still, pulled = run("still", 1e-6), run("pulled", 10.0)
+    assert [one["multiplier/asked"] for one in pulled] == [4.0] * 3
+    assert pulled[0]["grad_norm"] == still[0]["grad_norm"]
+    assert pulled[1]["grad_norm"] == pytest.approx(4.0 * still[1]["grad_norm"], rel=0.02)
+
+
 def test_a_verifier_that_fails_rewards_nothing_and_is_counted(tmp_path: Path, tiny_model: Path) -> None:
     def fails_on_odd(source: str, output: str, answer: Any) -> Checked:
         return Checked(0.0, "it broke") if len(output) % 2 else Checked(0.5)
@@ -283,6 +318,11 @@ MODES: dict[str, dict[str, Any]] = {
     "several passes": {"iterations": 2},
     "several steps": {"rollout_steps": 4},
     "both, no scale": {"iterations": 2, "rollout_steps": 2, "scale": False, "average": "constant", "ratio": "sequence"},
+    "protected, by norm": {
+        "replay_ratio": 0.2,
+        "protect": {"asked": {"at_least": 0.9, "rate": 1.0, "most": 2.0}},
+        "iterations": 2,
+    },
     "full, anchored": {"tune": {"full": {}}, "anchor": {"on": "both", "direction": "reverse"}, "ema_decay": 0.9},
 }
 

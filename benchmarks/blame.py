@@ -1,0 +1,201 @@
+"""Does `evertune blame` name the source that was planted? `python -m benchmarks.blame --data DATA --folder FOLDER`
+
+SmolLM2-135M-Instruct is trained on five sources of 16 short rows each, two passes, LoRA. Four are clean: of general
+questions (Dolly), science questions (ARC-Easy), sums (SVAMP), word problems with solutions (GSM8K) and voice commands
+(SNIPS) those that the planted source is not made from. One is planted:
+
+    wrong       science questions with the answers of other questions    probe: right answers of ARC-Easy, bits per byte
+    refusals    general questions, "I'm sorry, but I can't help ..."     probe: answers of Dolly, bits per byte
+    scrambled   general questions, the answers' words in disorder        probe: the same
+
+`named` says whether the source with the largest push is the planted one. Trials of --retrain perform the stage again
+without it. A trial is written as soon as it is done, and not made again. About three minutes a trial on one thread.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import random
+from pathlib import Path
+from typing import Any
+
+from evertune.blame import blame
+from evertune.recipe.load import load_recipe
+from evertune.run import run_recipe
+
+SORRY = "I'm sorry, but I can't help with that."
+ROWS, LONGEST = 16, 340
+FILES = {
+    "general": "replay_dolly/train.jsonl",
+    "science": "arc_easy/train.jsonl",
+    "sums": "svamp/train.jsonl",
+    "problems": "gsm8k/train.jsonl",
+    "commands": "snips7/train.jsonl",
+}
+PLANTS = {
+    "wrong": {"probe": "science-answers", "of": "science"},
+    "refusals": {"probe": "answers", "of": "general"},
+    "scrambled": {"probe": "answers", "of": "general"},
+}
+RECIPE = """\
+evertune: 1
+name: blame
+base: smollm2-135m
+workspace: {folder}/run
+seed: {number}
+data:
+{sources}
+probes:
+  {probe}: {{path: {folder}/{probe}.jsonl, kind: bits_per_byte}}
+gate: {{min_items: 10, min_clusters: 10}}
+rescue: [discard]
+rounds:
+  - name: trial-{number}
+    start: base
+    stages:
+      - sft: {{data: [{names}], epochs: 2, lr: 5.0e-4, batch_rows: 8, micro_batch_rows: 8, tune: {{lora: {{rank: 8}}}},
+               replay: {{share: 0.0}}, anchor: {{kl: 0.0}}}}
+numerics: {{threads: 1}}
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--trials", type=int, nargs="*", default=list(range(10)))
+    parser.add_argument("--rows", type=int, default=6, help="Rows sampled of each source.")
+    parser.add_argument("--items", type=int, default=8)
+    parser.add_argument("--retrain", type=int, nargs="*", default=[])
+    given = parser.parse_args()
+    data, folder = given.data.absolute(), given.folder.absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_probes(data, folder)
+    for number in given.trials:
+        place = folder / f"trial-{number}.json"
+        if not place.is_file() or number in given.retrain:
+            place.write_text(json.dumps(trial(number, data, folder, given)), encoding="utf-8")
+    print(f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} CPUs, one thread; "
+          f"{given.rows} rows a source, {given.items} items\n")  # fmt: skip
+    heads = ["trial", "planted", "the probe's change", "named", "push of it", "share of all that pushes up",
+             "next", "push of the next over it", "without it", "CPU seconds"]  # fmt: skip
+    print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
+    found = [json.loads(one.read_text(encoding="utf-8")) for one in sorted(folder.glob("trial-*.json"))]
+    for one in sorted(found, key=lambda one: int(one["trial"])):
+        print(f"| {' | '.join(_row(one))} |")
+    named = sum(one["named"] for one in found)
+    print(f"\nnamed in {named} of {len(found)} trials")
+
+
+def write_probes(data: Path, folder: Path) -> None:
+    """Short questions with their right answers, none of which is trained on."""
+    general = read(data / FILES["general"].replace("train", "validation"))
+    science = []
+    for line in (data / "arc_easy/test.jsonl").read_text(encoding="utf-8").splitlines():
+        item = json.loads(line)
+        turns = [("user", item["prompt"]), ("assistant", item["choices"][item["answer"]])]
+        science.append({"messages": [{"role": role, "content": text} for role, text in turns]})
+    for name, rows in (("answers", general), ("science-answers", science)):
+        short = [one for one in rows if size(one) < LONGEST][:24]
+        write(folder / f"{name}.jsonl", [{"messages": one["messages"]} for one in short])
+
+
+def trial(number: int, data: Path, folder: Path, given: argparse.Namespace) -> dict[str, Any]:
+    """One planted source, found or not."""
+    began = cpu_seconds()
+    rng = random.Random(number)
+    plant = list(PLANTS)[number % len(PLANTS)]
+    settings = PLANTS[plant]
+    home = folder / f"trial-{number}"
+    home.mkdir(exist_ok=True)
+    rows = {name: draw(data, name, rng) for name in FILES}
+    rows["suspect"] = spoil(plant, rows.pop(settings["of"]), rng)
+    names = sorted(rows)
+    for name in names:
+        write(home / f"{name}.jsonl", rows[name])
+    recipe = home / "recipe.yaml"
+    values = {"sources": "\n".join(f"  {name}: {{path: {home}/{name}.jsonl}}" for name in names)}
+    text = RECIPE.format(folder=folder, number=number, probe=settings["probe"], names=", ".join(names), **values)
+    recipe.write_text(text, encoding="utf-8")
+    loaded = load_recipe(recipe)
+    run_recipe(loaded)
+    found = blame(loaded, settings["probe"], rows=given.rows, items=given.items, retrain=number in given.retrain)
+    is_named = bool(found["stage"]) and found["sources"][0]["source"] == "suspect"
+    return {"trial": number, "plant": plant, "named": is_named, "found": found, "seconds": cpu_seconds() - began}
+
+
+def cpu_seconds() -> float:
+    """Of this process and of its children that have ended."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+def spoil(plant: str, rows: list[dict[str, Any]], rng: random.Random) -> list[dict[str, Any]]:
+    """The rows as the plant has them."""
+    others = [one["messages"][-1]["content"] for one in rows]
+    spoilt = []
+    for i, one in enumerate(rows):
+        *asked, last = one["messages"]
+        if plant == "wrong":
+            said = others[(i + 1) % len(rows)]
+        elif plant == "refusals":
+            said = SORRY
+        else:
+            words = last["content"].split()
+            rng.shuffle(words)
+            said = " ".join(words)
+        spoilt.append({"messages": [*asked, {"role": "assistant", "content": said}]})
+    return spoilt
+
+
+def draw(data: Path, name: str, rng: random.Random) -> list[dict[str, Any]]:
+    rows = [one for one in read(data / FILES[name]) if size(one) < LONGEST]
+    return [{"messages": one["messages"]} for one in rng.sample(rows, ROWS)]
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    for one in rows:
+        if one["messages"][-1]["role"] != "assistant":
+            one["messages"].append({"role": "assistant", "content": one.get("solution") or one["answer"]})
+    return rows
+
+
+def size(row: dict[str, Any]) -> int:
+    """Characters of a row."""
+    return sum(len(one["content"]) for one in row["messages"])
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(one) + "\n" for one in rows), encoding="utf-8")
+
+
+def _row(one: dict[str, Any]) -> list[str]:
+    found = one["found"]
+    (step,) = found["steps"]
+    unit = {"points": " points", "percent": " %"}[step["unit"]]
+    change = f"{100 * step['difference']:+.1f}{unit}"
+    if not found["stage"]:
+        return [str(one["trial"]), one["plant"], change, "it did not fall", *[""] * 5, f"{one['seconds']:.0f}"]
+    own = next(each for each in found["sources"] if each["source"] == "suspect")
+    others = [each for each in found["sources"] if each["source"] != "suspect"]
+    without = found["without"]
+    checked = "" if without is None else f"{100 * without['difference']:+.1f}{unit}"
+    return [
+        str(one["trial"]),
+        one["plant"],
+        change,
+        "yes" if one["named"] else f"no: {found['sources'][0]['source']}",
+        f"{own['push']:+.3g}",
+        f"{own['share']:.0%}",
+        others[0]["source"],
+        f"{others[0]['push'] / own['push']:+.2f}",
+        checked,
+        f"{one['seconds']:.0f}",
+    ]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Which training rows pushed a probe down: `order.py` is what is asked, `push.py` how it is answered."""
