@@ -1,8 +1,8 @@
 """Does `evertune blame` name the source that was planted? `python -m benchmarks.blame --data DATA --folder FOLDER`
 
-SmolLM2-135M-Instruct is trained on five sources of 16 short rows each, one pass, LoRA. Four are clean: science
-questions (ARC-Easy), sums (SVAMP), word problems with solutions (GSM8K), voice commands (SNIPS). One is planted, made
-from general questions (Dolly):
+SmolLM2-135M-Instruct, tuned on 96 general questions (Dolly), is trained on five sources of 16 short rows each, one
+pass, LoRA. Four are clean: science questions (ARC-Easy), sums (SVAMP), word problems with solutions (GSM8K), voice
+commands (SNIPS). One is planted, made from other general questions:
 
     reversed    each answer spelled backwards
     refusals    each answer is "I'm sorry, but I can't help with that."
@@ -27,7 +27,7 @@ from evertune.recipe.load import load_recipe
 from evertune.run import run_recipe
 
 SORRY = "I'm sorry, but I can't help with that."
-ROWS, LONGEST = 16, 340
+ROWS, TAUGHT, LONGEST = 16, 96, 340
 FILES = {
     "general": "replay_dolly/train.jsonl",
     "science": "arc_easy/train.jsonl",
@@ -44,8 +44,9 @@ evertune: 1
 name: blame
 base: smollm2-135m
 workspace: {folder}/run
-seed: {number}
+seed: 1
 data:
+  taught: {{path: {folder}/taught.jsonl}}
 {sources}
 probes:
   answers: {{path: {folder}/answers.jsonl, kind: bits_per_byte}}
@@ -55,6 +56,8 @@ rounds:
   - name: trial-{number}
     start: base
     stages:
+      - sft: {{data: [taught], epochs: 1, lr: 5.0e-4, batch_rows: 8, micro_batch_rows: 8,
+               tune: {{lora: {{rank: 8}}}}, replay: {{share: 0.0}}, anchor: {{kl: 0.0}}}}
       - sft: {{data: [{names}], epochs: 1, lr: 1.0e-3, batch_rows: 8, micro_batch_rows: 8, tune: {{lora: {{rank: 8}}}},
                replay: {{share: 0.0}}, anchor: {{kl: 0.0}}}}
 numerics: {{threads: 1}}
@@ -90,10 +93,12 @@ def main() -> None:
 
 
 def write_probe(data: Path, folder: Path) -> None:
-    """Short questions with their answers, none of which is trained on."""
+    """Short questions with their answers, none of which is trained on; and those that all trials start with."""
     rows = read(data / FILES[SPOILT].replace("train", "validation"))
     short = [one for one in rows if size(one) < LONGEST][:24]
     write(folder / f"{PROBE}.jsonl", [{"messages": one["messages"]} for one in short])
+    taught = [one for one in read(data / FILES[SPOILT]) if size(one) < LONGEST][:TAUGHT]
+    write(folder / "taught.jsonl", [{"messages": one["messages"]} for one in taught])
 
 
 def trial(number: int, data: Path, folder: Path, given: argparse.Namespace) -> dict[str, Any]:
@@ -136,7 +141,7 @@ def spoil(plant: str, rows: list[dict[str, Any]], rng: random.Random) -> list[di
 
 
 def draw(data: Path, name: str, rng: random.Random) -> list[dict[str, Any]]:
-    rows = [one for one in read(data / FILES[name]) if size(one) < LONGEST]
+    rows = [one for one in read(data / FILES[name]) if size(one) < LONGEST][TAUGHT if name == SPOILT else 0 :]
     return [{"messages": one["messages"]} for one in rng.sample(rows, ROWS)]
 
 
@@ -159,7 +164,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def _row(one: dict[str, Any]) -> list[str]:
     found = one["found"]
-    (step,) = found["steps"]
+    step = found["steps"][-1]
     unit = {"points": " points", "percent": " %"}[step["unit"]]
     change = f"{100 * step['difference']:+.1f}{unit}"
     if not found["stage"]:
