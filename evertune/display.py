@@ -124,7 +124,7 @@ class Display:
         """What each way to consolidate a round came to, and the one that is kept."""
         for name, verdict in best.verdicts.items():
             kept = "  [bold]kept[/]" if name == best.name else ""
-            told = f"{verdict.decision} by itself, gain {100 * gain(verdict):+.1f} points"
+            told = f"{verdict.decision}, gain {100 * gain(verdict):+.1f} points"
             self._console.print(f"  best of  {escape(name.ljust(10))} {told}{kept}")
 
     def teachers(self, label: str, forwards: int | None) -> None:
