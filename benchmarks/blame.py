@@ -1,6 +1,6 @@
 """Does `evertune blame` name the source that was planted? `python -m benchmarks.blame --data DATA --folder FOLDER`
 
-SmolLM2-135M-Instruct is trained on five sources of 16 short rows each, two passes, LoRA. Four are clean: of general
+SmolLM2-135M-Instruct is trained on five sources of 16 short rows each, one pass, LoRA. Four are clean: of general
 questions (Dolly), science questions (ARC-Easy), sums (SVAMP), word problems with solutions (GSM8K) and voice commands
 (SNIPS) those that the planted source is not made from. One is planted:
 
@@ -9,7 +9,7 @@ questions (Dolly), science questions (ARC-Easy), sums (SVAMP), word problems wit
     scrambled   general questions, the answers' words in disorder        probe: the same
 
 `named` says whether the source with the largest push is the planted one. Trials of --retrain perform the stage again
-without it. A trial is written as soon as it is done, and not made again. About three minutes a trial on one thread.
+without it. A trial is written as soon as it is done, and not made again. About a minute of CPU a trial.
 """
 
 import argparse
@@ -55,7 +55,7 @@ rounds:
   - name: trial-{number}
     start: base
     stages:
-      - sft: {{data: [{names}], epochs: 2, lr: 5.0e-4, batch_rows: 8, micro_batch_rows: 8, tune: {{lora: {{rank: 8}}}},
+      - sft: {{data: [{names}], epochs: 1, lr: 1.0e-3, batch_rows: 8, micro_batch_rows: 8, tune: {{lora: {{rank: 8}}}},
                replay: {{share: 0.0}}, anchor: {{kl: 0.0}}}}
 numerics: {{threads: 1}}
 """
@@ -66,8 +66,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--trials", type=int, nargs="*", default=list(range(10)))
-    parser.add_argument("--rows", type=int, default=6, help="Rows sampled of each source.")
-    parser.add_argument("--items", type=int, default=8)
+    parser.add_argument("--rows", type=int, default=4, help="Rows sampled of each source.")
+    parser.add_argument("--items", type=int, default=6)
     parser.add_argument("--retrain", type=int, nargs="*", default=[])
     given = parser.parse_args()
     data, folder = given.data.absolute(), given.folder.absolute()

@@ -568,7 +568,7 @@ def _scan(
     plan, workspace = session.plan.asked(held_out=False), session.workspace
     line = _line(session, candidate, reference)
     asked = [[each.name, each.digest] for each in plan.probes]
-    key = digest_json({"kind": "scan", "version": 3, "shares": list(shares), "probes": asked, **line.identity})
+    key = digest_json({"kind": "scan", "version": 4, "shares": list(shares), "probes": asked, **line.identity})
     if workspace.manifest(key) is None:
         probes = [plan.probe_job(each) for each in plan.probes]
         job = {"kind": "scan", "label": one.name, "key": key, "shares": list(shares), "probes": probes, **line.job}
@@ -588,7 +588,7 @@ def _write_interpolation(
     workspace = session.workspace
     line = _line(session, candidate, reference)
     plain = list(share) if isinstance(share, tuple) else share
-    key = digest_json({"kind": "interpolate", "version": 2, "share": plain, **line.identity})
+    key = digest_json({"kind": "interpolate", "version": 3, "share": plain, **line.identity})
     if workspace.manifest(key) is None:
         session.workers.run({"kind": "interpolate", "label": one.name, "key": key, "share": plain, **line.job})
     checkpoint = describe(workspace.path(key), cache=workspace.cache / "digests.json")

@@ -202,7 +202,8 @@ def _named_checkpoints(look: Look) -> Iterator[tuple[str, str]]:
 def look_at_leaks(look: Look) -> None:
     """Rows that are trained on or replayed and hold an item of a probe: errors, or left out from here on."""
     stages = [one.stage.settings for one in placed_stages(look.recipe)]
-    finder = LeakFinder(text for probe in look.probes for text in probe.texts())
+    texts = [look.attempt(f"probes.{one.name}", one.texts) or [] for one in look.probes]
+    finder = LeakFinder(text for each in texts for text in each)
     for name in sorted({name for stage in stages for name in sources_of(look.recipe, stage)} & set(look.rows)):
         found = finder.find(look.rows[name])
         leaks = [one for one in found if one.is_leak]

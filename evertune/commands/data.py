@@ -9,11 +9,13 @@ import typer
 
 if TYPE_CHECKING:
     from evertune.data.mixed import Mixed
-    from evertune.data.sift import Reader
+    from evertune.data.sift import BadRows, Reader
 
 app = typer.Typer(
     no_args_is_help=True, help="Look at training rows; deduplicate, filter and mix them; trace and remove."
 )
+
+BAD_SHOWN = 3
 
 Files = Annotated[
     list[Path], typer.Argument(metavar="FILES", help="JSONL (.gz, .zst), Parquet, Arrow, globs, or datasets:NAME.")
@@ -87,7 +89,7 @@ def dedup(
     )
     if extend:
         keep()
-    _tell(told.to_json(), out, as_json)
+    _tell(told.to_json(), out, as_json, bad)
 
 
 @app.command("filter")
@@ -153,7 +155,7 @@ def filter_(
         examples=samples,
         reader=reader,
     )
-    _tell({**told.to_json(), "bounds": bounds}, out, as_json)
+    _tell({**told.to_json(), "bounds": bounds}, out, as_json, bad)
 
 
 @app.command()
@@ -187,7 +189,7 @@ def decontaminate(
         examples=3,
         reader=reader,
     )
-    _tell(told.to_json(), out, as_json)
+    _tell(told.to_json(), out, as_json, bad)
 
 
 def _reader(engine: str, workers: int) -> "Reader":
@@ -329,7 +331,8 @@ def mix(
 def _mixed_lines(found: "Mixed", out: Path | None) -> Iterator[str]:
     for name, count in found.rows.items():
         yield f"{count:>9} rows  {found.passes[name]:>6.2f} passes  {name}"
-    yield f"replay is {found.share:.1%} of {sum(found.rows.values())} rows"
+    total = sum(found.rows.values())
+    yield f"replay is {found.share:.1%} of {total} rows" if found.share else f"{total} rows, no replay"
     yield from (f"warning: {warning}" for warning in found.warnings)
     if found.quarantined:
         yield f"{found.quarantined} rows could not be read" + (f": see {out}.quarantine.jsonl" if out else "")
@@ -370,7 +373,7 @@ def select(
     decide = sift.select_rows(sources, rows, policy=policy, class_field=class_field, scorer=scorer, seed=seed, bad=bad)
     asked = {"rows": rows, "policy": policy, "class": class_field, "model": model, "seed": seed}
     told = sift.sift(sources, decide, out, operation="select", settings=asked, bad=bad, suffix=f".{written_as}")
-    _tell(told.to_json(), out, as_json)
+    _tell(told.to_json(), out, as_json, bad)
 
 
 @app.command()
@@ -516,10 +519,10 @@ def _inspection_lines(one: Mapping[str, Any], bad: list[dict[str, Any]]) -> list
 
     tokens = f", {one['tokens']:,} tokens" if one["tokens"] is not None else ""
     lines = [f"{one['name']}: {one['rows']:,} rows of format {one['format']}, {one['characters']:,} characters{tokens}"]
-    for problem in bad[:3]:
+    for problem in bad[:BAD_SHOWN]:
         lines.append(f"  cannot be read: {problem['file']}:{problem['line']}: {problem['problem']}")
-    if len(bad) > 3:
-        lines.append(f"  cannot be read: {len(bad) - 3} more rows")
+    if len(bad) > BAD_SHOWN:
+        lines.append(f"  cannot be read: {len(bad) - BAD_SHOWN} more rows")
     exact, near = one["duplicates"]["exact"], one["duplicates"]["near"]
     lines.append(f"  duplicates   {exact} exact, {near} near (Jaccard 0.8)")
     lines.append("  turns        " + ", ".join(f"{name} {count}" for name, count in one["turns"].items()))
@@ -539,7 +542,7 @@ def _inspection_lines(one: Mapping[str, Any], bad: list[dict[str, Any]]) -> list
     return [*lines, ""]
 
 
-def _tell(body: Mapping[str, Any], out: Path | None, as_json: bool) -> None:
+def _tell(body: Mapping[str, Any], out: Path | None, as_json: bool, bad: "BadRows") -> None:
     if as_json:
         typer.echo(json.dumps(body, indent=2, ensure_ascii=False))
         return
@@ -550,12 +553,16 @@ def _tell(body: Mapping[str, Any], out: Path | None, as_json: bool) -> None:
             typer.echo(f"  {count:>8}  {reason}")
     if body["quarantined"]:
         typer.echo(f"{body['quarantined']} rows could not be read" + (": see quarantine.jsonl" if out else ""))
+        for one in bad.found[:BAD_SHOWN]:
+            typer.echo(f"  {one['file']}:{one['line']}: {one['problem']}")
     shown = {reason: examples for reason, examples in body["examples"].items() if examples}
     for reason, examples in shown.items():
         typer.echo(f"\n{reason}, for example:")
         for one in examples:
             facts = ", ".join(
-                f"{key} {value}" for key, value in one.items() if key not in ("row", "source", "file", "line", "reason")
+                f"{key} {f'{value:.4g}' if isinstance(value, float) else value}"
+                for key, value in one.items()
+                if key not in ("row", "source", "file", "line", "reason")
             )
             typer.echo(f"  {one['file']}:{one['line']}  {facts}\n    {_short(one['row'])}")
     typer.echo(f"\nwrote {out}" if out else "\nNothing was written: give --out FOLDER to write what stays.")

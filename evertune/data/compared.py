@@ -24,6 +24,9 @@ _DASHES = re.compile("[\u2010-\u2015\u2212]")
 # Marks of a sentence. One before a digit is part of a number (1.5, .5, 10:30), one before "=" of a sign (!=): it stays.
 _MARKS = re.compile('["\u201c-\u201f\u00ab\u00bb\u2039\u203a\u300c\u300d\u3001\u3002\u00bf\u00a1]|[.,;:!?]+(?![\\d=])')
 
+_ASCII_MARKS = re.compile("[.,;:!?]+(?![0-9=])")
+_ASCII_QUOTES = str.maketrans('"', " ", "'`")
+
 
 def normalise_text(text: str) -> str:
     """Text for comparison: two texts that a reader takes for the same become equal, two that mean different things not.
@@ -32,6 +35,9 @@ def normalise_text(text: str) -> str:
     quotes and the marks . , ; : ! ? become a space unless a digit or "=" follows, and white space becomes single
     spaces. Other signs stay: "5*3" and "5/3", "-5" and "5", f(x) and f[x] differ. May be empty.
     """
+    if text.isascii():
+        # The same, as most text needs it: the rest below is about characters that ASCII has not.
+        return " ".join(_ASCII_MARKS.sub(" ", text.lower().translate(_ASCII_QUOTES)).split())
     # Before folding: an invisible character keeps a letter from its accent, and NFKC splits the spacing acute accent.
     visible = _INVISIBLE.sub("", text).replace("\u00b4", "")
     folded = _APOSTROPHES.sub("", unicodedata.normalize("NFKC", visible).casefold())

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -78,9 +79,7 @@ def _in_order(
 
 
 def _of_batch(batch: list[tuple[dict[str, Any], str]], part: Part, width: int) -> Fingerprints:
-    from pathlib import Path
-
-    texts = [compared_text(Row("", "", 0, Path(), value, format), part) for value, format in batch]
+    texts = [compared_text(Row("", "", 0, _NOWHERE, value, format), part) for value, format in batch]
     digests = b"".join(hashlib.blake2b(text.encode(), digest_size=16).digest() for text in texts)
     wholes = b"".join(hashlib.blake2b(_bytes_of(value), digest_size=8).digest() for value, _ in batch)
     return Fingerprints(
@@ -90,8 +89,14 @@ def _of_batch(batch: list[tuple[dict[str, Any], str]], part: Part, width: int) -
     )
 
 
+_NOWHERE = Path()
+
+# Made once: json.dumps would make one for each row.
+_ENCODER = json.JSONEncoder(sort_keys=True, ensure_ascii=False)
+
+
 def _bytes_of(value: dict[str, Any]) -> bytes:
-    return json.dumps(value, sort_keys=True, ensure_ascii=False).encode()
+    return _ENCODER.encode(value).encode()
 
 
 def batched(rows: Iterable[Row], size: int = BATCH_ROWS) -> Iterator[list[Row]]:

@@ -52,6 +52,28 @@ def values_of(path: Path, *, bad: Bad | None = None) -> Iterator[tuple[int, dict
     return _json_values(path, bad)
 
 
+def is_json(path: Path) -> bool:
+    """Its rows are lines of JSON, whatever they are packed in."""
+    return not path.name.endswith((".parquet", ".arrow"))
+
+
+def raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Numbers and bytes of the lines of a JSONL file that was read before; those that are too long are left out."""
+    number = 0
+    with _open(path) as file:
+        while line := file.readline(LINE_BYTES + 1):
+            number += 1
+            if len(line) <= LINE_BYTES:
+                yield number, line
+            while len(line) > LINE_BYTES and not line.endswith(b"\n"):
+                line = file.readline(LINE_BYTES + 1)
+
+
+def read_line(line: bytes) -> dict[str, Any]:
+    """The value of a line that was read before."""
+    return _parse(line, "")
+
+
 def _json_values(path: Path, bad: Bad | None) -> Iterator[tuple[int, dict[str, Any]]]:
     number = 0
     try:

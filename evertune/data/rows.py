@@ -149,13 +149,14 @@ def read_rows(
 
 
 def detect_format(pattern: Path) -> str:
-    """The format that the first row of a source speaks for; the more demanding one where two fit.
+    """The format that the first row of a source speaks for that can be read; the more demanding one where two fit.
 
     Raises:
-        DataError: there is no row, or its fields fit no format.
+        DataError: there is no row, none can be read, or the first one's fields fit no format.
     """
+    unread: list[DataError] = []
     for path in files_of(pattern):
-        for line, value in values_of(path):
+        for line, value in values_of(path, bad=lambda number, data, error: unread.append(error)):
             fitting = fitting_formats(value)
             for format in ("preference", "choice", "messages", "verifiable", "text"):
                 if format in fitting:
@@ -164,6 +165,8 @@ def detect_format(pattern: Path) -> str:
                 f"{path}:{line}: found the fields {', '.join(value) or 'none'}, expected those of a format.",
                 remedy="Name the format with --format to see what is missing.",
             )
+    if unread:
+        raise unread[0]
     raise DataError(f"{pattern}: found no rows, expected one or more.", remedy="Fill the file, or leave it out.")
 
 

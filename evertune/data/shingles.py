@@ -26,6 +26,7 @@ Indices = NDArray[np.int64]
 _UNSPACED = re.compile("([\u0e00-\u0eff\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff])")
 _ODD = 0x9E3779B97F4A7C15
 _SPACE, _NEWLINE = 32, 10
+_BUCKETS = 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,9 +91,12 @@ def distinct(values: Hashes) -> Hashes:
 
 def common_hashes(shingles: Shingles, share: float) -> Hashes:
     """Hashes in more than this share of the rows: a template, which says nothing about what differs. Ascending."""
-    ordered = np.sort(shingles.hashes)
-    if len(ordered) == 0:
-        return ordered
+    if len(shingles.hashes) == 0:
+        return shingles.hashes
+    # A crowded hash makes its bucket crowded: only what lies in such buckets is sorted.
+    buckets = (shingles.hashes & np.uint64(_BUCKETS - 1)).astype(np.int64)
+    is_crowded = np.bincount(buckets, minlength=_BUCKETS) > share * len(shingles)
+    ordered = np.sort(shingles.hashes[is_crowded[buckets]])
     first = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1], [True]]))
     return ordered[first[:-1][np.diff(first) > share * len(shingles)]]
 

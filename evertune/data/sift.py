@@ -11,10 +11,12 @@ writing are done here, file after file, or over machines (`spread.py`): the deci
 
 import json
 import re
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -26,13 +28,14 @@ from evertune.data.dedup import Earlier, Memory, Several, find_templates, resolv
 from evertune.data.fingerprint import Fingerprints, batched, fingerprint, join
 from evertune.data.index import DedupIndex
 from evertune.data.leak import Leak, LeakFinder, ProbeText
+from evertune.data.lines import is_json, raw_lines, read_line
 from evertune.data.quality import Rule, asked_and_said, bounds_of, broken_rule, signals_of
 from evertune.data.replay import reservoir
 from evertune.data.rows import Row, detect_format, files_of, iter_rows
 from evertune.data.select import class_balanced, coverage, highest_score
 from evertune.data.shingles import WIDTH
 from evertune.data.write import RowWriter, row_writer
-from evertune.errors import DataError
+from evertune.errors import DataError, RecipeError
 from evertune.hashing import digest_file
 from evertune.workspace.disk import write_atomically
 
@@ -253,7 +256,14 @@ def filter_rows(
 
     Args:
         scorers: signals beside those of `quality.py`.
+
+    Raises:
+        RecipeError: a rule is of a source that is not there.
     """
+    there = [source.name for source in sources]
+    for rule in rules:
+        if rule.source and rule.source not in there:
+            raise RecipeError(f"the rule '{rule}' is of source '{rule.source}'; there are: {', '.join(there)}.")
     scored = dict(scorers or {})
     names = list(dict.fromkeys(rule.signal for rule in rules))
     values: list[dict[str, NDArray[np.float64]]] = []
@@ -390,10 +400,15 @@ class Sifted:
 
 def check_out(out: Path | None) -> None:
     """Raise DataError where the folder to write holds something: before hours of scoring, not after."""
-    if out is not None and out.exists() and any(out.iterdir() if out.is_dir() else [out]):
+    if out is None or not out.exists() or not any(out.iterdir() if out.is_dir() else [out]):
+        return
+    if (out / MANIFEST).exists():
+        # Rows that an index has taken in stand nowhere else: who deletes them and asks again gets nothing.
         raise DataError(
-            f"{out}: found something there, expected a new or empty folder.", remedy="Choose another --out."
+            f"{out}: found a finished result there ({MANIFEST} is written last), expected a new or empty folder.",
+            remedy="Use it, or choose another --out.",
         )
+    raise DataError(f"{out}: found something there, expected a new or empty folder.", remedy="Choose another --out.")
 
 
 def sift(
@@ -424,19 +439,22 @@ def sift(
 class Here:
     """Reads and writes in this process, file after file; fingerprints may be made by several."""
 
+    def __init__(self) -> None:
+        self._lines: dict[tuple[str, Path], array[int]] = {}
+
     def fingerprints(
         self, source: Source, settings: DedupSettings, places: Places, bad: BadRows | None
     ) -> Fingerprints:
-        rows = places.note(rows_of(source, bad))
+        rows = places.note(self._noted(source, bad))
         return fingerprint(rows, part=settings.part, width=settings.width, workers=settings.workers)
 
     def signals(
         self, source: Source, names: Sequence[str], scorers: Mapping[str, Scorer], bad: BadRows | None
     ) -> dict[str, NDArray[np.float64]]:
-        return measure(rows_of(source, bad), names, scorers)
+        return measure(self._noted(source, bad), names, scorers)
 
     def leaks(self, source: Source, finder: LeakFinder, bad: BadRows | None) -> list[tuple[int, Leak]]:
-        return finder.judge([finder.look(rows_of(source, bad))])
+        return finder.judge([finder.look(self._noted(source, bad))])
 
     def divide(
         self, sources: Sequence[Source], decide: Decide, out: Path | None, *, suffix: str, examples: int
@@ -445,52 +463,93 @@ class Here:
         with ExitStack() as stack:
             gone = stack.enter_context(row_writer(out / REMOVED)) if out is not None else None
             for i, source in enumerate(sources):
+                name = f"{source.name}{suffix}"
+                kept = before = 0
                 with ExitStack() as one:
-                    name = f"{source.name}{suffix}"
                     stays = one.enter_context(row_writer(out / name)) if out is not None else None
-                    # What was bad in the first reading is bad again, and told already.
-                    numbered = enumerate(rows_of(source, BadRows()))
-                    divided = divide_rows(
-                        ((row, decide(i, number)) for number, row in numbered), stays, gone, examples=examples
-                    )
-                told.add(source.name, divided, examples=examples)
+                    for file in files_of(source.path):
+                        part, lines = Source(source.name, file, source.format), self._lines.get((source.name, file))
+                        facts_of = partial(_from, decide, i, before)
+                        divided = divide_file(part, lines, facts_of, stays, gone, examples=examples)
+                        told.add(source.name, divided, examples=examples)
+                        kept += divided.kept
+                        before += divided.kept + divided.removed.total()
                 if out is not None:
-                    outputs.append(Output(source.name, name, source.format, divided.kept, digest_file(out / name)))
+                    outputs.append(Output(source.name, name, source.format, kept, digest_file(out / name)))
         return told, outputs
+
+    def _noted(self, source: Source, bad: BadRows | None) -> Iterator[Row]:
+        """The rows, and the line of each kept: with it the second reading need not look into lines."""
+        for row in rows_of(source, bad):
+            self._lines.setdefault((source.name, row.file), array("q")).append(row.line)
+            yield row
+
+
+def _from(decide: Decide, source: int, before: int, number: int) -> Mapping[str, Any] | None:
+    return decide(source, before + number)
 
 
 @dataclass
 class Divided:
-    """Rows of one source, or of a part of it: how many stay, how many go by reason, and examples of these."""
+    """Rows of a file: how many stay, how many go by reason, and examples of these."""
 
     kept: int = 0
     removed: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
 
-def divide_rows(
-    rows: Iterable[tuple[Row, Mapping[str, Any] | None]],
+def divide_file(
+    source: Source,
+    lines: Sequence[int] | None,
+    facts_of: Callable[[int], Mapping[str, Any] | None],
     stays: RowWriter | None,
     gone: RowWriter | None,
     *,
     examples: int,
 ) -> Divided:
-    """Write rows with what was decided about them, to the one file or the other where there are any."""
+    """Write the rows of one file, to the one place or the other where there are any. Lines of JSON stay as they are.
+
+    Args:
+        source: of this file alone.
+        lines: where its rows stand, when it was read before.
+        facts_of: what was decided about a row, by its number in the file.
+    """
     told = Divided()
-    for row, facts in rows:
+    for number, (line, raw, value) in enumerate(_again(source, lines)):
+        facts = facts_of(number)
         if facts is None:
             told.kept += 1
-            if stays is not None:
-                stays.add(row.value)
+            if stays is None:
+                continue
+            if raw is not None:
+                stays.copy(raw)
+            else:
+                stays.add(value)
             continue
         reason = str(facts["reason"])
         told.removed[reason] += 1
-        place = {"source": row.source, "file": str(row.file), "line": row.line, **facts}
-        if len(told.examples.setdefault(reason, [])) < examples:
-            told.examples[reason].append({**place, "row": row.value})
-        if gone is not None:
-            gone.add({**place, "row": row.value})
+        shown = told.examples.setdefault(reason, [])
+        if gone is not None or len(shown) < examples:
+            row = value if raw is None else read_line(raw)
+            facts = {"source": source.name, "file": str(source.path), "line": line, **facts, "row": row}
+            if len(shown) < examples:
+                shown.append(facts)
+            if gone is not None:
+                gone.add(facts)
     return told
+
+
+def _again(source: Source, lines: Sequence[int] | None) -> Iterator[tuple[int, bytes | None, dict[str, Any]]]:
+    """Rows of a file in their order: line, and bytes or value. What was bad before is bad again, and told already."""
+    if lines is None or not is_json(source.path):
+        yield from ((row.line, None, row.value) for row in rows_of(source, BadRows()))
+        return
+    wanted = iter(lines)
+    line = next(wanted, None)
+    for number, raw in raw_lines(source.path):
+        if number == line:
+            yield number, raw, {}
+            line = next(wanted, None)
 
 
 def _write_facts(

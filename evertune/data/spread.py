@@ -35,7 +35,7 @@ from evertune.data.sift import (
     Scorer,
     Sifted,
     Source,
-    divide_rows,
+    divide_file,
     measure,
     rows_of,
 )
@@ -58,7 +58,7 @@ class Spread:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._counts: dict[tuple[str, Path], int] = {}
+        self._lines: dict[tuple[str, Path], NDArray[np.int64]] = {}
 
     def fingerprints(
         self, source: Source, settings: DedupSettings, places: Places, bad: BadRows | None
@@ -95,15 +95,15 @@ class Spread:
         for i, source in enumerate(sources):
             before = 0
             for k, file in enumerate(files_of(source.path)):
-                count = self._counts[source.name, file]
-                facts = {n: decide(i, before + n) for n in range(count)}
+                lines = self._lines[source.name, file]
+                facts = {n: decide(i, before + n) for n in range(len(lines))}
                 removed = {n: one for n, one in facts.items() if one is not None}
                 stays = gone = None
                 if out is not None:
                     stays = out.resolve() / source.name / f"{k:05d}{suffix}"
                     gone = out.resolve() / Path(REMOVED).stem / f"{len(parts):05d}.jsonl" if removed else None
-                parts.append(_Division(_of_file(source, file), removed, stays, gone, examples))
-                before += count
+                parts.append(_Division(_of_file(source, file), lines, removed, stays, gone, examples))
+                before += len(lines)
         told, outputs = Sifted({}, {}, 0, {}), []
         for number, (divided, digest) in self._engine.map(_divide, parts):
             source, stays = parts[number].source, parts[number].stays
@@ -122,7 +122,7 @@ class Spread:
             if bad is not None:
                 bad.found += piece.bad
         for file, one in zip(files, found, strict=True):
-            self._counts[source.name, file] = sum(len(piece.lines) for piece in one)
+            self._lines[source.name, file] = np.concatenate([piece.lines for piece in one])
         return files, found
 
 
@@ -133,9 +133,11 @@ def _of_file(source: Source, file: Path) -> Source:
 
 @dataclass(frozen=True)
 class _Division:
-    """A file to divide: what is decided about rows that go, by number, and where both kinds are written."""
+    """A file to divide: where its rows stand, what is decided about those that go, by number, and where both kinds are
+    written."""
 
     source: Source
+    lines: NDArray[np.int64]
     removed: dict[int, Mapping[str, Any]]
     stays: Path | None
     gone: Path | None
@@ -173,8 +175,5 @@ def _divide(part: _Division) -> Iterator[tuple[Divided, str]]:
         stays, gone = (
             stack.enter_context(row_writer(place)) if place is not None else None for place in (part.stays, part.gone)
         )
-        numbered = enumerate(rows_of(part.source, BadRows()))
-        told = divide_rows(
-            ((row, part.removed.get(number)) for number, row in numbered), stays, gone, examples=part.examples
-        )
+        told = divide_file(part.source, part.lines.tolist(), part.removed.get, stays, gone, examples=part.examples)
     yield told, digest_file(part.stays) if part.stays is not None else ""

@@ -24,6 +24,9 @@ class RowWriter(Protocol):
     def add(self, value: Mapping[str, Any]) -> None:
         """Write one row."""
 
+    def copy(self, line: bytes) -> None:
+        """Write one row that is a line of JSON, as it is."""
+
 
 @contextmanager
 def row_writer(path: Path) -> Iterator[RowWriter]:
@@ -64,6 +67,10 @@ class _JsonRows:
         self._file.write(json.dumps(value, ensure_ascii=False, allow_nan=False).encode() + b"\n")
         self.count += 1
 
+    def copy(self, line: bytes) -> None:
+        self._file.write(line if line.endswith(b"\n") else line + b"\n")
+        self.count += 1
+
 
 class _ParquetRows:
     """Rows in groups. The first group's schema holds for all: Parquet knows one type a column."""
@@ -80,6 +87,9 @@ class _ParquetRows:
         self.count += 1
         if len(self._held) == GROUP_ROWS:
             self._write()
+
+    def copy(self, line: bytes) -> None:
+        self.add(json.loads(line))
 
     def _write(self) -> None:
         import pyarrow

@@ -103,10 +103,50 @@ class _Model(HFLM):  # type: ignore[misc]
             )
 
 
-def _run(model: _Model, probe: LmEvalProbe, cache: Path) -> dict[str, Any]:
+def task_texts(probe: LmEvalProbe) -> list[tuple[str, str]]:
+    """Id and text of each item that the task asks: its prompt without few-shot examples, and the longest field of the
+    item that stands in it, such as the bare question.
+
+    Raises:
+        ProbeError: the task or its data is not on this machine.
+    """
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    found = []
+    try:
+        with _seeded(), tempfile.TemporaryDirectory() as cache, contextlib.redirect_stderr(io.StringIO()):
+            tasks = _load(probe, Path(cache))["tasks"]
+            for name in sorted(tasks):
+                for number, doc in tasks[name].doc_iterator(limit=probe.limit):
+                    label = f"{name}/{number}" if len(tasks) > 1 else str(number)
+                    found += [(label, text) for text in _texts_of(tasks[name].doc_to_text(doc), doc)]
+    except Exception as error:  # whatever a task or a library raises, its items are not known
+        raise ProbeError(
+            f"probe '{probe.name}': the items of the lm-eval task {probe.task!r} cannot be read, so that training rows "
+            f"cannot be searched for them: {type(error).__name__}: {' '.join(str(error).split())[:300]}.",
+            remedy="A task by name needs its data set in the local cache of 'datasets', or write a YAML with local "
+            "data files.",
+        ) from error
+    return found
+
+
+def _texts_of(prompt: Any, doc: Any) -> list[str]:
+    """The prompt, where it is a text, and the longest text among the item's fields that stands in it."""
+    fields = [one for one in (doc.values() if isinstance(doc, Mapping) else ()) if isinstance(one, str) and one.strip()]
+    if not isinstance(prompt, str):
+        return [max(fields, key=len)] if fields else []
+    inside = [one for one in fields if one.strip() in prompt and one.strip() != prompt.strip()]
+    return [one for one in (prompt, *([max(inside, key=len)] if inside else [])) if one.strip()]
+
+
+def _load(probe: LmEvalProbe, cache: Path) -> dict[str, Any]:
     is_file = probe.task.endswith((".yaml", ".yml"))
     manager = TaskManager(include_defaults=not is_file)
-    loaded = manager.load([_config(Path(probe.task), cache) if is_file else probe.task])
+    loaded: dict[str, Any] = manager.load([_config(Path(probe.task), cache) if is_file else probe.task])
+    return loaded
+
+
+def _run(model: _Model, probe: LmEvalProbe, cache: Path) -> dict[str, Any]:
+    loaded = _load(probe, cache)
     for task in loaded["tasks"].values():
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)

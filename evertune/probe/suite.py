@@ -8,6 +8,8 @@ Every item may have an `id` (file and line stand in for it) and a `cluster`: ite
 other, such as questions on one passage, share one.
 """
 
+import contextlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,10 +18,12 @@ from typing import Any, Literal
 from evertune.data.leak import ProbeText
 from evertune.data.lines import values_of
 from evertune.data.rows import Row, files_of, messages_of, read_rows
-from evertune.errors import DataError, ProbeError
+from evertune.errors import DataError, ProbeError, WorkspaceError
 from evertune.hashing import digest_json
+from evertune.model.bundled import home
 from evertune.probe.task_files import require_lm_eval, task_identity
 from evertune.verifiers import located, placed, validate
+from evertune.workspace.disk import write_atomically
 
 Kind = Literal["choice", "generate", "bits_per_byte", "lm_eval"]
 # Raised by hand when the meaning of an item changes: old scores are then made anew.
@@ -109,8 +113,29 @@ class LmEvalProbe:
         return {}
 
     def texts(self) -> list[ProbeText]:
-        """Nothing: training data is not searched for lm-eval's items."""
-        return []
+        """What must not occur in training data, as lm-eval makes it from the task; read once and then kept.
+
+        Raises:
+            ProbeError: lm-eval or the task's data is not on this machine.
+        """
+        return [ProbeText(self.name, item, text) for item, text in _known_texts(self)]
+
+
+def _known_texts(probe: LmEvalProbe) -> list[list[str]]:
+    """Ids and texts of a task's items. lm-eval takes seconds to load a task, so they are kept beside the fetched models
+    under what identifies the task."""
+    place = home() / "lm-eval-items" / f"{probe.digest}.json"
+    if place.is_file():
+        with contextlib.suppress(ValueError):
+            return [[str(item), str(text)] for item, text in json.loads(place.read_text(encoding="utf-8"))]
+    require_lm_eval(probe.name)
+    from evertune.probe.lm_eval import task_texts
+
+    found = [[item, text] for item, text in task_texts(probe)]
+    with contextlib.suppress(OSError, WorkspaceError):  # where nothing can be kept, it is read each time
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(place, json.dumps(found).encode())
+    return found
 
 
 AnyProbe = Probe | LmEvalProbe

@@ -26,6 +26,7 @@ from evertune.model.codec import Codec, load_codec
 from evertune.model.forward import Forward
 from evertune.model.lowrank import compress, fill
 from evertune.model.open import check_digest
+from evertune.train.adapt import Ask
 from evertune.train.batch import MicroBatch, collate
 from evertune.train.distill_answers import Check, Questions, with_answers, write_answers
 from evertune.train.distill_losses import at_temperature, divergence_of
@@ -50,11 +51,14 @@ LITTLE_MASS = 0.9
 GAIN_LEVEL = 0.05
 
 
-def run_distill(spec: DistillSpec, workspace: Workspace, check: Check | None = None) -> dict[str, Any]:
+def run_distill(
+    spec: DistillSpec, workspace: Workspace, check: Check | None = None, *, ask: Ask | None = None
+) -> dict[str, Any]:
     """Ask the teachers what is not stored yet, train the student and publish it; see `run_training`.
 
     Args:
         check: verifies what teachers write; needed where the order says so.
+        ask: scores guards of the model in training.
 
     The record's `volatile` has `teacher_forwards`: forward passes of teachers that this performance needed.
 
@@ -65,7 +69,7 @@ def run_distill(spec: DistillSpec, workspace: Workspace, check: Check | None = N
     lesson = _Distilled(spec, workspace, check or _unverified)
     if workspace.manifest(spec.key) is None:
         lesson.teach()
-    return run_training(spec, workspace, lesson)
+    return run_training(spec, workspace, lesson, ask=ask)
 
 
 @dataclass(frozen=True)

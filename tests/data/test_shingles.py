@@ -7,6 +7,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from evertune.data.compared import normalise_text
 from evertune.data.shingles import common_hashes, concatenate, shingle
 
 texts = st.lists(st.lists(st.sampled_from(["a", "bb", "ccc", "é", "ß1", "-"]), max_size=9).map(" ".join), max_size=20)
@@ -60,3 +61,9 @@ def test_a_template_is_what_most_rows_share() -> None:
     assert set(common.tolist()) == set(shingle(["answer with one option"]).hashes.tolist())
     assert rows.without(common).sizes.tolist() == [3] * 10
     assert common_hashes(rows, 1.0).tolist() == []
+
+
+@given(st.text(st.characters(max_codepoint=127), max_size=40))
+def test_plain_ascii_is_normalised_as_any_text_is(text: str) -> None:
+    # One letter beyond ASCII takes the general way.
+    assert normalise_text(text + " é") == f"{normalise_text(text)} é".strip()

@@ -193,3 +193,42 @@ def test_two_sources_of_one_name_take_their_folders(tmp_path: Path) -> None:
     paths = [write(tmp_path / name / "train.jsonl", [ROWS[i]]) for i, name in enumerate("ab")]
     run("data", "dedup", *paths, "--out", tmp_path / "out", "--threshold", 1.0)
     assert (tmp_path / "out/a-train.jsonl").exists() and (tmp_path / "out/b-train.jsonl").exists()
+
+
+def test_lines_that_stay_are_copied_byte_for_byte(tmp_path: Path) -> None:
+    kept = [
+        b'{"text":  "caf\\u00e9 one", "n": 1.50}',
+        '{"text": "café two", "big": 1e5}\r'.encode(),
+        b' {"text": "three"}',
+    ]
+    source = tmp_path / "rows.jsonl"
+    source.write_bytes(b"\n\n".join([kept[0], b'{"text": "x", "text": "y"}', kept[1], kept[0], kept[2]]))
+    run("data", "dedup", source, "--out", tmp_path / "out")
+    assert (tmp_path / "out/rows.jsonl").read_bytes() == b"".join(one + b"\n" for one in kept)
+    (removed,) = lines(tmp_path / "out/removed.jsonl")
+    assert (removed["line"], removed["of"], removed["row"]) == (7, f"{source}:1", {"text": "café one", "n": 1.5})
+
+
+def test_a_rule_of_a_source_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    source = write(tmp_path / "rows.jsonl", ROWS)
+    with pytest.raises(EvertuneError, match=r"the rule 'row:words>=3' is of source 'row'; there are: rows\."):
+        run("data", "filter", source, "--keep", "row:words>=3")
+
+
+def test_a_bad_first_row_speaks_for_nothing_and_is_shown(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", ROWS)
+    path.write_bytes(b"\xef\xbb\xbf{}\n{cut\n" + path.read_bytes())
+    told = run("data", "dedup", path)
+    assert "2 rows could not be read" in told
+    assert f"{path}:1: found a byte order mark" in told
+    path.write_bytes(b"{cut\n")
+    with pytest.raises(EvertuneError, match="rows.jsonl:1: found malformed JSON"):
+        run("data", "dedup", path)
+
+
+def test_a_finished_result_is_not_taken_for_a_broken_one(tmp_path: Path) -> None:
+    source = write(tmp_path / "rows.jsonl", ROWS)
+    arguments = ["data", "dedup", source, "--index", tmp_path / "index", "--extend", "--out", tmp_path / "out"]
+    run(*arguments)
+    with pytest.raises(EvertuneError, match=r"found a finished result there .* Use it, or choose another --out"):
+        run(*arguments)

@@ -2,6 +2,7 @@
 
 import json
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ pytest.importorskip("lm_eval")
 
 from lm_eval.api.instance import Instance
 
+from evertune.data.leak import find_leaks
+from evertune.data.rows import Row
 from evertune.errors import ProbeError
 from evertune.model.forward import Forward, Tokens, score_branches
 from evertune.model.open import OpenModel
@@ -179,3 +182,44 @@ def test_a_task_leaves_nothing_behind(opened: OpenModel, tmp_path: Path, monkeyp
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "home")
     run(opened, tmp_path)
     assert not (tmp_path / "home").exists()
+
+
+def test_items_of_a_task_are_searched_for_in_training_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EVERTUNE_HOME", str(tmp_path / "home"))
+    words = [f"{first}{last}" for first in ("lan", "ri", "wat", "tern") for last in ("tor", "ber", "min", "sal", "do")]
+    questions = [" ".join(random.Random(i).sample(words, 18)) + "?" for i in range(9)]
+    rows = [{"question": one, "choices": ["left", "right"], "answer": i % 2} for i, one in enumerate(questions)]
+    (tmp_path / "facts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "task.yaml").write_text(
+        TASK.replace('"{{question}}"', '"Please read with care, then answer.\\nQuestion: {{question}}\\nAnswer:"')
+    )
+    probe = load_probe("facts", settings={"lm_eval": "task.yaml", "limit": 8}, root=tmp_path)
+    asked = f"Please read with care, then answer.\nQuestion: {questions[3]}\nAnswer:"
+    assert [one.text for one in probe.texts() if one.item == "3"] == [asked, questions[3]]
+    assert {one.item for one in probe.texts()} == {str(i) for i in range(8)}
+    found = find_leaks(
+        [
+            Row("s", "bare", 1, Path("r"), {"text": questions[2].upper()}, "text"),
+            Row("s", "whole", 2, Path("r"), {"text": asked}, "text"),
+            Row("s", "inside", 3, Path("r"), {"text": f"We talked. {questions[5]} Nobody knew."}, "text"),
+            Row("s", "past the limit", 4, Path("r"), {"text": questions[8]}, "text"),
+            Row("s", "template", 5, Path("r"), {"text": "Please read with care, then answer. Question: Why?"}, "text"),
+        ],
+        probe.texts(),
+    )
+    # Prompt and question are one item: it is told once, as what it is most.
+    assert [(one.row_id, one.item, one.how) for one in found if one.is_leak] == [
+        ("bare", "2", "normalised"),
+        ("whole", "3", "exact"),
+        ("inside", "5", "near-duplicate"),
+    ]
+    # They are kept: lm-eval is not loaded a second time.
+    monkeypatch.setitem(sys.modules, "evertune.probe.lm_eval", None)
+    assert len(probe.texts()) == 16
+
+
+def test_a_task_whose_items_cannot_be_read_stops_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EVERTUNE_HOME", str(tmp_path / "home"))
+    probe = load_probe("far", settings={"lm_eval": "arc_easy"}, root=tmp_path)
+    with pytest.raises(ProbeError, match="items of the lm-eval task 'arc_easy' cannot be read"):
+        probe.texts()
