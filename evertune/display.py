@@ -133,6 +133,16 @@ class Display:
             told = f"{forwards:,} forward passes" if forwards else "0 forward passes, every answer was in the cache"
             self._console.print(f"  teachers {escape(label)}: {told}")
 
+    def comparison(self, label: str, changes: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
+        """How a checkpoint stands against each stage before it, in points."""
+        for before, probes in changes.items():
+            told = ", ".join(
+                f"{name} {100 * one['difference']:+.1f} ({100 * one['ci90'][0]:+.1f} to {100 * one['ci90'][1]:+.1f})"
+                for name, one in probes.items()
+            )
+            if told:
+                self._console.print(f"  against  {escape(before)}: {escape(told)}")
+
     def academic(self, label: str, methods: Sequence[str]) -> None:
         """Say that a checkpoint was made with methods that nobody has validated in production, if it was."""
         if methods:
