@@ -9,7 +9,7 @@ docs/results/distillation.md.
 
 The 135M model; snips7 (7 commands) and 7 of the 14 kinds of things of dbpedia14, texts cut to their first words so that
 one core is enough. The snips expert takes twice the steps of the other, as its labels are longer; a student of both
-takes 0.8 times the steps of both together, with two rows of snips to one of topics. Everything is trained and probed by
+takes as many as the longer one, and begins where task arithmetic ends. Everything is trained and probed by
 `evertune run` on recipes that are left in the folder; only the merges and the exact compressions, which no stage makes
 by itself, are written here. Run again, it does only what is missing.
 """
@@ -35,6 +35,11 @@ WORDS = 20
 SKILLS = {"snips": ("snips7", "Name the command."), "topics": ("dbpedia14", "Name the kind of thing.")}
 KINDS = ("Album", "Animal", "Athlete", "Building", "Film", "Plant", "Village")
 RANKS = (2, 4, 8, 16)
+STUDENTS = {
+    "distilled": "distilled/2-distill",
+    "task arithmetic 0.7": "distilled/1-merge",
+    "trained on both": "multitask/1-sft",
+}
 Scores = Mapping[str, np.ndarray]
 """Item scores by probe."""
 
@@ -70,32 +75,36 @@ EXPERTS = """\
   - name: distilled
     start: base
     stages:
+      - merge:
+          method: task_arithmetic
+          base: base
+          models: {{snips: {{path: snips/1-sft, weight: 0.7}}, topics: {{path: topics/1-sft, weight: 0.7}}}}
       - distill:
-          data: {{snips: 2.0, topics: 1.0}}
+          data: {{snips: 1.0, topics: 1.0}}
           teachers:
             - {{checkpoint: "stage:snips/1-sft", sources: snips}}
             - {{checkpoint: "stage:topics/1-sft", sources: topics}}
           weight: 1.0
-          steps: {student}
+          steps: {twice}
           {pace_lines}
   - name: multitask
     start: base
-    stages: [sft: {{data: {{snips: 2.0, topics: 1.0}}, steps: {student}, {pace}}}]
+    stages: [sft: {{data: {{snips: 1.0, topics: 1.0}}, steps: {twice}, {pace}}}]
 """
 CROSS_STAGE = """\
   - name: eroded
     start: base
     stages:
       - sft: {{data: [snips], steps: {twice}, {pace}}}
-      - dpo: {{data: [pairs], steps: {half}, nll: 0.5, {eroding}}}
-      - rl: {{data: [asked], steps: {half}, batch_rows: 8, group: 4, micro_batch_rows: 16, max_new_tokens: 8, kl: 0.0,
+      - dpo: {{data: [pairs], steps: {few}, nll: 0.5, {eroding}}}
+      - rl: {{data: [asked], steps: {few}, batch_rows: 8, group: 4, micro_batch_rows: 16, max_new_tokens: 8, kl: 0.0,
              lr: 5.0e-4, save_steps: 10}}
       - distill:
           data: {{snips: 2.0, topics: 1.0}}
           teachers: run
           route: best
           weight: 1.0
-          steps: {steps}
+          steps: {most}
           {pace_lines}
 """
 COMPRESS = """\
@@ -167,10 +176,11 @@ def written(asked: argparse.Namespace, rounds: str, **more: object) -> str:
     return rounds.format(
         steps=asked.steps,
         half=asked.steps // 2,
+        few=max(1, 3 * asked.steps // 10),
+        most=4 * asked.steps // 5,
         twice=2 * asked.steps,
-        student=12 * asked.steps // 5,
         pace=pace,
-        eroding=pace.replace("5.0e-4", "1.0e-3"),
+        eroding=pace.replace("5.0e-4", "2.0e-3"),
         pace_lines="\n          ".join(f"{name}: {value}" for name, value in PACE.items()),
         **more,
     )
@@ -312,24 +322,22 @@ def run_experts(asked: argparse.Namespace) -> None:
     run_recipe(asked, "experts", written(asked, EXPERTS))
     workspace = asked.folder / "run"
 
-    def merged(scale: float) -> Any:
+    def soup() -> Any:
         opened = open_workspace(workspace)
         experts = [read_factors(find_checkpoint(opened, f"{name}/1-sft")[1].path) for name in SKILLS]
-        return concatenate(experts, [scale, scale])  # adapters concatenate exactly
+        return concatenate(experts, [0.5, 0.5])  # adapters concatenate exactly
 
-    scales = {"soup": 0.5, "task arithmetic 1.0": 1.0}
-    merges = {label: partial(merged, scale) for label, scale in scales.items()}
     made = ledger_scores(workspace, "experts.yaml")
-    students = {label: made[label] for label in ("distilled/1-distill", "multitask/1-sft")}
+    students = {name: made[label] for name, label in STUDENTS.items()}
     experts = {name: made[f"{name}/1-sft"] for name in SKILLS}
-    students |= adapter_scores(asked.folder, "experts.yaml", merges)
+    students |= adapter_scores(asked.folder, "experts.yaml", {"soup": soup})
     print_scores({"base": made["base"], **{f"expert {name}": one for name, one in experts.items()}, **students})
     print(f"\n{'share of the gain kept':26}" + "".join(f"{name:>24}" for name in experts))
     for label, found in students.items():
         cells = [share(found[name], expert[name], made["base"][name]) for name, expert in experts.items()]
         print(f"{label:26}" + "".join(f"{cell:>24}" for cell in cells))
     print()
-    print_costs(workspace, [*(f"{name}/1-sft" for name in SKILLS), "distilled/1-distill", "multitask/1-sft"])
+    print_costs(workspace, [*(f"{name}/1-sft" for name in SKILLS), *STUDENTS.values()])
 
 
 # What three stages wore away.

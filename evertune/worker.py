@@ -117,7 +117,7 @@ def _interpolate(job: Job, workspace: Workspace) -> dict[str, Any]:
 
     def write(folder: Path) -> dict[str, Any]:
         share = tuple(job["share"]) if isinstance(job["share"], list) else job["share"]
-        write_winner(candidate, reference, share, folder, dtype=job["numerics"]["dtype"])
+        write_winner(candidate, reference, share, folder)
         return {}
 
     return {"key": workspace.publish(kind="checkpoint", key=job["key"], record={}, write=write).key}

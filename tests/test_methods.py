@@ -39,6 +39,7 @@ NO_METHOD = {
     "Probe.verifier": "how an answer is checked",
     "Recipe.history": "what promoted rounds leave for replay",
     "Recipe.monitor": "when a person is told",
+    "Training.guard_stop": "when a stage ends",
     "Rl.server": "where answers are made",
     "VerifierPart.check": "how an answer is checked",
     "Merge.models": "what is merged",

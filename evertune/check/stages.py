@@ -231,6 +231,9 @@ def look_at_merge(view: StageView) -> Planned | None:
             for told in str(one["ctx"]["error"] if "ctx" in one else one["msg"]).split("\n"):
                 view.say("error", f"{told}.")
         return None
+    if settings.dtype in ("bfloat16", "float16"):
+        told = f"a whole model is rounded to {settings.dtype}; a later merge of it starts from rounded numbers."
+        view.say("warning", told, "Leave dtype out for a float32 master; 'evertune export' rounds once.", at=".dtype")
     if look.shapes is None:
         return None
     found = StageEstimate(
@@ -288,10 +291,13 @@ ENCODERS: dict[str, Callable[..., Encoding[Any]]] = {"dpo": encode_pairs, "rl": 
 
 
 def rescue_bytes(view: StageView, disk_bytes: int) -> int:
-    """Disk for the winner of a rescue: as much as the candidate's, where this stage makes the candidate."""
+    """Disk for the winner of a rescue, where this stage makes the candidate: as much, but whole models in float32."""
     rungs = view.round.rescue if view.round.rescue is not None else view.look.recipe.rescue
     may_rescue = view.index == len(view.round.stages) - 1 and any(rung.interpolate for rung in rungs)
-    return disk_bytes * may_rescue
+    shapes = view.look.shapes
+    is_whole = shapes is not None and disk_bytes >= BYTES["bfloat16"] * shapes.weights
+    winner = BYTES["float32"] * shapes.weights if shapes is not None and is_whole else disk_bytes
+    return winner * may_rescue
 
 
 def _look_at_plugins(view: StageView, settings: ResolvedTraining, trained: int) -> None:
@@ -321,12 +327,13 @@ def _look_at_teachers(view: StageView, settings: ResolvedDistill) -> None:
         return
     kept = None if settings.words == "all" else settings.words
     look.attempt(f"{view.place}.words", check_words, kept, max(settings.members.values()), vocabulary)
+    learns_words = settings.weight > 0.0
     for j, teacher in enumerate(settings.teachers):
         written, place = teacher.checkpoint, f"{view.place}.teachers[{j}]"
         if written in (*NAMED_REFERENCES, RUN) or written.startswith((OF_ROUND, OF_STAGE)):
             continue
         found = look.attempt(place, describe, look.loaded.resolve(written), cache=digest_cache())
-        if found is not None:
+        if found is not None and learns_words:
             look.attempt(place, check_teacher, written, found, look.base)
 
 

@@ -35,7 +35,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to standard out
 def run(
     config: ConfigPath,
     out: Annotated[Path | None, typer.Option("--out", help="A new folder.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, from headers alone.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done and every problem, from headers alone.")
+    ] = False,
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
@@ -44,13 +46,14 @@ def run(
     from evertune.merge.config import load_config
     from evertune.merge.describe_plan import plan_body, plan_lines
     from evertune.merge.plan import default_threads, plan_merge
-    from evertune.merge.run import merge_planned
+    from evertune.merge.run import check_planned, merge_planned
 
     loaded = load_config(config)
     plan = plan_merge(loaded, folder=config.absolute().parent, cache=DIGESTS)
     workers = threads or default_threads()
     if dry_run:
         _tell(plan_body(plan, workers), plan_lines(plan, workers), as_json=as_json)
+        check_planned(plan, out)
         return
     if out is None:
         raise RecipeError("--out is missing: the folder to write.", remedy="Or give --dry-run to see the plan.")

@@ -20,20 +20,22 @@ from typing import Any
 
 import numpy as np
 
-from evertune.errors import MergeError
+from evertune.errors import MergeError, WorkspaceError
 from evertune.failpoint import reach
 from evertune.hashing import canonical_json
 from evertune.merge import kernels
 from evertune.merge.journal import Journal
 from evertune.merge.kernels import Array
-from evertune.merge.methods import Pass, Rule, State, copy_of_first
+from evertune.merge.methods import Pass, Rule, State
 from evertune.merge.output import OutputFiles
 from evertune.merge.plan import (
+    MANIFEST,
     TOKENIZER_FILES,
     MergePlan,
     TensorPlan,
     default_threads,
     index_json,
+    tensor_rule,
 )
 from evertune.merge.reader import Inputs, Reader, Seconds, open_inputs
 from evertune.merge.sources import FLOATS, Files
@@ -42,7 +44,6 @@ from evertune.merge.statistics import measure
 from evertune.model.checkpoint import INDEX, NOTE, Checkpoint, describe
 from evertune.model.header import DTYPE_BITS
 
-MANIFEST = "merge.json"
 JOURNAL = "journal.jsonl"
 COPY_BYTES = 1 << 20
 
@@ -77,11 +78,13 @@ def run_merge(plan: MergePlan, out: Path, *, threads: int | None = None, progres
         MergeError: an input holds NaN or Inf, models have different starts, a result does not fit its dtype, or `out`
             holds files.
         CheckpointError: an input is cut, or was changed while it was read.
+        WorkspaceError: the disk has no room.
     """
     out = out.absolute()
     check_new(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f"{out.name}.partial-{plan.digest[:12]}")
+    partial = partial_of(plan, out)
+    check_room(plan, partial)
     partial.mkdir(exist_ok=True)
     lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -105,11 +108,29 @@ def run_merge(plan: MergePlan, out: Path, *, threads: int | None = None, progres
     return Merged(describe(out, known=known), manifest, seconds, resumed)
 
 
+def partial_of(plan: MergePlan, out: Path) -> Path:
+    """The folder that a merge is written to until it is whole."""
+    return out.with_name(f"{out.name}.partial-{plan.digest[:12]}")
+
+
 def check_new(out: Path) -> None:
     """Raise MergeError where a folder to write exists and is not empty."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise MergeError(
             f"{out.absolute()} exists and is not an empty folder.", remedy="Give a new folder; nothing is overwritten."
+        )
+
+
+def check_room(plan: MergePlan, folder: Path) -> None:
+    """Raise WorkspaceError where the disk has no room for what is still to be written into a folder to be."""
+    kept = sum(one.stat().st_blocks * 512 for one in folder.iterdir()) if folder.is_dir() else 0
+    missing = plan.bytes_written() - kept
+    place = next(one for one in (folder, *folder.parents) if one.exists())
+    free = shutil.disk_usage(place).free
+    if missing > free:
+        raise WorkspaceError(
+            f"{place}: {free / 1e9:.2f} GB are free, {missing / 1e9:.2f} GB are to be written.",
+            remedy="Make room, or write somewhere else.",
         )
 
 
@@ -267,7 +288,7 @@ class _Work:
         done = all((index, segment) in self._finished for segment in range(tensor.segments))
         if done and (index in self._journal.statistics or not self._is_measured(tensor)):
             return
-        rule = tensor_rule(self._plan, tensor)
+        rule = tensor_rule(self._plan.config, tensor)
         opened = _Open(index, open_inputs(self._plan, tensor, self._files), rule)
         self._open += 1
         self._begin(opened)
@@ -305,7 +326,7 @@ class _Work:
             buffer = np.empty(size, np.uint8)
         data = buffer[:size]
         if size and tensor.settings is None:
-            _copy_equal(self._plan, tensor, offset, data, self._files)
+            copy_equal(self._plan, tensor, offset, data, self._files)
         elif size:
             self._apply(opened, segment, reader, data)
         if size:
@@ -365,17 +386,7 @@ class _Work:
         return tensor.settings is not None and bool(tensor.experts) and tensor.elements > 0
 
 
-def tensor_rule(plan: MergePlan, tensor: TensorPlan) -> Rule:
-    """The method's rule for a tensor; without an expert that counts, the base as it is."""
-    if tensor.settings is None or not tensor.experts:
-        return copy_of_first()
-    try:
-        return plan.method.rule(tensor.settings)
-    except MergeError as error:
-        raise MergeError(f"{tensor.name}: {error.message}", remedy=error.remedy) from None
-
-
-def _copy_equal(plan: MergePlan, tensor: TensorPlan, offset: int, data: Array, files: Files) -> None:
+def copy_equal(plan: MergePlan, tensor: TensorPlan, offset: int, data: Array, files: Files) -> None:
     """An integer or boolean tensor: the same in all models, and copied."""
     other = np.empty_like(data)
     for i, model in enumerate(plan.sources):

@@ -6,12 +6,13 @@ from typing import Any
 import numpy as np
 
 from evertune.merge import kernels
-from evertune.merge.engine import tensor_rule
+from evertune.merge.engine import copy_equal
 from evertune.merge.kernels import Array
 from evertune.merge.methods import State
-from evertune.merge.plan import MergePlan, TensorPlan
+from evertune.merge.plan import MergePlan, TensorPlan, tensor_rule
 from evertune.merge.reader import Reader, open_inputs
 from evertune.merge.sources import Files
+from evertune.model.header import DTYPE_BITS
 
 
 def apply_into(plan: MergePlan, model: Any) -> None:
@@ -21,6 +22,9 @@ def apply_into(plan: MergePlan, model: Any) -> None:
 
     Args:
         model: a transformers model of the result's architecture.
+
+    Raises:
+        MergeError: as `run_merge`, but for models with different starts.
     """
     import torch
 
@@ -30,6 +34,8 @@ def apply_into(plan: MergePlan, model: Any) -> None:
     try:
         for tensor in plan.tensors:
             if tensor.settings is None:
+                same = np.empty(tensor.elements * DTYPE_BITS[tensor.dtype] // 8, np.uint8)
+                copy_equal(plan, tensor, tensor.begin, same, files)
                 continue
             target = _place(places, tensor.name)
             with torch.no_grad():
@@ -42,7 +48,7 @@ def apply_into(plan: MergePlan, model: Any) -> None:
 
 def _merged(plan: MergePlan, tensor: TensorPlan, reader: Reader, files: Files) -> Iterator[tuple[int, Array]]:
     """The merged elements of one tensor, chunk by chunk: (index of the first, values)."""
-    inputs, rule, state = open_inputs(plan, tensor, files), tensor_rule(plan, tensor), State()
+    inputs, rule, state = open_inputs(plan, tensor, files), tensor_rule(plan.config, tensor), State()
     for one in rule.passes:
         total: Array = np.zeros(one.shape, one.dtype)
         for segment in range(tensor.segments):

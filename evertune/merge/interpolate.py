@@ -1,9 +1,9 @@
 """The line between a reference and a candidate: walked in memory, and one point of it written.
 
 A candidate that stands on its reference through adapters is moved by scaling those adapters, which is the exact line in
-weights. Any other pair is opened as dense models, and each point is computed from the two ends, never from the last
-point. A point may also have a share of its own for each block of layers, as RLHF is tempered layer by layer (Lin et al.
-2024, arXiv:2309.06256).
+weights. For any other pair each point is a merge by the engine, from the numbers stored at the two ends, never from the
+last point; what is written is float32, so that a later merge does not start from rounded numbers. A point may also have
+a share of its own for each block of layers, as RLHF is tempered layer by layer (Lin et al. 2024, arXiv:2309.06256).
 """
 
 import re
@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-import torch
-from torch import Tensor
-
 from evertune.errors import MergeError
-from evertune.merge.arithmetic import interpolate
+from evertune.merge.config import MergeConfig
+from evertune.merge.engine import merge_into
+from evertune.merge.in_memory import apply_into
+from evertune.merge.plan import MergePlan, plan_checkpoints
 from evertune.model.adapter import concatenate, read_factors, scale_adapters, scaled, write_adapter
 from evertune.model.checkpoint import Checkpoint, weight_files
-from evertune.model.export import save_dense
+from evertune.model.codec import load_codec
 from evertune.model.header import read_header
 from evertune.model.open import OpenModel, open_model
 
@@ -39,14 +39,14 @@ def scan(
 ) -> list[T]:
     """Call `visit(alpha, model)` with (1 - alpha) reference + alpha candidate for each alpha, in order.
 
-    The model handed over is valid during the call only. With adapters no weight is copied; for dense models the two
-    ends and the point between them are in memory: three copies of the weights.
+    The model handed over is valid during the call only. One copy of the weights is in memory: adapters are scaled, and
+    a dense point is read into the model tensor by tensor.
 
     Args:
         candidate, reference: two checkpoints of one architecture and tokenizer.
         alphas: 0 is the reference, 1 the candidate, both bit for bit in `dtype`. Several numbers are the shares of as
             many blocks of layers; the embedding goes with the first, the last norm and the head with the last.
-        dtype: `bfloat16` or `float32`, of the ends and of the point; the line is computed in float64.
+        dtype: `bfloat16` or `float32`, of the model; the line is computed in float64.
         device: `cpu`, `cuda` or `auto`.
 
     Raises:
@@ -56,23 +56,21 @@ def scan(
     return [visit(alpha, opened) for alpha, opened in line(candidate, reference, alphas, dtype, device)]
 
 
-def write_winner(candidate: Checkpoint, reference: Checkpoint, alpha: Share, folder: Path, *, dtype: str) -> None:
-    """Write one point of the line: an adapter on the reference where `scan` scaled adapters, else a dense model.
+def write_winner(candidate: Checkpoint, reference: Checkpoint, alpha: Share, folder: Path) -> None:
+    """Write one point of the line: an adapter on the reference where `scan` scaled adapters, else a model in float32.
 
     One adapter keeps its factors and gets a scale; several become one with concatenated factors, the same function up
     to the order of rounding.
 
     Args:
         folder: exists and is empty.
-        dtype: of a dense model, as in `scan`; an adapter keeps its own.
 
     Raises:
         MergeError: as `scan`.
     """
     adapters = above(candidate, reference)
     if adapters is None:
-        ((_, opened),) = _dense(candidate, reference, [alpha], dtype, "cpu")
-        save_dense(opened.model, folder, like=candidate)
+        merge_into(_point(candidate, reference, alpha), folder)
         return
     read = [read_factors(one.path) for one in adapters]
     layers = _count_layers(candidate)
@@ -124,39 +122,23 @@ def _scaled(
 def _dense(
     candidate: Checkpoint, reference: Checkpoint, alphas: Sequence[Share], dtype: str, device: str
 ) -> Iterator[tuple[Share, OpenModel]]:
+    points = [(alpha, _point(candidate, reference, alpha)) for alpha in alphas]
     opened = open_model(candidate, dtype=dtype, device=device, fold=True)
-    other = open_model(reference, dtype=dtype, device=device, fold=True)
-    _check_one_line(candidate, reference, opened, other)
-    moved, start = dict(opened.model.named_parameters()), dict(other.model.named_parameters())
-    end = {name: tensor.detach().clone() for name, tensor in moved.items()}
-    layers = opened.model.config.get_text_config().num_hidden_layers
-    for alpha in alphas:
-        share_of = _share_of(alpha, layers)
-        with torch.no_grad():
-            for name, tensor in moved.items():
-                tensor.copy_(interpolate(start[name], end[name], share_of(name)))
+    for alpha, plan in points:
+        apply_into(plan, opened.model)
         yield alpha, opened
 
 
-def _check_one_line(candidate: Checkpoint, reference: Checkpoint, opened: OpenModel, other: OpenModel) -> None:
-    if opened.codec.digest != other.codec.digest:
+def _point(candidate: Checkpoint, reference: Checkpoint, share: Share) -> MergePlan:
+    """A point of the line as a merge. Whether it makes sense is for the probes to say, not for the weights' cosine."""
+    if load_codec(candidate.base.path).digest != load_codec(reference.base.path).digest:
         raise MergeError(
             f"{candidate.path} and {reference.path} differ in tokenizer or chat template.",
             remedy="Interpolation needs two models with one start.",
         )
-    ends: list[dict[str, Tensor]] = [dict(one.model.named_parameters()) for one in (other, opened)]
-    for name in sorted(ends[0].keys() | ends[1].keys()):
-        shapes = [tuple(end[name].shape) if name in end else "missing" for end in ends]
-        if shapes[0] != shapes[1]:
-            raise MergeError(
-                f"{name} is {shapes[0]} in {reference.path} and {shapes[1]} in {candidate.path}.",
-                remedy="Interpolation needs one architecture.",
-            )
-    saved = opened.model.state_dict().keys()
-    buffers = dict(other.model.named_buffers())
-    for name, buffer in opened.model.named_buffers():
-        if name in saved and not torch.equal(buffer, buffers[name]):
-            raise MergeError(
-                f"the buffer {name} differs between {reference.path} and {candidate.path}, and has no value between.",
-                remedy="Interpolation needs two models with one start.",
-            )
+    config = MergeConfig.model_validate({
+        "method": "interpolate", "base": str(reference.path), "models": {"candidate": {"path": str(candidate.path)}},
+        "t": {"blocks": list(share)} if isinstance(share, tuple) else share, "config_from": "candidate",
+        "dtype": "float32", "different_starts": "allow", "output": "model",
+    })  # fmt: skip
+    return plan_checkpoints(config, {"candidate": candidate}, reference)

@@ -10,14 +10,14 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from evertune.errors import MergeError
+from evertune.errors import EvertuneError, MergeError
 from evertune.hashing import digest_bytes, digest_json
 from evertune.merge.config import MergeConfig
-from evertune.merge.methods import METHODS, Method, Settings
+from evertune.merge.methods import METHODS, Method, Rule, Settings, copy_of_first
 from evertune.merge.sources import FLOATS, Source, fingerprint, head_and_embedding, read_source
 from evertune.merge.values import Depths, check_globs, resolve
 from evertune.model.checkpoint import WEIGHTS, Checkpoint, describe, read_json
@@ -25,6 +25,8 @@ from evertune.model.header import DTYPE_BITS
 
 # Changes whenever the same configuration would give other bytes.
 VERSION = 2
+# What a merged folder says of itself.
+MANIFEST = "merge.json"
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 CONFIG_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 CHUNK_ELEMENTS = 1 << 18
@@ -170,11 +172,31 @@ def plan_merge(config: MergeConfig, *, folder: Path, cache: Path | None = None) 
 
     Raises:
         MergeError: every problem of the inputs, a line each.
-        CheckpointError: an input is not a checkpoint.
+        CheckpointError: an input is not a checkpoint, and that is the only problem.
     """
-    found = {name: describe(folder / one.path, cache=cache) for name, one in config.models.items()}
-    base = describe(folder / config.base, cache=cache) if config.base is not None else None
-    return plan_checkpoints(config, found, base)
+    errors: list[EvertuneError] = []
+
+    def look(name: str, path: Path) -> Checkpoint | None:
+        try:
+            found = describe(path, cache=cache)
+            read_source(name, found)
+        except EvertuneError as error:
+            errors.append(error)
+            return None
+        return found
+
+    models = {name: found for name, one in config.models.items() if (found := look(name, folder / one.path))}
+    base = look("base", folder / config.base) if config.base is not None else None
+    if not errors:
+        return plan_checkpoints(config, models, base)
+    # What can be read may have problems of its own: all are told at once.
+    problems = [str(one) for one in errors]
+    sources = [read_source(name, one) for name, one in models.items()]
+    sources += [read_source("base", base)] if base is not None else []
+    if len(sources) > 1:
+        donor = next((one for one in sources if one.name == config.config_from), sources[-1 if base else 0])
+        problems += _fit(config, sources, donor).problems
+    raise errors[0] if len(problems) == 1 else MergeError("\n".join(problems))
 
 
 def plan_checkpoints(config: MergeConfig, models: Mapping[str, Checkpoint], base: Checkpoint | None) -> MergePlan:
@@ -185,21 +207,17 @@ def plan_checkpoints(config: MergeConfig, models: Mapping[str, Checkpoint], base
     """
     experts = [read_source(name, checkpoint) for name, checkpoint in models.items()]
     base_source = read_source("base", base) if base is not None else None
-    sources = (*experts, *([base_source] if base_source else []))
     named = {one.name: one for one in experts}
     donor = named[config.config_from] if config.config_from else base_source or experts[0]
-    problems: list[str] = []
-    notes: list[str] = []
-    sources = tuple(_with_heads(one, donor, problems, notes) for one in sources)
-    sources = tuple(_with_vocabulary(one, donor, config, problems, notes) for one in sources)
-    names = sorted(next(one for one in sources if one.name == donor.name).tensors)
-    _check_tensors(sources, donor, names, config, problems)
+    fit = _fit(config, (*experts, *([base_source] if base_source else [])), donor)
+    problems, notes, sources, donor = fit.problems, fit.notes, fit.sources, fit.donor
     if problems:
         shown = problems[:20] + ([f"... and {len(problems) - 20} more."] if len(problems) > 20 else [])
-        raise MergeError("\n".join(shown), remedy="" if len(problems) > 1 else "Merging needs one architecture.")
+        raise MergeError("\n".join(shown), remedy=fit.remedy)
     experts, base_source = list(sources[: len(models)]), sources[-1] if base_source else None
-    donor = next(one for one in sources if one.name == donor.name)
-    tensors = _plan_tensors(config, experts, base_source, donor, names)
+    tensors = _plan_tensors(config, experts, base_source, donor, sorted(donor.tensors))
+    for one in tensors:
+        tensor_rule(config, one)
     files, tensors = _lay_out(tensors, round(config.shard_gb * 1e9))
     merged_config = _merged_config(config, donor, tensors)
     identity = _identity(config, experts, base_source, donor, files)
@@ -207,6 +225,54 @@ def plan_checkpoints(config: MergeConfig, models: Mapping[str, Checkpoint], base
         config, sources, base_source, donor, tuple(tensors), tuple(files), tuple(notes), digest_json(identity),
         merged_config,
     )  # fmt: skip
+
+
+class _Fit(NamedTuple):
+    """How inputs fit together: brought into line with the donor, and what stands against a merge."""
+
+    sources: tuple[Source, ...]
+    donor: Source
+    notes: list[str]
+    problems: list[str]
+    remedy: str
+
+
+def _fit(config: MergeConfig, given: Sequence[Source], donor: Source) -> _Fit:
+    problems: list[str] = []
+    notes: list[str] = []
+    sources = tuple(_with_heads(one, donor, problems, notes) for one in given)
+    sources = tuple(_with_vocabulary(one, donor, config, problems, notes) for one in sources)
+    donor = next(one for one in sources if one.name == donor.name)
+    names = sorted(donor.tensors)
+    _check_tensors(sources, donor, names, problems)
+    remedy = "Merging needs one architecture." if len(problems) == 1 else ""
+    _check_globs(config, names, problems)
+    notes += [
+        f"{one.name}: is a merge itself, rounded to {numbers_of(one)}, and is rounded again; merge what it was made "
+        "of, or make it again with dtype: float32"
+        for one in sources
+        if is_rounded_merge(one)
+    ]
+    return _Fit(sources, donor, notes, problems, remedy)
+
+
+def numbers_of(source: Source) -> str:
+    """The dtype in which most of a model's numbers are stored, the base of an adapter for the adapter."""
+    return _main_dtype((one.info.dtype, math.prod(one.info.shape)) for one in source.tensors.values())
+
+
+def is_rounded_merge(source: Source) -> bool:
+    """Whether a merge would start from numbers that another merge has rounded to 16 bits."""
+    is_merged = (source.checkpoint.base.path / MANIFEST).is_file()
+    return is_merged and numbers_of(source) in ("bfloat16", "float16")
+
+
+def _main_dtype(elements: Iterable[tuple[str, int]]) -> str:
+    sizes: dict[str, int] = {}
+    for dtype, count in elements:
+        if dtype in FLOATS:
+            sizes[dtype] = sizes.get(dtype, 0) + count
+    return CONFIG_DTYPES[max(sizes, key=lambda one: sizes[one])] if sizes else ""
 
 
 def _identity(
@@ -296,10 +362,8 @@ def _vocabulary(source: Source) -> dict[str, int] | None:
     return found
 
 
-def _check_tensors(
-    sources: Sequence[Source], donor: Source, names: Sequence[str], config: MergeConfig, problems: list[str]
-) -> None:
-    expected = next(one for one in sources if one.name == donor.name).tensors
+def _check_tensors(sources: Sequence[Source], donor: Source, names: Sequence[str], problems: list[str]) -> None:
+    expected = donor.tensors
     for source in sources:
         place = source.checkpoint.path
         missing, extra = sorted(set(names) - set(source.tensors)), sorted(set(source.tensors) - set(names))
@@ -317,6 +381,9 @@ def _check_tensors(
                 problems.append(f"{place}: {name} is {info.dtype}, in {donor.name} it is {like.dtype}.")
             elif info.dtype.startswith("F8"):
                 problems.append(f"{place}: {name} is {info.dtype}, a quantised type whose scales lie elsewhere.")
+
+
+def _check_globs(config: MergeConfig, names: Sequence[str], problems: list[str]) -> None:
     settings = {"lambda": config.scale, "t": config.t, "density": config.density}
     settings |= {f"models.{name}.weight": one.weight for name, one in config.models.items()}
     settings |= {f"models.{name}.density": one.density for name, one in config.models.items()}
@@ -403,6 +470,20 @@ def _settings(
     return tuple(i for *_, i in found), settings
 
 
+def tensor_rule(config: MergeConfig, tensor: TensorPlan) -> Rule:
+    """The method's rule for a tensor; without an expert that counts, the base as it is.
+
+    Raises:
+        MergeError: a mean whose weights add up to nothing.
+    """
+    if tensor.settings is None or not tensor.experts:
+        return copy_of_first()
+    try:
+        return METHODS[config.method].rule(tensor.settings)
+    except MergeError as error:
+        raise MergeError(f"{tensor.name}: {error.message}", remedy=error.remedy) from None
+
+
 def _lay_out(tensors: Sequence[TensorPlan], limit: int) -> tuple[list[OutputFile], list[TensorPlan]]:
     """Divide tensors, in order of name, among files of at most `limit` bytes; every tensor gets its place."""
     shards: list[list[TensorPlan]] = [[]]
@@ -447,12 +528,8 @@ def index_json(plan: MergePlan) -> dict[str, Any] | None:
 def _merged_config(config: MergeConfig, donor: Source, tensors: Iterable[TensorPlan]) -> dict[str, Any]:
     """The donor's config.json with the dtype that is written."""
     merged = dict(donor.config)
-    sizes: dict[str, int] = {}
-    for one in tensors:
-        if one.dtype in FLOATS:
-            sizes[one.dtype] = sizes.get(one.dtype, 0) + one.elements
-    if sizes:
-        written = CONFIG_DTYPES[max(sizes, key=lambda one: sizes[one])]
+    written = _main_dtype((one.dtype, one.elements) for one in tensors)
+    if written:
         merged.pop("torch_dtype", None)
         merged["dtype"] = written
     return merged

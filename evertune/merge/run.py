@@ -2,14 +2,15 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evertune.errors import MergeError
-from evertune.merge.engine import MANIFEST, Merged, Progress, check_new, run_merge
+from evertune.errors import EvertuneError, MergeError
+from evertune.merge.engine import Merged, Progress, check_new, check_room, partial_of, run_merge
 from evertune.merge.factored import Residual, common_base, write_factored
-from evertune.merge.plan import MergePlan
+from evertune.merge.plan import MANIFEST, MergePlan
 from evertune.model.checkpoint import Checkpoint, describe
 
 
@@ -83,6 +84,28 @@ def merge_planned(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return Result(plan, describe(out), residual=residual)
+
+
+def check_planned(plan: MergePlan, out: Path | None = None) -> None:
+    """What would stop a planned merge before it begins, all at once: its form, its folder, its disk.
+
+    Raises:
+        MergeError, WorkspaceError: as `merge_planned`.
+    """
+    as_model = common_base(plan) is None
+    checks: list[Callable[[], None]] = [lambda: check_output(plan)] if as_model else []
+    if out is not None:
+        place = out.absolute()
+        checks.append(lambda: check_new(place))
+        checks += [lambda: check_room(plan, partial_of(plan, place))] if as_model else []
+    errors: list[EvertuneError] = []
+    for check in checks:
+        try:
+            check()
+        except EvertuneError as error:
+            errors.append(error)
+    if errors:
+        raise errors[0] if len(errors) == 1 else MergeError("\n".join(str(one) for one in errors))
 
 
 def check_output(plan: MergePlan) -> None:

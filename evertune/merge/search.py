@@ -6,6 +6,7 @@ A search sees nothing else. What it returns is then scored once on items that it
 """
 
 import itertools
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,8 @@ from evertune.errors import MergeError
 Weights = Mapping[str, float]
 Values = Mapping[str, float]
 Score = Callable[[Weights], Values]
+# Weights are rounded to four digits: below it, none is left.
+SMALLEST = 5e-5
 
 
 @dataclass(frozen=True)
@@ -85,20 +88,35 @@ def coordinate(search: Search, names: Sequence[str], *, start: Weights, step: fl
 def cma(search: Search, names: Sequence[str], *, start: Weights, step: float, evaluations: int, seed: int) -> Trial:
     """CMA-ES (Hansen and Ostermeier 2001) through the `cma` package, within [0, 2] for each weight.
 
+    The start is tried first. Whole generations are tried until `evaluations` candidates were asked for.
+
     Raises:
-        MergeError: the package is not installed.
+        MergeError: the package is not installed, or there is but one weight, which it does not search for.
     """
-    try:
-        import cma as library
-    except ImportError:
-        raise MergeError("search by CMA-ES needs the package 'cma'.", remedy="pip install evertune[search]") from None
+    if len(names) < 2:
+        raise MergeError("CMA-ES needs two models or more.", remedy="Use --how coordinate.")
+    library = _cma_library()
+    best = search.attempt(start)
     options = {"bounds": [0.0, 2.0], "maxfevals": evaluations, "seed": seed + 1, "verbose": -9}
     strategy = library.CMAEvolutionStrategy([start[name] for name in names], step, options)
     while not strategy.stop():
         asked = strategy.ask()
-        told = [-search.attempt(dict(zip(names, one, strict=True))).objective for one in asked]
-        strategy.tell(asked, told)
-    return search.best
+        trials = [search.attempt(dict(zip(names, one, strict=True))) if max(one) > SMALLEST else None for one in asked]
+        # Where no model counts there is nothing to score: as bad as the worst seen.
+        worst = min(one.objective for one in search.trials)
+        strategy.tell(asked, [-(worst if one is None else one.objective) for one in trials])
+        best = search.best
+    return best
+
+
+def _cma_library() -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it misses a plotting library that is not asked for
+            import cma
+    except ImportError:
+        raise MergeError("search by CMA-ES needs the package 'cma'.", remedy="pip install evertune[search]") from None
+    return cma
 
 
 def greedy_soup(search: Search, names: Sequence[str]) -> Trial:

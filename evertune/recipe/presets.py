@@ -16,6 +16,7 @@ from evertune.recipe.schema import (
     Ema,
     External,
     Federated,
+    GuardStop,
     Lora,
     Merge,
     Mix,
@@ -132,6 +133,7 @@ class ResolvedTraining(Resolved):
     gradient_checkpointing: bool
     ema: Ema | None
     save_steps: int
+    guard_stop: GuardStop | None
     penalties: dict[str, Any]
     gradient_rules: dict[str, Any]
 

@@ -313,6 +313,15 @@ class Adapt(Config):
     """The share rises no further."""
 
 
+class GuardStop(Config):
+    """End a stage early when a guard falls: guards are asked at fixed steps, and where one stands below the stage's
+    start by more than its margin, the stage ends after the next step; what there is then is probed and judged. Not a
+    test, but a point estimate. Guards of lm-eval and held-out ones are not asked."""
+
+    every: int = Field(gt=0)
+    """Optimizer steps between two askings; the first is before the first step."""
+
+
 class Replay(Config):
     """Old or general rows mixed into the stream of new ones (rehearsal)."""
 
@@ -462,6 +471,8 @@ class Training(StageSettings):
     """Replay here; what it leaves out comes from `defaults.replay`, then from the preset."""
     anchor: Anchor | None = None
     """Anchor here; what it leaves out comes from `defaults.anchor`, then from the preset."""
+    guard_stop: GuardStop | None = None
+    """End the stage when a guard has fallen beyond its margin while it trains."""
 
     penalties: Penalties = {}
     """Further penalties, each with its options, such as `{ewc: {weight: 1.0}}`: plug-ins, with those of

@@ -12,7 +12,7 @@ from evertune.model.checkpoint import Checkpoint
 from evertune.recipe.presets import ResolvedDistill
 from evertune.recipe.schema import OF_ROUND, OF_STAGE, RUN, Teacher
 from evertune.stages.place import Place
-from evertune.stages.training import training_fields, training_key, verifiers_of
+from evertune.stages.training import ask_guards, training_fields, training_key, verifiers_of
 from evertune.train.distill_spec import AnswersSpec, DemonstrationSpec, DistillSpec, OnPolicySpec, TeacherSpec
 from evertune.workspace import Workspace
 
@@ -73,7 +73,7 @@ def perform(order: dict[str, Any], workspace: Workspace) -> dict[str, Any]:
         found = verifiers.check(verify[source], output=output, answer=answer)
         return found.error is None and found.score == 1.0
 
-    return run_distill(spec, workspace, check)
+    return run_distill(spec, workspace, check, ask=ask_guards(spec))
 
 
 def _key(spec: DistillSpec) -> str:

@@ -166,15 +166,34 @@ def _write(plan: Any, folder: Path) -> dict[str, Any]:
     from evertune.merge.run import check_output
 
     base = common_base(plan)
+    facts: dict[str, Any] = {"numbers": _numbers(plan), "residual": None, "sign_conflict": None}
     if base is not None:
         residual = write_factored(plan, base, folder)
-        return {"form": "adapter", "residual": vars(residual) if residual else None, "sign_conflict": None}
+        return {**facts, "form": "adapter", "residual": vars(residual) if residual else None}
     check_output(plan)
     manifest, _, _ = merge_into(plan, folder)
     tensors = [one for one in manifest["tensors"].values() if one["relative_to"] == "base"]
     size = sum(one["elements"] for one in tensors)
     conflict = sum(one["sign_conflict"] * one["elements"] for one in tensors) / size if size else None
-    return {"form": "model", "residual": None, "sign_conflict": conflict}
+    return {**facts, "form": "model", "sign_conflict": conflict}
+
+
+def _numbers(plan: Any) -> dict[str, dict[str, Any]]:
+    """For each model: where its numbers come from, so that nobody needs to trust that none was rounded twice.
+
+    stored: dtype of its weights, for adapters of the base they stand on. vectors: adapters whose factors were read as
+    they were trained. rounded_before: whether those weights are another merge's, rounded to 16 bits.
+    """
+    from evertune.merge.plan import is_rounded_merge, numbers_of
+
+    return {
+        one.name: {
+            "stored": numbers_of(one),
+            "vectors": [each.digest for each in one.checkpoint.stack[1:]],
+            "rounded_before": is_rounded_merge(one),
+        }
+        for one in plan.sources
+    }
 
 
 def _named(place: Place, written: str) -> Checkpoint:

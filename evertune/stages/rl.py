@@ -1,6 +1,7 @@
 """Reinforcement learning with verifiable rewards as a stage."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ from evertune.data.encode import question_of
 from evertune.data.rows import read_rows
 from evertune.recipe.presets import ResolvedRl
 from evertune.stages.place import Place
-from evertune.stages.training import own_fields, training_fields, training_key, verifiers_of
+from evertune.stages.training import ask_guards, own_fields, training_fields, training_key, verifiers_of
 from evertune.train.spec import RlSpec
 from evertune.workspace import Workspace
 
@@ -46,11 +47,11 @@ def perform(order: dict[str, Any], workspace: Workspace) -> dict[str, Any]:
     for ref in spec.new:
         for row in read_rows(Path(ref.path), format=ref.format, source=ref.source, limit=ref.limit):
             verifiers.validate(rules[ref.source], question_of(row)[1], place=row.place)
-    return run_rl(spec, workspace, lambda source, output, answer: _check(rules[source], output, answer))
+    return run_rl(spec, workspace, partial(_check, rules), ask=ask_guards(spec))
 
 
-def _check(rule: Mapping[str, Any], output: str, answer: Any) -> "Checked":
+def _check(rules: Mapping[str, Mapping[str, Any]], source: str, output: str, answer: Any) -> "Checked":
     from evertune.train.rollout import Checked
 
-    found = verifiers.check(rule, output=output, answer=answer)
+    found = verifiers.check(rules[source], output=output, answer=answer)
     return Checked(found.score, found.error, dict(found.parts))

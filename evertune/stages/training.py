@@ -15,7 +15,7 @@ from evertune.recipe.plugins import Kind, find_plugin
 from evertune.recipe.presets import ResolvedTraining
 from evertune.recipe.schema import ADAPTING, Training
 from evertune.stages.place import Place
-from evertune.train.spec import CARRIED, AdaptSpec, AnchorSpec, PluginSpec, RowsRef, TrainingSpec
+from evertune.train.spec import CARRIED, AdaptSpec, AnchorSpec, GuardStopSpec, PluginSpec, RowsRef, TrainingSpec
 from evertune.verifiers import located
 from evertune.workspace import read_manifest
 
@@ -37,6 +37,7 @@ def training_fields(place: Place, settings: ResolvedTraining) -> dict[str, Any]:
         "replay": replay,
         "share": settings.replay.share if replay else 0.0,
         "adapt": _adapt_spec(place, settings) if replay else None,
+        "guard_stop": _guard_stop_spec(place, settings),
         "dedup": settings.replay.dedup,
         "anchor": _anchor_spec(place, settings),
         "plugins": [_plugin_spec(place, *one) for one in stage.plugins],
@@ -86,11 +87,12 @@ def training_key(version: int, spec: TrainingSpec) -> str:
     if facts.get("server"):  # where it is, and how it is asked, makes no other answers
         facts["server"] = facts["server"]["model"]
     # What came later and is not used keeps the keys of before.
-    for name in ("mix", "adapt", "replay_ratio", "protect", "server"):
+    for name in ("mix", "adapt", "guard_stop", "replay_ratio", "protect", "server"):
         if not facts.get(name, True):
             del facts[name]
-    if spec.adapt is not None:
-        del facts["adapt"]["probes"]
+    for name in ("adapt", "guard_stop"):
+        if name in facts:
+            del facts[name]["probes"]
     facts["new"] = [[ref.source, ref.digest] for ref in spec.new]
     facts["replay"] = [[ref.source, ref.digest] for ref in spec.replay]
     if spec.anchor is not None:
@@ -146,34 +148,48 @@ def _adapt_spec(place: Place, settings: ResolvedTraining) -> AdaptSpec | None:
     adapt = settings.replay.adapt
     if adapt is None or place.kind not in ADAPTING:
         return None
+    guards = _guards_on_the_way(place, "replay.adapt")
+    return AdaptSpec(every=adapt.every, raise_by=adapt.raise_by, most=adapt.most, **guards)
+
+
+def _guard_stop_spec(place: Place, settings: ResolvedTraining) -> GuardStopSpec | None:
+    stop = settings.guard_stop
+    return GuardStopSpec(every=stop.every, **_guards_on_the_way(place, "guard_stop")) if stop is not None else None
+
+
+def _guards_on_the_way(place: Place, setting: str) -> dict[str, Any]:
+    """The guards that a stage asks while it trains, by name, and what is needed to load each.
+
+    Raises:
+        RecipeError: there are none.
+    """
     plan = place.plan
     guards = plan.asked_on_the_way(place.round)
     if not guards:
         raise RecipeError(
-            f"{place.label}: 'replay.adapt' asks guards, and there are none but of lm-eval or held-out ones.",
-            remedy="Add a guard, or leave 'adapt' out.",
+            f"{place.label}: '{setting}' asks guards, and there are none but of lm-eval or held-out ones.",
+            remedy=f"Add a guard, or leave '{setting}' out.",
         )
-    margins = {one.name: plan.margin_of(one, place.round) for one in guards}
-    return AdaptSpec(
-        every=adapt.every,
-        raise_by=adapt.raise_by,
-        most=adapt.most,
-        guards={
-            one.name: {"margin": margins[one.name], "lower": one.kind == "bits_per_byte", "digest": one.digest}
-            for one in guards
-        },
-        probes=[plan.probe_job(one) for one in guards],
-    )
+    facts = {
+        one.name: {
+            "margin": plan.margin_of(one, place.round),
+            "lower": one.kind == "bits_per_byte",
+            "digest": one.digest,
+        }
+        for one in guards
+    }
+    return {"guards": facts, "probes": [plan.probe_job(one) for one in guards]}
 
 
 def ask_guards(spec: TrainingSpec) -> "Callable[[OpenModel], dict[str, float]] | None":
     """What asks the model in training for the mean score of each guard; None where nothing is asked on the way."""
-    if spec.adapt is None:
+    asking = spec.guard_stop or spec.adapt
+    if asking is None:
         return None
     from evertune.probe.job import score_open
     from evertune.probe.suite import load_probe
 
-    probes = [load_probe(one["name"], settings=one["settings"], root=Path(one["root"])) for one in spec.adapt.probes]
+    probes = [load_probe(one["name"], settings=one["settings"], root=Path(one["root"])) for one in asking.probes]
     return lambda opened: {name: float(scores.value) for name, scores in score_open(opened, probes).items()}
 
 

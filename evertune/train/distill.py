@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from evertune.data.encode import EncodedPrompt, EncodedRow, Item, counted_of, encode_prompts, encode_rows
+from evertune.data.encode import EncodedPrompt, EncodedRow, Item, counted_of, encode_rows
 from evertune.errors import RecipeError
 from evertune.measure.stats import compare_paired
 from evertune.model.adapter import read_factors
@@ -26,8 +26,9 @@ from evertune.model.codec import Codec, load_codec
 from evertune.model.forward import Forward
 from evertune.model.lowrank import compress, fill
 from evertune.model.open import check_digest
+from evertune.train.adapt import Ask
 from evertune.train.batch import MicroBatch, collate
-from evertune.train.distill_answers import Check, with_answers, write_answers
+from evertune.train.distill_answers import Check, Questions, with_answers, write_answers
 from evertune.train.distill_losses import at_temperature, divergence_of
 from evertune.train.distill_policy import OnPolicyFeed, SampledRow, is_answered
 from evertune.train.distill_shown import Demonstrations
@@ -50,11 +51,14 @@ LITTLE_MASS = 0.9
 GAIN_LEVEL = 0.05
 
 
-def run_distill(spec: DistillSpec, workspace: Workspace, check: Check | None = None) -> dict[str, Any]:
+def run_distill(
+    spec: DistillSpec, workspace: Workspace, check: Check | None = None, *, ask: Ask | None = None
+) -> dict[str, Any]:
     """Ask the teachers what is not stored yet, train the student and publish it; see `run_training`.
 
     Args:
         check: verifies what teachers write; needed where the order says so.
+        ask: scores guards of the model in training.
 
     The record's `volatile` has `teacher_forwards`: forward passes of teachers that this performance needed.
 
@@ -65,7 +69,7 @@ def run_distill(spec: DistillSpec, workspace: Workspace, check: Check | None = N
     lesson = _Distilled(spec, workspace, check or _unverified)
     if workspace.manifest(spec.key) is None:
         lesson.teach()
-    return run_training(spec, workspace, lesson)
+    return run_training(spec, workspace, lesson, ask=ask)
 
 
 @dataclass(frozen=True)
@@ -190,9 +194,18 @@ class _Distilled(Lesson):
         teachers = self._make_teachers(str(accelerator.device))
         if spec.answers is not None:
             if accelerator.is_main_process:
-                prompts = load_material(spec, codec, world_size=1, encode=encode_prompts).new.values()
+                questions = Questions()
+                prompts = load_material(spec, codec, world_size=1, encode=questions.encode).new.values()
                 asked = [one for each in prompts for one in each if isinstance(one, EncodedPrompt)]
-                write_answers(spec, asked, teachers, targets=self._targets, codec=codec, check=self._check)
+                write_answers(
+                    spec,
+                    asked,
+                    teachers,
+                    targets=self._targets,
+                    codec=codec,
+                    check=self._check,
+                    turns=questions.turns,
+                )
                 self._asked = len(asked)
             accelerator.wait_for_everyone()
             self.__dict__.pop("_targets", None)

@@ -1,11 +1,14 @@
 """Sequence-level distillation: the teacher writes the answers that the student learns (Kim and Rush 2016,
 arXiv:1606.07947), several to each prompt, of which the best is kept.
+
+A teacher with the student's tokenizer is asked and learnt in tokens. One with another reads the turns and writes text,
+each through its own template, and the student's tokenizer reads that text.
 """
 
 # G answers to one prompt, N counted positions
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -13,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evertune.data.encode import EncodedPrompt, EncodedRow, Encoding, encode_prompts
+from evertune.data.encode import EncodedPrompt, EncodedRow, Encoding, encode_prompts, question_of
 from evertune.data.rows import Row
 from evertune.errors import DataError
 from evertune.hashing import digest_json
@@ -31,6 +34,20 @@ Check = Callable[[str, str, Any], bool]
 START = -1
 
 
+class Questions:
+    """Encodes rows as prompts, and remembers their turns for a teacher with another tokenizer."""
+
+    def __init__(self) -> None:
+        self.turns: dict[tuple[str, str], list[dict[str, str]]] = {}
+
+    def encode(
+        self, rows: Sequence[Row], codec: Codec, *, max_tokens: int, too_long: Literal["error", "drop"]
+    ) -> Encoding[EncodedPrompt]:
+        """As `encode_prompts`."""
+        self.turns.update({(row.source, row.id): question_of(row)[0] for row in rows})
+        return encode_prompts(rows, codec, max_tokens=max_tokens, too_long=too_long)
+
+
 def write_answers(
     spec: DistillSpec,
     prompts: Sequence[EncodedPrompt],
@@ -39,14 +56,27 @@ def write_answers(
     targets: Targets,
     codec: Codec,
     check: Check,
+    turns: Mapping[tuple[str, str], list[dict[str, str]]],
 ) -> None:
-    """Let the teachers answer the prompts that they have not answered yet."""
+    """Let the teachers answer the prompts that they have not answered yet.
+
+    Args:
+        turns: of each prompt, by source and id.
+    """
     for source in dict.fromkeys(one.source for one in prompts):
         (teacher,) = spec.of(source)
         own = {asked(spec, one).digest: one for one in prompts if one.source == source}
 
-        def author(forward: Forward, live: LiveReference, row: EncodedRow, own: Any = own) -> dict[str, Tensor]:
-            return {"ids": torch.tensor([START, *_best(spec, own[row.digest], forward, live, codec, check)]).int()}
+        def author(
+            forward: Forward, live: LiveReference, teachers_codec: Codec, row: EncodedRow, own: Any = own
+        ) -> dict[str, Tensor]:
+            prompt = own[row.digest]
+            if teachers_codec.digest == codec.digest:
+                ids = _best(spec, prompt, forward, live, codec, check)
+            else:
+                asked_in = turns[prompt.source, prompt.id]
+                ids = _translated(spec, prompt, asked_in, forward, live, teachers_codec, codec, check)
+            return {"ids": torch.tensor([START, *ids]).int()}
 
         rows = [asked(spec, one) for one in own.values()]
         teachers.write(teacher, rows, targets.written(teacher, source), author)
@@ -109,6 +139,28 @@ def _best(
     likelihoods = [float(mean_logp(live, _conversation(prompt, ids))) for ids in ended]
     # Of equals the first: the order of samples is that of their seeds.
     return ended[int(np.argmax(likelihoods))] if ended else ()
+
+
+def _translated(
+    spec: DistillSpec,
+    prompt: EncodedPrompt,
+    turns: Sequence[dict[str, str]],
+    forward: Forward,
+    live: LiveReference,
+    theirs: Codec,
+    ours: Codec,
+    check: Check,
+) -> Sequence[int]:
+    """The answer that is kept of a teacher with another tokenizer, in the student's tokens."""
+    ids_T = np.array(theirs.encode_prompt(turns), dtype="<i4")
+    counted_T = np.zeros(len(ids_T), dtype=np.bool_)
+    read = replace(prompt, prompt=replace(prompt.prompt, ids=ids_T, counted=counted_T))
+    said = _best(spec, read, forward, live, theirs, check)
+    if not said:
+        return ()
+    text = theirs.decode([one for one in said if one not in theirs.stop_ids])
+    heard = ours.encode_chat([*turns, {"role": "assistant", "content": text}], answers=1)
+    return [one for one, counts in zip(heard.ids, heard.counted, strict=True) if counts]
 
 
 def _conversation(prompt: EncodedPrompt, answer: Sequence[int]) -> EncodedRow:

@@ -95,10 +95,12 @@ class DistillSpec(TrainingSpec):
     def check(self) -> None:
         """Raise where a teacher cannot teach this student, or too many words are to be kept. Reads no weight.
 
+        A teacher of whom only written answers are learnt may have other words.
+
         Raises:
             CheckpointError, RecipeError: as `check_teacher` and `check_words`.
         """
-        for teacher in self.teachers:
+        for teacher in self.teachers if self.weight > 0.0 else ():
             check_teacher(teacher.name, teacher.checkpoint, self.start)
         check_words(self.words, max(map(len, self.routes.values())), vocabulary_of(self.start))
 
@@ -155,7 +157,8 @@ def check_teacher(name: str, teacher: Checkpoint, student: Checkpoint) -> None:
         return
     raise CheckpointError(
         f"teacher '{name}' has {told}: their distributions cannot be compared.",
-        remedy="Distil from a model with the student's tokenizer, or train an sft stage on texts that it has written.",
+        remedy="Let it write the answers, which may have other words: 'answers: {}' with 'weight: 0'. Or distil from a "
+        "model with the student's tokenizer.",
     )
 
 

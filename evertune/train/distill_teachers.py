@@ -16,6 +16,7 @@ from torch import Tensor
 from evertune.data.encode import EncodedRow
 from evertune.errors import CheckpointError
 from evertune.model.checkpoint import Checkpoint
+from evertune.model.codec import Codec
 from evertune.model.forward import Forward
 from evertune.model.open import OpenModel, open_model, stacked
 from evertune.train.distill_losses import at_temperature, pooled_words
@@ -34,8 +35,8 @@ Summary = Callable[[Tensor, EncodedRow, slice], dict[str, Tensor]]
 
 
 Read = Callable[[EncodedRow], EncodedRow]
-Author = Callable[[Forward, LiveReference, EncodedRow], dict[str, Tensor]]
-"""(the teacher ready to speak, and ready to judge, a prompt) -> what is stored of its answer."""
+Author = Callable[[Forward, LiveReference, Codec, EncodedRow], dict[str, Tensor]]
+"""(the teacher ready to speak, and ready to judge, its own tokenizer, a prompt) -> what is stored of its answer."""
 
 
 def _as_it_is(row: EncodedRow) -> EncodedRow:
@@ -94,9 +95,9 @@ class Teachers:
             return
         with self._seated(teacher) as live:
             assert self._opened is not None, "a teacher is seated"
-            forward = Forward(self._opened)
+            forward, codec = Forward(self._opened), self._opened.codec
             for first in range(0, len(missing), SHARD_ROWS):
-                store.add(missing[first : first + SHARD_ROWS], lambda row: author(forward, live, row))
+                store.add(missing[first : first + SHARD_ROWS], lambda row: author(forward, live, codec, row))
         self.forwards += live.forwards
 
     def gain(self, teacher: TeacherSpec, rows: Rows, store: Store) -> list[float]:

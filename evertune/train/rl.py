@@ -23,6 +23,7 @@ from evertune.model.adapter import concatenate, read_factors, save_new, write_ad
 from evertune.model.codec import Codec
 from evertune.model.forward import Forward
 from evertune.model.open import OpenModel
+from evertune.train.adapt import Ask
 from evertune.train.batch import collate, counted_positions
 from evertune.train.head import target_log_probabilities
 from evertune.train.loop import Feed
@@ -46,13 +47,14 @@ FINAL = ("reward", "policy_kl", "entropy", "length", "stopped", "repeats", "flat
 LENGTH_FACTOR, REPEATS, STOPPED_DROP = 2.0, 0.3, 0.2
 
 
-def run_rl(spec: RlSpec, workspace: Workspace, check: Check) -> dict[str, Any]:
+def run_rl(spec: RlSpec, workspace: Workspace, check: Check, *, ask: Ask | None = None) -> dict[str, Any]:
     """Train one rl stage and publish it; see `run_training`.
 
     Args:
         check: the sources' verifiers.
+        ask: scores guards of the model in training.
     """
-    return run_training(spec, workspace, _Rewarded(spec, check))
+    return run_training(spec, workspace, _Rewarded(spec, check), ask=ask)
 
 
 class Multipliers:

@@ -96,6 +96,22 @@ class AdaptSpec:
 
 
 @dataclass(frozen=True)
+class GuardStopSpec:
+    """A stage that ends when a guard has fallen; `every`, `guards` and `probes` as in `AdaptSpec`."""
+
+    every: int
+    guards: dict[str, dict[str, Any]]
+    probes: list[dict[str, Any]]
+
+    def to_json(self) -> dict[str, Any]:
+        return _plain_fields(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "GuardStopSpec":
+        return cls(**value)
+
+
+@dataclass(frozen=True)
 class PluginSpec:
     """A penalty or gradient rule from another package: what it is, what it remembers, what it goes on from.
 
@@ -151,6 +167,7 @@ class TrainingSpec:
     replay: list[RowsRef]
     share: float
     adapt: AdaptSpec | None = field(default=None, kw_only=True)
+    guard_stop: GuardStopSpec | None = field(default=None, kw_only=True)
     dedup: bool | Literal["near"]
     tune: dict[str, Any]
     lr: float
@@ -191,6 +208,7 @@ class TrainingSpec:
             "replay": [ref.to_json() for ref in self.replay],
             "anchor": self.anchor.to_json() if self.anchor else None,
             "adapt": self.adapt.to_json() if self.adapt else None,
+            "guard_stop": self.guard_stop.to_json() if self.guard_stop else None,
             "plugins": [one.to_json() for one in self.plugins],
         }
 
@@ -205,6 +223,7 @@ class TrainingSpec:
                 "replay": [RowsRef.from_json(ref) for ref in value["replay"]],
                 "anchor": AnchorSpec.from_json(value["anchor"]) if value["anchor"] else None,
                 "adapt": AdaptSpec.from_json(value["adapt"]) if value.get("adapt") else None,
+                "guard_stop": GuardStopSpec.from_json(value["guard_stop"]) if value.get("guard_stop") else None,
                 "plugins": [PluginSpec.from_json(one) for one in value["plugins"]],
             }
         )

@@ -2,11 +2,13 @@
 door; what differs between kinds is a `Lesson`.
 """
 
+import re
 import time
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from evertune.model.open import OpenModel, open_model
 from evertune.train.adapt import AdaptiveFeed, Ask, adapt_facts, adapt_warnings
 from evertune.train.anchor import Anchor, anchors
 from evertune.train.distance import stage_drift
+from evertune.train.guarded import GuardedFeed, guard_brake
 from evertune.train.head import split_model
 from evertune.train.loop import Feed, Pace, Trainer, cosine, gradient_of, make_accelerator, train
 from evertune.train.material import Material
@@ -41,6 +44,8 @@ from evertune.workspace import Manifest, Workspace
 # The final loss is averaged over this many steps: one step's is mostly the luck of its rows.
 FINAL_STEPS = 10
 LOSS_POINTS = 100
+# A layer's name within a parameter's, whatever wraps the model: `model.layers.3`.
+_LAYER = re.compile(r"(model\.layers\.\d+)\.")
 
 
 class Lesson(ABC):
@@ -157,7 +162,7 @@ def run_training(spec: TrainingSpec, workspace: Workspace, lesson: Lesson, *, as
     """Train one stage, or go on with it from its newest resume point, and publish the checkpoint under `spec.key`.
 
     Args:
-        ask: scores guards of the model in training, where the share of replay follows them.
+        ask: scores guards of the model in training, where the share of replay or the stage's end depends on them.
 
     Returns:
         `{"checkpoint": the ledger's fields known here, "volatile": {"time", "seconds", "tokens_per_second"}}`; the
@@ -186,14 +191,18 @@ def run_training(spec: TrainingSpec, workspace: Workspace, lesson: Lesson, *, as
     if found is not None:
         trainer.load_state(found.state)
     first, history = (found.step, found.history) if found is not None else (0, [])
-    if isinstance(trainer.feed, AdaptiveFeed):
-        trainer.feed.recall(history)
+    feed: Feed | None = trainer.feed
+    while feed is not None:
+        if isinstance(feed, AdaptiveFeed | GuardedFeed):
+            feed.recall(history)
+        feed = feed.inner if isinstance(feed, GuardedFeed) else None
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         points.drop_after(first)
     start_trackers(accelerator, spec.label, spec.settings(), folder=points.folder / "trackers")
+    brake = partial(_brake, spec, lesson)
     sink = Sink(points.folder / METRICS, history=history, accelerator=accelerator)
-    train(trainer, points, sink, first=first, save_steps=spec.save_steps, brake=lesson.brake, observe=lesson.observe)
+    train(trainer, points, sink, first=first, save_steps=spec.save_steps, brake=brake, observe=lesson.observe)
     trainer.masters.use_average()
     cosines = _start_and_end(at_start, interference(trainer, material)) if lesson.can_compare else None
     if accelerator.is_main_process:
@@ -207,6 +216,11 @@ def run_training(spec: TrainingSpec, workspace: Workspace, lesson: Lesson, *, as
     manifest = workspace.manifest(spec.key)
     assert manifest is not None, "published and yet not there"
     return _result(manifest)
+
+
+def _brake(spec: TrainingSpec, lesson: Lesson, metrics: Metrics) -> str | None:
+    """Why the stage should end after a step with these metrics, or None."""
+    return (guard_brake(metrics, spec.guard_stop) if spec.guard_stop else None) or lesson.brake(metrics)
 
 
 def open_trained(spec: TrainingSpec, accelerator: Accelerator) -> tuple[OpenModel, Mapping[str, nn.Parameter]]:
@@ -241,6 +255,9 @@ def make_trainer(setting: Setting, trained: Mapping[str, nn.Parameter], lesson: 
     decoder, head = split_model(opened.model)
     policy = Policy(opened.model, decoder, head, opened.codec.pad_id)
     feed = lesson.feed(setting, policy)
+    if spec.guard_stop is not None:
+        assert setting.ask is not None, "the stage ends where guards fall, and nothing asks them"
+        feed = GuardedFeed(feed, spec.guard_stop, setting.ask, opened, agreer(setting))
     penalties = []
     if spec.anchor is not None and spec.anchor.kl > 0.0:
         penalties.append(_anchor(spec.anchor, setting))
@@ -266,15 +283,22 @@ def make_trainer(setting: Setting, trained: Mapping[str, nn.Parameter], lesson: 
     )
 
 
-def interference(trainer: Trainer, material: Material) -> float | None:
-    """Cosine between the gradients of the new and of the replayed rows' loss, on one micro-batch of each.
+def interference(trainer: Trainer, material: Material) -> dict[str, float] | None:
+    """Cosine between the gradients of the new and of the replayed rows' loss, on one micro-batch of each: of all
+    trained weights under `""`, and of each layer that has some under its name.
 
     Below 0 the two disagree: a step that helps the one hurts the other. None without replay.
     """
     new, old = (material.first_rows(material.micro_batch_rows, is_replay=kind) for kind in (False, True))
     if not new or not old:
         return None
-    return cosine(gradient_of(trainer, new), gradient_of(trainer, old))
+    gradients = [gradient_of(trainer, rows) for rows in (new, old)]
+    layers = {found[1]: None for name in gradients[0] if (found := _LAYER.search(name))}
+    parts = {
+        layer: [{name: one for name, one in each.items() if f"{layer}." in name} for each in gradients]
+        for layer in layers
+    }
+    return {"": cosine(*gradients), **{layer: cosine(*each) for layer, each in parts.items()}}
 
 
 def _anchor(anchor: AnchorSpec, setting: Setting) -> Anchor:
@@ -363,7 +387,7 @@ def _facts(spec: TrainingSpec, lesson: Lesson, material: Material, history: Sequ
     warnings = lesson.warnings(taught[:FINAL_STEPS], taught[-FINAL_STEPS:])
     if adapted is not None:
         warnings += adapt_warnings(history, adapted)
-    reason = lesson.brake(history[-1])
+    reason = _brake(spec, lesson, history[-1])
     if reason:
         warnings.append({"name": "stopped_early", "text": f"the stage ended after step {len(history)}: {reason}"})
     return {**facts, "warnings": warnings} if warnings else facts
@@ -402,5 +426,8 @@ def mean_of(history: Sequence[Metrics], name: str) -> float:
     return sum(values) / len(values)
 
 
-def _start_and_end(start: float | None, end: float | None) -> dict[str, float] | None:
-    return None if start is None or end is None else {"start": start, "end": end}
+def _start_and_end(start: dict[str, float] | None, end: dict[str, float] | None) -> dict[str, Any] | None:
+    if start is None or end is None:
+        return None
+    layers = {name: [value, end[name]] for name, value in start.items() if name}
+    return {"start": start[""], "end": end[""], "layers": layers}

@@ -209,3 +209,11 @@ def test_what_mergekit_has_and_we_have_not_is_said(tmp_path: Path, text: str, sa
     (tmp_path / "m.yaml").write_text(text)
     with pytest.raises(RecipeError, match=said):
         load_config(tmp_path / "m.yaml")
+
+
+def test_weights_that_add_up_to_nothing_stop_the_plan_and_name_the_tensor(tmp_path: Path) -> None:
+    write_family(tmp_path, experts=2)
+    for weight in (-1.0, [{"match": "*.norm.*", "value": -1.0}, {"value": 1.0}]):
+        config = configure("linear", {"e0": {}, "e1": {"weight": weight}})
+        with pytest.raises(MergeError, match=r"^model\.\S+: the weights \[-?1\.0, -?1\.0\] add up to 0"):
+            plan_merge(config, folder=tmp_path)

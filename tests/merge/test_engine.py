@@ -3,17 +3,19 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from evertune.errors import CheckpointError, MergeError
+from evertune.cli import app
+from evertune.errors import CheckpointError, MergeError, WorkspaceError
 from evertune.hashing import digest_file
 from evertune.merge import plan as planning
 from evertune.merge.engine import JOURNAL, run_merge
@@ -333,20 +335,73 @@ def test_two_processes_do_not_write_one_merge(family: Path, tmp_path: Path) -> N
         os.close(held)
 
 
-def test_merging_imports_no_torch_and_starts_in_two_cpu_seconds(family: Path, tmp_path: Path) -> None:
-    code = (
-        "import sys, time; from pathlib import Path; from evertune.merge.config import load_config;"
-        "from evertune.merge.plan import plan_merge; from evertune.merge.run import merge_planned;"
-        f"c = Path({str(tmp_path / 'm.yaml')!r});"
-        "p = plan_merge(load_config(c), folder=c.parent); t = time.process_time();"
-        f"merge_planned(p, Path({str(tmp_path / 'out')!r}), threads=1);"
-        "print(t, sorted(set(sys.modules) & {'torch', 'transformers', 'peft', 'accelerate'}))"
-    )
+STARTING = """
+import sys, time
+from evertune.cli import app
+from evertune.merge.sources import Files
+read, first = Files.read, []
+
+def note(self, *arguments):
+    first.append(time.process_time())
+    return read(self, *arguments)
+
+Files.read = note
+app(["merge", *sys.argv[1:]], standalone_mode=False)
+print(first[0], sorted(set(sys.modules) & {"torch", "transformers", "peft", "accelerate", "datasets"}))
+"""
+
+
+def test_the_command_merges_without_torch_and_reads_its_first_byte_in_two_cpu_seconds(
+    family: Path, tmp_path: Path
+) -> None:
     lines = ["method: linear", "models:", *(f"  {name}: {{path: {family / name}}}" for name in THREE)]
     (tmp_path / "m.yaml").write_text("\n".join(lines))
-    began = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert time.monotonic() - began < 300
-    seconds, modules = done.stdout.split(maxsplit=1)
-    assert modules.strip() == "[]"
-    assert float(seconds) < 6.0  # 0.6 where nothing else runs; the bound is for a loaded machine
+    command = [sys.executable, "-c", STARTING, str(tmp_path / "m.yaml"), "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    seconds, modules = done.stdout.splitlines()[-1].split(maxsplit=1)
+    assert modules == "[]"
+    assert float(seconds) < 4.0  # 1.1 is measured where little else runs; the bound is for a loaded machine
+
+
+def test_a_dry_run_says_all_that_stands_against_a_merge_at_once(
+    family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = tensors_of(family / "e1")
+    write_model(tmp_path / "extra", {**tensors, "model.extra.weight": torch.ones(3)})
+    (tmp_path / "pickle").mkdir()
+    (tmp_path / "pickle" / "config.json").write_text("{}")
+    (tmp_path / "pickle" / "pytorch_model.bin").write_bytes(b"")
+    lines = ["method: ties", f"base: {family / 'base'}", "models:"]
+    lines += [f"  {name}: {{path: {name}}}" for name in ("extra", "pickle", "gone")]
+    (tmp_path / "m.yaml").write_text("\n".join(lines))
+    done = CliRunner().invoke(app, ["merge", str(tmp_path / "m.yaml"), "--dry-run"])
+    assert isinstance(done.exception, MergeError)
+    told = str(done.exception).split("\n")
+    assert len(told) == 3
+    assert "only pickled weights" in told[0]
+    assert "gone: no such folder" in told[1]
+    assert "has model.extra.weight, which base lacks" in told[2]
+    # What only the output's place and form can be wrong about follows the plan.
+    lines = ["method: linear", "rank: 4", "models:", *(f"  {name}: {{path: {family / name}}}" for name in THREE)]
+    (tmp_path / "m.yaml").write_text("\n".join(lines))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("evertune.merge.engine.shutil.disk_usage", lambda place: usage._replace(free=100))
+    done = CliRunner().invoke(app, ["merge", str(tmp_path / "m.yaml"), "--dry-run", "--out", str(tmp_path / "pickle")])
+    assert "of memory and" in done.output
+    told = str(done.exception).split("\n")
+    assert [any(word in one for one in told) for word in ("a rank, needs", "is not an empty", "0.00 GB are free")] == [
+        True, True, True
+    ]  # fmt: skip
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_written(
+    family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_merge(configure("linear", THREE), folder=family)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("evertune.merge.engine.shutil.disk_usage", lambda place: usage._replace(free=1000))
+    with pytest.raises(WorkspaceError, match=r"0\.00 GB are free, 0\.00 GB are to be written"):
+        run_merge(plan, tmp_path / "deep" / "out")
+    assert list(tmp_path.glob("**/out*")) == []
+    monkeypatch.undo()
+    assert run_merge(plan, tmp_path / "deep" / "out").checkpoint.form == "model"

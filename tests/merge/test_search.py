@@ -1,14 +1,16 @@
 """Searches on functions whose best is known, and the merge in memory that is the merge on disk."""
 
-import importlib.util
 import json
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from evertune.cli import app
 from evertune.errors import MergeError
 from evertune.merge.in_memory import apply_into
 from evertune.merge.plan import plan_merge
@@ -46,14 +48,52 @@ def test_coordinates_climb_and_halve_their_step() -> None:
     assert all(sum(one.weights.values()) > 0 for one in search.trials)
 
 
-def test_cma_finds_the_bowl_or_says_what_it_needs() -> None:
-    search = Search(_bowl)
-    if importlib.util.find_spec("cma") is None:
-        with pytest.raises(MergeError, match="needs the package 'cma'"):
-            cma(search, NAMES, start=EQUAL, step=0.3, evaluations=60, seed=0)
-        return
-    best = cma(search, NAMES, start=EQUAL, step=0.3, evaluations=200, seed=0)
-    assert best.objective > -1e-3
+def _valley(weights: Weights) -> dict[str, float]:
+    """A narrow valley at an angle to the axes: best at a = 0.7, b = 0.2, where climbing along one axis gets stuck."""
+    along, across = weights["a"] + weights["b"] - 0.9, weights["a"] - weights["b"] - 0.5
+    return {"probe": -(along**2 + 100 * across**2) - (weights["c"] - 0.4) ** 2}
+
+
+def test_cma_finds_the_end_of_a_valley_that_no_axis_follows() -> None:
+    search = Search(_valley)
+    best = cma(search, NAMES, start=EQUAL, step=0.3, evaluations=300, seed=0)
+    assert best.weights == pytest.approx({"a": 0.7, "b": 0.2, "c": 0.4}, abs=0.02)
+    assert best is search.best
+    assert search.trials[0].weights == {name: round(1 / 3, 4) for name in NAMES}
+    assert all(0.0 <= one <= 2.0 for trial in search.trials for one in trial.weights.values())
+    by_axes = Search(_valley)
+    coordinate(by_axes, NAMES, start=EQUAL, step=0.3, rounds=300 // 6)
+    assert best.objective > by_axes.best.objective
+
+
+def test_cma_keeps_to_its_budget_and_to_its_seed() -> None:
+    runs = []
+    for seed in (0, 0, 1):
+        search = Search(_bowl)
+        cma(search, NAMES, start=EQUAL, step=0.3, evaluations=30, seed=seed)
+        runs.append([one.weights for one in search.trials])
+    assert runs[0] == runs[1] != runs[2]
+    # The start, and generations of 7 until 30 were asked for.
+    assert len(runs[0]) <= 1 + 35
+
+
+def test_cma_goes_on_where_no_model_is_left_and_refuses_one_model() -> None:
+    # The best is at the corner where all weights are 0, which is not a merge and is never scored.
+    def score(weights: Weights) -> dict[str, float]:
+        assert any(weights.values())
+        return {"probe": -sum(weights.values())}
+
+    search = Search(score)
+    assert sum(cma(search, NAMES, start=EQUAL, step=0.5, evaluations=200, seed=3).weights.values()) < 0.05
+    with pytest.raises(MergeError, match="CMA-ES needs two models or more"):
+        cma(search, ["a"], start={"a": 1.0}, step=0.5, evaluations=10, seed=0)
+
+
+def test_without_its_package_cma_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cma", None)
+    with pytest.raises(MergeError, match="needs the package 'cma'") as caught:
+        cma(Search(_bowl), NAMES, start=EQUAL, step=0.3, evaluations=60, seed=0)
+    assert "evertune[search]" in str(caught.value)
 
 
 def test_a_greedy_soup_leaves_the_spoiler_out() -> None:
@@ -124,3 +164,19 @@ def test_a_search_reports_what_it_never_saw_and_writes_only_the_winner(family: P
         search_weights(configure("linear", {"none": {}, "e1": {}}), family, recipe, how="grid", out=family / "winner")
     with pytest.raises(MergeError, match="'slerp' has no weights"):
         search_weights(configure("slerp", {"e0": {}, "e1": {}}), family, recipe, how="grid")
+
+
+def test_the_command_searches_by_cma_on_a_recipes_probes(family: Path) -> None:
+    (family / "m.yaml").write_text("method: task_arithmetic\nbase: model\nmodels: {a: {path: e0}, b: {path: e1}}\n")
+    arguments = ["merge", "search", str(family / "m.yaml"), "--probes", str(family / "recipe.yaml"), "--how", "cma"]
+    done = CliRunner().invoke(app, [*arguments, "--rounds", "1", "--out", str(family / "by-cma"), "--json"])
+    assert done.exit_code == 0, done.output
+    body = json.loads(done.stdout)
+    assert len(body["trials"]) > 5
+    assert body["trials"][0]["weights"] == {"a": 0.5, "b": 0.5}
+    best = max(body["trials"], key=lambda one: one["objective"])
+    assert body["weights"] == best["weights"]
+    said = json.loads((family / "by-cma" / "merge.json").read_text())["config"]["models"]
+    assert {name: one["weight"] for name, one in said.items()} == body["weights"]
+    alone = CliRunner().invoke(app, [*arguments, "--rounds", "0"])
+    assert alone.exit_code == 2  # a usage error: the range is said

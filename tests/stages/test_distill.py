@@ -295,6 +295,12 @@ def test_a_check_finds_a_teacher_with_another_tokenizer(tmp_path, tiny_model, pl
     assert (where, "another tokenizer" in told) == (f"{place}.teachers[0]", True)
 
 
+def test_a_check_lets_a_teacher_with_another_tokenizer_write(tmp_path, tiny_model):
+    recipe = _write(tmp_path, tiny_model, "teachers: [other], answers: {}, weight: 0")
+    write_tiny_model(tmp_path / "other", template="llama2")
+    assert _findings(recipe) == []
+
+
 def test_a_check_finds_a_teacher_that_is_not_there(tmp_path, tiny_model, place):
     ((where, _),) = _findings(_write(tmp_path, tiny_model, "teachers: [nowhere]"))
     assert where == f"{place}.teachers[0]"

@@ -18,6 +18,7 @@ from evertune.stages import KINDS, Past, Place
 from evertune.stages.merge import MergeSpec
 from evertune.workspace import Workspace
 from tests.check.folders import RECIPE, check, said, write_folder
+from tests.merge.folders import merge
 from tests.model.folders import write_adapter_folder
 from tests.tiny import write_tiny_model
 
@@ -80,6 +81,10 @@ def test_an_adapter_and_its_base_become_a_scaled_adapter(tmp_path: Path, stack: 
     facts = KINDS["merge"].perform(order.to_json(), workspace)["checkpoint"]
     assert (facts["form"], facts["methods"], facts["standing"]) == ("adapter", ["expert_merge"], "production")
     assert facts["parents"] == sorted(one.digest for one in stack)
+    assert facts["merge"]["numbers"] == {
+        "new": {"stored": "float32", "vectors": [stack[1].digest], "rounded_before": False},
+        "old": {"stored": "float32", "vectors": [], "rounded_before": False},
+    }
     merged, trained = read_factors(workspace.path(order.key)), read_factors(stack[1].path)
     for name in trained:
         assert torch.allclose(merged[name].delta(), 0.75 * trained[name].delta(), atol=1e-7)
@@ -95,6 +100,7 @@ def test_whole_models_become_a_float32_master_however_often(tmp_path: Path, tiny
     facts = KINDS["merge"].perform(order.to_json(), workspace)["checkpoint"]
     assert facts["form"] == "model"
     assert facts["settings"]["dtype"] == "float32"
+    assert {one["rounded_before"] for one in facts["merge"]["numbers"].values()} == {False}
     found, one, two = (dict(open_model(each, dtype="float32").model.named_parameters()) for each in (
         describe(workspace.path(order.key)), other, base))  # fmt: skip
     for name in found:
@@ -131,6 +137,22 @@ def test_consolidate_is_a_merge_stage_at_the_end(tmp_path: Path, tiny_model: Pat
     }
     assert loaded.resolved["rounds"][0]["consolidate"] is None
     assert loaded.resolved["rounds"][0]["stages"][-1]["merge"]["dtype"] == "float32"
+
+
+def test_rounding_a_merge_in_the_line_is_warned_of_and_told_by_the_ledger(tmp_path: Path, tiny_model: Path) -> None:
+    recipe = _write(tmp_path, tiny_model)
+    place = "rounds[0].stages[1].merge"
+    assert said(check(recipe), "warning") == []
+    found = said(check(recipe, f"{place}.dtype=bfloat16"), "warning")
+    assert [one for one, _ in found] == [f"{place}.dtype"]
+    assert "a later merge of it starts from rounded numbers" in found[0][1]
+    # A model that another merge rounded: the ledger says that its numbers were rounded before.
+    base = describe(tmp_path / "model")
+    merged = merge(tmp_path, "rounded", "linear", {"model": {}}, dtype="bfloat16").checkpoint
+    order = _order(recipe, [base, merged])
+    facts = KINDS["merge"].perform(order.to_json(), Workspace.open(tmp_path / "run", create=True))["checkpoint"]
+    assert facts["merge"]["numbers"]["new"] == {"stored": "bfloat16", "vectors": [], "rounded_before": True}
+    assert not facts["merge"]["numbers"]["old"]["rounded_before"]
 
 
 @pytest.mark.path

@@ -48,7 +48,7 @@ def test_the_recipe_and_the_preset_fill_the_order(tmp_path: Path, tiny_model: Pa
         "group=4", "max_new_tokens=5", "temperature=0.9", "rollout_steps=2", "iterations=2", "scale=false",
         "average=answers", "ratio=sequence", "clip_low=0.1", "clip_high=0.3", "kl=0.02", "replay_weight=0.5",
         "replay_ratio=0.2", "protect={sums: {at_least: 0.5}}", "max_kl=0.1", "min_entropy=0.1", "steps=5",
-        "kl_to=other",
+        "kl_to=other", "guard_stop={every: 2}",
     ],
 )  # fmt: skip
 def test_every_setting_is_part_of_the_key(change: str, tmp_path: Path, tiny_model: Path) -> None:
@@ -75,6 +75,19 @@ def test_the_stage_runs_with_the_recipes_verifier(tmp_path: Path, tiny_model: Pa
     assert facts["steps"] == 4
     lines = (workspace.path(order.key) / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[0])["new_rows"] == 6, "three questions of two answers, and one replayed row"
+
+
+def test_a_guard_that_falls_ends_the_stage(tmp_path: Path, tiny_model: Path) -> None:
+    recipe = _write(tmp_path, tiny_model)
+    # At a rate of 1 whatever the model could do is gone after a step; prose may cost 0.5 % more bits.
+    ruin = [f"rounds[0].stages[1].rl.{one}" for one in ("lr=1.0", "tune=full", "kl=0", "guard_stop={every: 1}")]
+    write_rows(tmp_path / "prose.jsonl", [{"text": f"The {i}th of the ships came home in the rain."} for i in range(8)])
+    order = _order(recipe, *ruin, "probes.prose={path: prose.jsonl, kind: bits_per_byte}")
+    assert order.guard_stop is not None
+    facts = KINDS["rl"].perform(order.to_json(), Workspace.open(tmp_path / "run", create=True))["checkpoint"]
+    assert facts["steps"] == 2
+    [warning] = [one for one in facts["warnings"] if one["name"] == "stopped_early"]
+    assert "since the stage began" in warning["text"]
 
 
 def test_a_function_of_ones_own_rewards(tmp_path: Path, tiny_model: Path) -> None:

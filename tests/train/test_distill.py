@@ -584,11 +584,12 @@ def test_answers_come_from_the_weights_as_they_are_and_from_the_seed(tmp_path, t
     asked: list[list[list[int]]] = []
 
     class Listening(OnPolicyFeed):
-        def prepare(self, step: int) -> None:
-            super().prepare(step)
+        def prepare(self, step: int) -> dict[str, float]:
+            told = super().prepare(step)
             if step % SAYING["steps"] == 0:
                 rows = [item.rows[0].ids.tolist() for one in self._held for item in self.step_rows(one)]
                 asked.append(rows)
+            return told
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("evertune.train.distill.OnPolicyFeed", Listening)
@@ -689,6 +690,37 @@ def test_the_likeliest_of_the_answers_that_end_is_learnt_and_nothing_else(tmp_pa
     assert facts["final"]["loss"] == facts["final"]["ce"]
     assert facts["methods"] == ["seq_kd", "lora"]
     assert "distill" not in facts["final"]
+
+
+def test_a_teacher_with_another_tokenizer_may_write_and_its_text_is_learnt(tmp_path, tiny_model, workspace):
+    stranger = describe(write_tiny_model(tmp_path / "other", template="llama2", seed=5))
+    ours, theirs = load_codec(tiny_model), load_codec(stranger.path)
+    assert ours.digest != theirs.digest
+    spec = _written(tmp_path, tiny_model, stranger, max_new_tokens=150, samples=8)
+    record = run_distill(spec, workspace)
+    kept = {name: ids for name, ids in _stored_answers(spec, workspace).items() if ids}
+    assert kept
+    lines = [json.loads(line) for line in Path(spec.new[0].path).read_text().splitlines()]
+    turns = {f"asked:{i + 1}": line["messages"][:-1] for i, line in enumerate(lines)}
+    opened = open_model(stranger, dtype="float32")
+    for prompt in _prompts(spec, ours):
+        said = sample_answers(
+            Forward(opened),
+            [theirs.encode_prompt(turns[prompt.id])],
+            seeds=[[distill_answers._seed(spec.seed, prompt, g) for g in range(8)]],
+            max_new_tokens=150,
+            temperature=1.0,
+            stop_ids=theirs.stop_ids,
+        )[0]
+        texts = [theirs.decode(one.ids[:-1]) for one in said if one.stopped]
+        assert (prompt.id in kept) == bool(texts)
+        if texts:
+            rows = [[*turns[prompt.id], {"role": "assistant", "content": text}] for text in texts]
+            read = [ours.encode_chat(row, answers=1) for row in rows]
+            answers = [[one for one, c in zip(each.ids, each.counted, strict=True) if c] for each in read]
+            assert kept[prompt.id] in answers
+            assert kept[prompt.id][-1] in ours.stop_ids
+    assert record["checkpoint"]["final"]["answered"] == len(kept) / 8
 
 
 def _prompts(spec: DistillSpec, codec: Codec) -> list[EncodedPrompt]:

@@ -197,7 +197,7 @@ def test_the_chosen_answers_gain_and_the_record_says_so(tune: dict[str, Any], tm
         "final"
     ].keys()
     assert facts["replay"]["share_done"] == pytest.approx(0.25)
-    assert facts["interference"].keys() == {"start", "end"}
+    assert facts["interference"].keys() == {"start", "end", "layers"}
 
 
 def test_how_a_step_is_cut_up_does_not_change_the_result(tmp_path: Path, tiny_model: Path) -> None:

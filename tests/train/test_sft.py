@@ -75,6 +75,12 @@ def test_the_loss_falls_and_the_facts_are_complete(tmp_path, tiny_model, workspa
     assert facts["anchor"] == {"kl": 0.1, "to": "start", "on": "replay", "direction": "forward", "cache": "off"}
     assert facts["drift"]["to_start"] == facts["drift"]["to_base"] > 0
     assert -1 <= facts["interference"]["end"] <= 1
+    layers = facts["interference"]["layers"]
+    # Each layer has its own cosine; by Cauchy and Schwarz the one of all weights lies between the extremes and 0.
+    assert layers.keys() == {name for name in facts["drift"]["layers"] if ".layers." in name}
+    for i, name in enumerate(("start", "end")):
+        values = [0.0, *(each[i] for each in layers.values())]
+        assert min(values) - 1e-6 <= facts["interference"][name] <= max(values) + 1e-6
     assert facts["methods"] == ["sft", "lora", "replay", "dedup", "anchored_sft_kl"]
     assert record["volatile"].keys() == {"time", "seconds", "tokens_per_second"}
     canonical_json(record)
