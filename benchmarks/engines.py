@@ -13,6 +13,7 @@ import json
 import os
 import pickle
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from benchmarks.data import adopt_orphans, children_cpu, texts
 from evertune.data import sift
 from evertune.data.engine import Engine, Piece, RayEngine
 from evertune.data.spread import Spread
+from evertune.hashing import digest_bytes
 
 ENGINES = ("one process", "two processes", "ray", "datatrove")
 
@@ -70,6 +72,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--files", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--work", type=Path, help="Texts and results are kept there, and runs go on there.")
+    parser.add_argument("--pieces", type=int, default=-1, help="Stop after so many runs.")
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
@@ -78,36 +82,54 @@ def main() -> None:
     machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
     print(f"{datetime.date.today()}, {machine}, load {os.getloadavg()[0]:.1f}", flush=True)
     adopt_orphans()
-    used: dict[str, list[tuple[float, float]]] = {name: [] for name in ENGINES}
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / "in").mkdir()
-        rows = texts(given.data, given.rows)
-        for k in range(given.files):
-            part = (json.dumps({"text": one}) for one in rows[k :: given.files])
-            (folder / "in" / f"{k:02d}.jsonl").write_text("".join(f"{line}\n" for line in part))
-        kept: dict[str, str] = {}
+        folder = (given.work or Path(name)).resolve()
+        prepare(folder, given.data, given.rows, given.files)
         for turn in range(given.repeats):
             for one in ENGINES[turn % len(ENGINES) :] + ENGINES[: turn % len(ENGINES)]:
+                place = folder / f"engine-{one}-{turn}.json"
+                if place.exists():
+                    continue
+                if given.pieces == 0:
+                    return
+                given.pieces -= 1
                 out = folder / f"{one}-{turn}"
                 began, cpu = time.time(), children_cpu()
                 command = [sys.executable, "-m", "benchmarks.engines", str(given.data)]
                 subprocess.run(
-                    [*command, "--one", one, str(folder / "in/*.jsonl"), str(out)], check=True, capture_output=True
+                    [*command, "--one", one, str(folder / "parts/*.jsonl"), str(out)], check=True, capture_output=True
                 )
                 wall = time.time() - began
                 adopt_orphans(wait=True)
-                used[one].append((children_cpu() - cpu, wall))
                 parts = sorted(out.glob("rows/*.jsonl")) or [out / "rows.jsonl"]
-                kept[one] = "".join(part.read_text() for part in parts)
+                kept = digest_bytes(b"".join(part.read_bytes() for part in parts))
+                place.write_text(json.dumps({"cpu": children_cpu() - cpu, "wall": wall, "kept": kept}))
+                shutil.rmtree(out)
+                print(f"ran {place.stem}", flush=True)
+        used = {
+            one: [json.loads((folder / f"engine-{one}-{turn}.json").read_text()) for turn in range(given.repeats)]
+            for one in ENGINES
+        }
     print("| engine | CPU s | spread | wall s | spread | same rows stay |\n|---|---|---|---|---|---|")
     for one, each in used.items():
-        cpus, walls = zip(*each, strict=True)
-        is_same = "yes" if kept[one] == kept["one process"] else "NO"
+        cpus, walls = ([run[name] for run in each] for name in ("cpu", "wall"))
+        is_same = "yes" if {run["kept"] for run in each} == {used["one process"][0]["kept"]} else "NO"
         print(
             f"| {one} | {statistics.median(cpus):.1f} | {min(cpus):.1f} to {max(cpus):.1f} | "
             f"{statistics.median(walls):.1f} | {min(walls):.1f} to {max(walls):.1f} | {is_same} |"
         )
+
+
+def prepare(folder: Path, data: Path, count: int, files: int) -> None:
+    """The rows of `benchmarks.data dedup` in so many files, made once."""
+    if (folder / "parts").exists():
+        return
+    made = folder / "rows.json"
+    rows = json.loads(made.read_text()) if made.exists() else texts(data, count)
+    (folder / "parts").mkdir(parents=True)
+    for k in range(files):
+        part = (json.dumps({"text": one}) for one in rows[k::files])
+        (folder / "parts" / f"{k:02d}.jsonl").write_text("".join(f"{line}\n" for line in part))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import yaml
+from numpy.typing import NDArray
 
 from evertune.data.encode import encode_rows, tokens_of
 from evertune.data.quality import asked_and_said
@@ -40,6 +42,8 @@ MUCH, LITTLE = 0.30, 0.10
 # Word trigrams of new rows that old rows have too, over those that one half of the old rows shares with the other.
 STRANGE, FAMILIAR = 0.25, 0.50
 SAMPLE = 400
+STATES_SAMPLE = 48
+_SHARE, _WORDS = "share of new data", "likeness of new data"
 _CARRIED_OVER = ("lr", "tune", "schedule", "batch_rows", "micro_batch_rows", "max_tokens", "too_long", "weight_decay")
 _WORD = re.compile(r"\w+")
 
@@ -71,12 +75,13 @@ class UpdateAdvice:
         return {**self.__dict__, "criteria": [asdict(one) for one in self.criteria]}
 
 
-def advise_update(loaded: LoadedRecipe, *, is_zero_tolerance: bool = False) -> UpdateAdvice:
+def advise_update(loaded: LoadedRecipe, *, is_zero_tolerance: bool = False, with_model: bool = False) -> UpdateAdvice:
     """Whether the next round should be an update of the champion or a retrain from the base.
 
     Args:
         loaded: a recipe; its next round is the first that is not settled, else the last.
         is_zero_tolerance: nothing may be lost (safety, compliance).
+        with_model: compare rows by the base model's hidden states too: opens the model in this process.
 
     Raises:
         RecipeError: nothing has been promoted yet, so that the round is the first training in any case.
@@ -104,6 +109,7 @@ def advise_update(loaded: LoadedRecipe, *, is_zero_tolerance: bool = False) -> U
     criteria = [
         _by_share(counts),
         _by_overlap(old, new),
+        *([_by_states(plan, old, new)] if with_model else []),
         Criterion(
             "tolerance for loss",
             "none" if is_zero_tolerance else "the gate's margins",
@@ -120,7 +126,7 @@ def advise_update(loaded: LoadedRecipe, *, is_zero_tolerance: bool = False) -> U
     choice: Literal["retrain", "update"] = "retrain" if against else "update"
     if against:
         reason = f"{', '.join(against)} {'speak' if len(against) > 1 else 'speaks'} for a retrain from the base"
-    elif all(each.says == "update" for each in criteria[:2]):
+    elif all(each.says == "update" for each in criteria if each.name in (_SHARE, _WORDS)):
         reason = "little new data in a known domain, and nothing speaks against it"
     else:
         reason = "nothing speaks for a retrain; watch the guards of the skills that are near the new data"
@@ -250,20 +256,46 @@ def _by_share(counts: _Counts) -> Criterion:
     share = counts.new_rows / whole if whole else 0.0
     says: Says = "retrain" if share > MUCH else "update" if share < LITTLE else "either"
     value = f"{share:.0%}: {counts.new_rows:,} new rows beside {counts.old_rows:,} seen ones"
-    return Criterion("share of new data", value, says, f"above {MUCH:.0%}: retrain; below {LITTLE:.0%}: update")
+    return Criterion(_SHARE, value, says, f"above {MUCH:.0%}: retrain; below {LITTLE:.0%}: update")
 
 
 def _by_overlap(old: Mapping[str, Sequence[Row]], new: Mapping[str, Sequence[Row]]) -> Criterion:
     rule = f"below {STRANGE:g}: a new domain, retrain; from {FAMILIAR:g}: a known one, update"
     if not any(new.values()):
-        return Criterion("likeness of new data", "no new rows", "update", rule)
+        return Criterion(_WORDS, "no new rows", "update", rule)
     familiarity = likeness(
         [_text(row) for rows in old.values() for row in rows], [_text(row) for rows in new.values() for row in rows]
     )
     says: Says = "retrain" if familiarity < STRANGE else "update" if familiarity >= FAMILIAR else "either"
-    return Criterion(
-        "likeness of new data", f"{familiarity:.2f} of the likeness within the seen data (word trigrams)", says, rule
-    )
+    return Criterion(_WORDS, f"{familiarity:.2f} of the likeness within the seen data (word trigrams)", says, rule)
+
+
+def _by_states(plan: Plan, old: Mapping[str, Sequence[Row]], new: Mapping[str, Sequence[Row]]) -> Criterion:
+    from evertune.probe.rows import row_states
+
+    name, rule = "likeness under the base", f"below {STRANGE:g}: a new domain, retrain; from {FAMILIAR:g}: a known one"
+    groups = [reservoir([row for rows in each.values() for row in rows], STATES_SAMPLE, 0) for each in (old, new)]
+    if not groups[1] or len(groups[0]) < 4:
+        return Criterion(name, "too few rows", "either", rule)
+    states = row_states(str(plan.base.path))
+    found = state_likeness(*(states(each) for each in groups))
+    says: Says = "retrain" if found < STRANGE else "update" if found >= FAMILIAR else "either"
+    return Criterion(name, f"{found:.2f} of the likeness within the seen data (hidden states)", says, rule)
+
+
+def state_likeness(old_NH: NDArray[np.float64], new_MH: NDArray[np.float64]) -> float:
+    """How near new rows lie to old ones, over how near one half of the old lies to the other: the mean cosine with the
+    nearest of the half, about the mean of all. About 1 for more of the same, 0 for another domain."""
+    old, new = (each[~np.isnan(each).any(axis=1)] for each in (old_NH, new_MH))
+    middle = np.concatenate([old, new]).mean(axis=0)
+    A, B, N = (_directions(each - middle) for each in (old[::2], old[1::2], new))
+    within = float((B @ A.T).max(axis=1).mean())
+    return float(np.clip((N @ A.T).max(axis=1).mean() / within, 0.0, 1.0)) if within > 0 else 0.0
+
+
+def _directions(X: NDArray[np.float64]) -> NDArray[np.float64]:
+    lengths: NDArray[np.float64] = np.maximum(np.linalg.norm(X, axis=1, keepdims=True), 1e-12)
+    return np.asarray(X / lengths, dtype=np.float64)
 
 
 def likeness(old: Sequence[str], new: Sequence[str], *, seed: int = 0) -> float:

@@ -40,7 +40,7 @@ def take_snapshot(folder: Path, *, now: Callable[[], float] = time.time) -> Snap
     found = build_report(current_events(opened.ledger))
     lines = [f"{found.name or folder.name}: {found.sentence}", ""]
     for one in found.rounds:
-        rescued = f", {len(one.rescues)} rescues tried" if one.rescues else ""
+        rescued = f", {len(one.rescues)} rescue{'s' * (len(one.rescues) > 1)} tried" if one.rescues else ""
         lines.append(f"  {one.name:<24} {WORDS.get(one.state, one.state)}{rescued}")
     if found.matrix.rows:
         row = found.matrix.rows[-1]

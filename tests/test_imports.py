@@ -48,6 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "measure",
         "model",
         "plan",
+        "probe",
         "process",
         "recipe",
         "report",

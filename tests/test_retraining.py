@@ -3,12 +3,13 @@
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from evertune.lineage import current_events, open_workspace
 from evertune.recipe.load import LoadedRecipe, load_recipe
 from evertune.report import build_report
-from evertune.retraining import advise_update, likeness, measure_baseline
+from evertune.retraining import advise_update, likeness, measure_baseline, state_likeness
 from tests.command import RECIPE, DebugRun, evertune
 from tests.tiny import write_tiny_model
 
@@ -27,6 +28,18 @@ def test_more_of_the_same_is_like_it_and_another_domain_is_not() -> None:
     assert likeness(["one"], ["two"]) == 0.0
 
 
+def test_vectors_of_one_cloud_are_alike_and_of_another_not() -> None:
+    rng = np.random.default_rng(0)
+    here, there = np.zeros(16), np.zeros(16)
+    here[0], there[1] = 5.0, 5.0
+    old, same = (here + rng.normal(size=(n, 16)) for n in (40, 20))
+    other = there + rng.normal(size=(20, 16))
+    assert state_likeness(old, same) > 0.9
+    assert state_likeness(old, other) < 0.25
+    same[3] = np.nan  # a row that could not be read
+    assert state_likeness(old, same) > 0.9
+
+
 @pytest.mark.path
 def test_criteria_have_numbers_and_any_that_speaks_for_a_retrain_decides(done: LoadedRecipe) -> None:
     found = advise_update(done)
@@ -36,7 +49,8 @@ def test_criteria_have_numbers_and_any_that_speaks_for_a_retrain_decides(done: L
     assert values["tolerance for loss"].says == "either"
     assert found.retrain_tokens > 0
     assert found.retrain_round["start"] == "base"
-    strict = advise_update(done, is_zero_tolerance=True)
+    strict = advise_update(done, is_zero_tolerance=True, with_model=True)
+    assert any(one.name == "likeness under the base" for one in strict.criteria)
     assert strict.choice == "retrain"
     assert "tolerance for loss" in strict.reason
 

@@ -110,6 +110,22 @@ class Ogd(Memory):
     """Gradients kept of each source, one a row: each is as large as the trained weights."""
 
 
+class Joint(Memory):
+    """Supervised and preference losses together (arXiv:2410.15483); in a dpo stage."""
+
+    how: Literal["alternate", "worse"] = "alternate"
+    """`alternate`: a step of the supervised loss with probability `sft`. `worse`: a step of the loss that is farther
+    from its best, weighed by `sft` and 1 - `sft`."""
+    sft: float = Field(0.5, gt=0.0, lt=1.0)
+    """Lambda: the supervised share."""
+    rows: int = Field(8, gt=0)
+    """Remembered rows of a supervised step, drawn anew at each."""
+    best: NonNegative = 0.0
+    """For `worse`: the stage's loss when trained on it alone, in nats."""
+    best_sft: NonNegative = 0.0
+    """For `worse`: the supervised loss when trained on it alone, in nats per token."""
+
+
 EWC = Plugin("ewc", Ewc, "evertune.academic.quadratic:make_ewc", copies=2.0)
 ONLINE_EWC = Plugin("online_ewc", OnlineEwc, "evertune.academic.quadratic:make_ewc", copies=2.0)
 MAS = Plugin("mas", Mas, "evertune.academic.quadratic:make_mas", copies=2.0)
@@ -121,3 +137,4 @@ AGEM = Plugin("agem", Agem, "evertune.academic.projection:make_agem", copies=1.0
 GEM = Plugin("gem", Gem, "evertune.academic.projection:make_gem", copies=2.0)
 GPM = Plugin("gpm_ogd", Gpm, "evertune.academic.projection:make_gpm", copies=0.5, tunes=("full",))
 OGD = Plugin("gpm_ogd", Ogd, "evertune.academic.projection:make_ogd", copies=32.0)
+JOINT = Plugin("joint_sft_pref", Joint, "evertune.academic.joint:make_joint", copies=1.0)

@@ -21,7 +21,9 @@ def look_at_gate(look: Look) -> None:
     for probe in look.probes:
         roles_of = {_roles(look.recipe, one)[probe.name] for one in look.recipe.rounds}
         if not isinstance(probe, Probe):
-            told = "its items are known to lm-eval only: they are not searched for in the training rows, nor counted."
+            told = (
+                "how many items it has is known to lm-eval only: whether they are enough for the gate is not looked at."
+            )
             look.say("note", f"probes.{probe.name}", told)
         elif roles_of != {"watch"}:
             _look_at_size(look, probe, is_guard="guard" in roles_of)

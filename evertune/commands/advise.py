@@ -47,6 +47,9 @@ def update(
     zero_tolerance: Annotated[
         bool, typer.Option("--zero-tolerance", help="Nothing may be lost: safety, compliance.")
     ] = False,
+    with_model: Annotated[
+        bool, typer.Option("--with-model", help="Compare rows by the base model's hidden states too.")
+    ] = False,
     write: Annotated[
         bool, typer.Option("--write", help="Write the recipe with the retrain beside it, as RECIPE-retrain.yaml.")
     ] = False,
@@ -59,7 +62,7 @@ def update(
     from evertune.retraining import advise_update, write_retrain
 
     loaded = load_recipe(recipe)
-    found = advise_update(loaded, is_zero_tolerance=zero_tolerance)
+    found = advise_update(loaded, is_zero_tolerance=zero_tolerance, with_model=with_model)
     out = write_retrain(loaded, found) if write else None
     if as_json:
         typer.echo(json.dumps(found.to_json(), indent=2))

@@ -45,9 +45,9 @@ def blame_lines(body: Mapping[str, Any], *, recipe: Path) -> Iterator[str]:
     if body["stage"] is None:
         yield "No stage made it fall: there is nothing to blame."
         return
-    first, last = body["points"][0], body["points"][-1]
     yield ""
-    yield f"Its loss on {body['items']} items, those that fell first: {first[1]:.3f} nats before, {last[1]:.3f} after."
+    along = ", ".join(f"{loss:.3f} at {share:.0%} of the stage's change" for share, loss in body["points"])
+    yield f"Its loss in nats on {body['items']} items, those that fell first: {along}."
     yield "How far training on each source pushed that loss up (below 0: down), first order, sampled:"
     yield f"  {'source':<24} {'shown':>7} {'sampled':>8} {'push':>10}  {'90% interval':<22} {'rows up':>8} {'share':>7}"
     for one in body["sources"]:
@@ -59,6 +59,8 @@ def blame_lines(body: Mapping[str, Any], *, recipe: Path) -> Iterator[str]:
         )
     for name in body["unread"]:
         yield f"  {name:<24} not examined: no rows with answers to learn, or none shown"
+    if body["sources"][0]["ci90"][0] <= 0:
+        yield "No push is shown to be above 0: to first order no source explains the fall. A rate too high, perhaps."
     yield ""
     yield f"Clusters of the sampled rows of {body['sources'][0]['source']}, most push first:"
     for one in body["clusters"]:

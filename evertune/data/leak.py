@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,7 @@ from evertune.data.shingles import WIDTH, Hashes, Shingles, distinct, runs, shin
 from evertune.data.similar import Rarity, pairs_between, postings_of
 
 How = Literal["exact", "normalised", "near-duplicate", "contained", "overlap"]
+_KINDS: tuple[How, ...] = get_args(How)
 
 LEAK_VERSION = 1  # raised by hand when what counts as a leak changes
 SHORT_CHARACTERS = 32
@@ -179,10 +180,20 @@ class LeakFinder:
         for row_number, item_number, how, value in self._contained.covered(contained, rows=count):
             found.setdefault(row_number, {}).setdefault(item_number, (how, value))
         return [
-            (row_number, self._leak(places[row_number], item_number, *found[row_number][item_number]))
+            (row_number, leak)
             for row_number in sorted(found)
-            for item_number in sorted(found[row_number])
+            for leak in self._once(places[row_number], found[row_number])
         ]
+
+    def _once(self, place: Place, found: Mapping[int, tuple[How, float]]) -> list[Leak]:
+        """One leak of each item, where several texts stand for one: of the first kind, and of its highest score."""
+        best: dict[tuple[str, str], Leak] = {}
+        for item_number in sorted(found):
+            leak = self._leak(place, item_number, *found[item_number])
+            known = best.setdefault((leak.probe, leak.item), leak)
+            if (_KINDS.index(leak.how), -leak.score) < (_KINDS.index(known.how), -known.score):
+                best[leak.probe, leak.item] = leak
+        return list(best.values())
 
     def _equal(self, text: str, key: str, is_all: bool) -> Iterator[tuple[ProbeText, How]]:
         if key in self._wanted and (len(key) >= SHORT_CHARACTERS or is_all):

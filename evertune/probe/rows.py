@@ -44,6 +44,33 @@ def answer_bits(model: str) -> Scorer:
     return score
 
 
+def row_states(model: str) -> Callable[[Sequence[Row]], NDArray[np.float64]]:
+    """A vector (rows, H) for each row under a language model: its last hidden states, in the mean over its tokens; NaN
+    for a row that is longer than the model's context or that its chat template refuses.
+
+    Args:
+        model: a bundled name or a folder.
+    """
+    opened = open_model(describe(resolve_base(model, folder=Path())), dtype="bfloat16", device="auto", fold=True)
+    forward = Forward(opened)
+
+    @torch.no_grad()
+    def states(rows: Sequence[Row]) -> NDArray[np.float64]:
+        found = np.full((len(rows), opened.model.config.get_text_config().hidden_size), np.nan)
+        for i, row in enumerate(rows):
+            try:
+                ids = _whole(row, opened.codec)
+            except (CheckpointError, DataError):
+                continue
+            if ids and not (forward.max_tokens and len(ids) > forward.max_tokens):
+                ids_BT, _ = forward.pad([ids])
+                hidden = forward.decoder(input_ids=ids_BT, use_cache=False).last_hidden_state
+                found[i] = hidden[0].float().mean(dim=0).cpu().numpy()
+        return found
+
+    return states
+
+
 def classifier_score(folder: Path, label: int) -> Scorer:
     """The reward of a model with one output, else the probability of a class; NaN for a row longer than its context.
 

@@ -224,7 +224,7 @@ def _drift(
         if len(path) > 1:
             told += f", from {path[0]:.4f} at the first promotion"
         readings.append(Reading("weights", told, "act" if value > triggers["drift"] else "fine"))
-    mine = [one for one in audits if one["label"] == line[-1]]
+    mine = [one for one in audits if one["label"] == line[-1] and one["reference"] == line[0]]
     for name, kl in (mine[-1]["kl"] if mine else {}).items():
         told = f"{kl['nats']:.4f} nats a token from {mine[-1]['reference']}, over {kl['tokens']:,} tokens"
         # What a round teaches must change there; general text should not.

@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, Protocol
 
@@ -85,6 +85,7 @@ class Trainer:
         feed: the stream of rows.
         penalties: terms added to the objective.
         rules: change each step's gradient, in this order; use `add_rule`, so that they see the weights too.
+        losses: of the step under way, for rules.
         replay_ratio: where given, the replayed rows' part of each step, their penalties included, is weighed so that
             its gradient has this share of the norm of the new rows' gradient. Else the objective's weights stand.
     """
@@ -98,6 +99,7 @@ class Trainer:
     objective: Objective = CrossEntropy()  # noqa: RUF009 - it holds nothing
     rules: Sequence[GradientRule] = ()
     replay_ratio: float | None = None
+    losses: Metrics = field(default_factory=dict)
 
     def add_rule(self, rule: GradientRule) -> None:
         """Let a rule change gradients and see the weights from the next step on."""
@@ -114,7 +116,7 @@ class Trainer:
         counts = self.count(step)
         self.policy.model.train()
         sums, told = self._accumulate(step, counts)
-        losses = self._finish_losses(sums, step, counts)
+        self.losses = losses = self._finish_losses(sums, step, counts)
         told |= self._apply_rules(step)
         norm = self.masters.clip(self.pace.clip, step=step + 1)
         rate = self.pace.rate * rate_factor(

@@ -102,14 +102,19 @@ class Bench:
 
         The accumulated gradients of the step are lost: ask inside `GradientRule.change`, or before the first step.
         """
+        return self.loss_and_gradient(rows)[1]
+
+    def loss_and_gradient(self, rows: Sequence[EncodedRow]) -> tuple[float, dict[str, Tensor]]:
+        """The rows' mean cross-entropy too; see `gradient`."""
         masters = self.trainer.masters
         self.policy.model.eval()
         masters.zero_gradients()
         objective = CrossEntropy()
-        objective.backward(self.policy, rows, count_items(rows, objective, ()), ())
+        counts = count_items(rows, objective, ())
+        sums = objective.backward(self.policy, rows, counts, ())
         found = masters.gradients()
         masters.zero_gradients()
-        return found
+        return float(sums[0]) / counts.divisors["loss"], found
 
     def reference(self) -> ReferenceSource:
         """Where the frozen start's outputs come from."""

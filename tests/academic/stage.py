@@ -24,6 +24,7 @@ ALL: dict[str, tuple[Kind, Plugin]] = {
     "gem": ("gradient_rules", plugins.GEM),
     "gpm": ("gradient_rules", plugins.GPM),
     "ogd": ("gradient_rules", plugins.OGD),
+    "joint": ("gradient_rules", plugins.JOINT),
 }
 
 

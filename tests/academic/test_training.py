@@ -9,14 +9,17 @@ import torch
 from safetensors.torch import load_file
 
 from evertune.academic.importance import fisher, mas_importance
+from evertune.academic.joint import drawn, make_joint
 from evertune.academic.projection import Agem, Gem, dot, make_gpm, make_ogd
 from evertune.model.checkpoint import describe
 from evertune.train.batch import collate, counted_positions
+from evertune.train.dpo import run_dpo
 from evertune.train.loop import Trainer
 from evertune.train.optimizer import Masters
 from evertune.train.sft import run_sft
-from tests.academic.stage import ALL, bench_of, spec_with
+from tests.academic.stage import ALL, bench_of, plugin_spec, spec_with
 from tests.train.stage import make_spec, open_workspace, published_weights, same_bits
+from tests.train.test_dpo import make_dpo
 
 
 class Interruption(Exception):
@@ -238,3 +241,48 @@ def _start(folder: Path, model: Path) -> Path:
     spec = make_spec(folder, model, label="r/below", steps=4)
     run_sft(spec, workspace)
     return workspace.path(spec.key)
+
+
+def test_joint_steps_are_of_the_supervised_loss_as_often_as_asked(tmp_path: Path, tiny_model: Path) -> None:
+    share = sum(drawn(3, step) < 0.3 for step in range(4000)) / 4000
+    assert share == pytest.approx(0.3, abs=4 * (0.3 * 0.7 / 4000) ** 0.5)
+    bench = bench_of(tmp_path, spec_with(tmp_path, tiny_model, "joint", {"rows": 100, "sft": 0.3}))
+    rows = [row for each in bench.memory.values() for row in each]
+    memory = bench.gradient(rows)
+    (rule,) = make_joint(bench).rules
+    for step in range(8):
+        own = {name: torch.ones_like(one) for name, one in memory.items()}
+        told = rule.change(own, step)
+        assert told["joint_sft"] == float(drawn(bench.seed, step) < 0.3)
+        expected = memory if told["joint_sft"] else {name: torch.ones_like(one) for name, one in memory.items()}
+        for name, one in own.items():
+            torch.testing.assert_close(one, expected[name])
+
+
+@pytest.mark.parametrize(
+    ("own_loss", "sft", "is_supervised"),
+    # The remembered rows' loss is near log 261 = 5.6: half of it is more than half of 5, and less than half of 9.
+    [(5.0, 0.5, 1.0), (9.0, 0.5, 0.0), (5.0, 0.3, 0.0), (9.0, 0.8, 1.0)],
+)
+def test_joint_steps_can_be_of_the_worse_loss(
+    own_loss: float, sft: float, is_supervised: float, tmp_path: Path, tiny_model: Path
+) -> None:
+    bench = bench_of(tmp_path, spec_with(tmp_path, tiny_model, "joint", {"rows": 100, "sft": sft, "how": "worse"}))
+    (rule,) = make_joint(bench).rules
+    bench.trainer.losses = {"loss": own_loss}
+    told = rule.change({}, 0)
+    assert told["joint_sft_loss"] == pytest.approx(5.6, abs=0.5)
+    assert told["joint_sft"] == is_supervised
+
+
+def test_joint_training_in_a_preference_stage_learns_both(tmp_path: Path, tiny_model: Path) -> None:
+    ends = {}
+    for how in ("alternate", "none"):
+        plug = [plugin_spec(tmp_path, "joint", how=how, sft=0.6)] if how != "none" else []
+        spec = make_dpo(tmp_path, tiny_model, plugins=plug, steps=12, lr=1e-2, share=0.0, tune={"full": {}})
+        workspace = open_workspace(tmp_path / how)
+        run_dpo(spec, workspace)
+        bench = bench_of(tmp_path, spec_with(tmp_path, workspace.path(spec.key), "joint", {"rows": 100}))
+        rows = [row for each in bench.memory.values() for row in each]
+        ends[how] = bench.loss_and_gradient(rows)[0]
+    assert ends["alternate"] < ends["none"] - 0.3

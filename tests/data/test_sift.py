@@ -224,3 +224,11 @@ def test_a_bad_first_row_speaks_for_nothing_and_is_shown(tmp_path: Path) -> None
     path.write_bytes(b"{cut\n")
     with pytest.raises(EvertuneError, match="rows.jsonl:1: found malformed JSON"):
         run("data", "dedup", path)
+
+
+def test_a_finished_result_is_not_taken_for_a_broken_one(tmp_path: Path) -> None:
+    source = write(tmp_path / "rows.jsonl", ROWS)
+    arguments = ["data", "dedup", source, "--index", tmp_path / "index", "--extend", "--out", tmp_path / "out"]
+    run(*arguments)
+    with pytest.raises(EvertuneError, match=r"found a finished result there .* Use it, or choose another --out"):
+        run(*arguments)
