@@ -4,6 +4,7 @@
     python benchmarks/merge.py generate --size 0.3b       a base and three experts, synthetic Llama checkpoints in bf16
     python benchmarks/merge.py time --size 0.3b           interleaved rounds: floor, evertune, mergekit
     python benchmarks/merge.py table --size 0.3b          the table of all rounds so far
+    python benchmarks/merge.py kill --size 0.3b           twenty times SIGKILL, and the bytes at the end
     python benchmarks/merge.py parity                     the same numbers as mergekit, on a small model
     python benchmarks/merge.py clean
 
@@ -18,9 +19,11 @@ The digests of inputs are known, as they are after any earlier look at them; the
 """
 
 import argparse
+import hashlib
 import json
 import os
 import platform
+import random
 import resource
 import shutil
 import statistics
@@ -367,7 +370,7 @@ def _root() -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("setup", "generate", "time", "table", "parity", "clean"))
+    parser.add_argument("command", choices=("setup", "generate", "time", "table", "kill", "parity", "clean"))
     parser.add_argument("--folder", type=Path, default=Path.home() / ".cache" / "evertune" / "benchmarks")
     parser.add_argument("--size", choices=tuple(SIZES), default="0.3b")
     parser.add_argument("--methods", nargs="+", default=list(OURS), choices=tuple(OURS))
@@ -386,11 +389,49 @@ def main() -> None:
         )
     elif given.command == "table":
         print_table(given.folder, given.size)
+    elif given.command == "kill":
+        kill(given.folder, given.size, given.methods[0])
     elif given.command == "parity":
         parity(given.folder)
     else:
         for size in SIZES:
             shutil.rmtree(given.folder / size, ignore_errors=True)
+
+
+def kill(folder: Path, size: str, method: str, seed: int = 11) -> None:
+    """Kill `evertune merge` twenty times at instants drawn from a run's length, let it end, and compare all bytes."""
+    data, place = generate(folder, size), folder / "kill"
+    shutil.rmtree(place, ignore_errors=True)
+    our_command(data, method, place, 1)  # writes the configuration
+
+    def command(out: Path) -> list[str]:
+        return [sys.executable, "-m", "evertune", "merge", str(data / f"{method}.yaml"), "--out", str(out), "--json"]
+
+    def digests(out: Path) -> dict[str, str]:
+        return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(out.iterdir())}
+
+    began = time.monotonic()
+    subprocess.run(command(place / "whole"), check=True, stdout=subprocess.DEVNULL)
+    length, expected, out = time.monotonic() - began, digests(place / "whole"), place / "out"
+    rng, killed = random.Random(seed), []
+    while len(killed) < 20:
+        process = subprocess.Popen(command(out), stdout=subprocess.DEVNULL)
+        after = rng.uniform(0.2, 1.0) * length
+        try:
+            process.wait(timeout=after)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            journals = list(place.glob("out.partial-*/journal.jsonl"))
+            killed.append((round(after, 1), sum(len(one.read_text().splitlines()) for one in journals)))
+        if out.exists():  # it ended, or was killed after its last step
+            assert digests(out) == expected
+            shutil.rmtree(out)
+    last = subprocess.run(command(out), check=True, stdout=subprocess.PIPE, text=True).stdout
+    assert digests(out) == expected
+    print("seconds until each kill, and lines of the journal then:", killed)
+    print(f"the last run went on from {json.loads(last)['resumed_segments']} segments; all bytes are the same")
+    shutil.rmtree(place)
 
 
 # ---- the same numbers
