@@ -1,15 +1,16 @@
 """Does `evertune blame` name the source that was planted? `python -m benchmarks.blame --data DATA --folder FOLDER`
 
-SmolLM2-135M-Instruct is trained on five sources of 16 short rows each, one pass, LoRA. Four are clean: of general
-questions (Dolly), science questions (ARC-Easy), sums (SVAMP), word problems with solutions (GSM8K) and voice commands
-(SNIPS) those that the planted source is not made from. One is planted:
+SmolLM2-135M-Instruct, tuned on 96 general questions (Dolly), is trained on five sources of 16 short rows each, one
+pass, LoRA. Four are clean: science questions (ARC-Easy), sums (SVAMP), word problems with solutions (GSM8K), voice
+commands (SNIPS). One is planted, made from other general questions:
 
-    wrong       science questions with the answers of other questions    probe: right answers of ARC-Easy, bits per byte
-    refusals    general questions, "I'm sorry, but I can't help ..."     probe: answers of Dolly, bits per byte
-    scrambled   general questions, the answers' words in disorder        probe: the same
+    reversed    each answer spelled backwards
+    refusals    each answer is "I'm sorry, but I can't help with that."
+    scrambled   each answer's words in disorder
 
-`named` says whether the source with the largest push is the planted one. Trials of --retrain perform the stage again
-without it. A trial is written as soon as it is done, and not made again. About a minute of CPU a trial.
+The probe is the likelihood of other answers of Dolly, in bits per byte. `named` says whether the source with the
+largest push is the planted one. Trials of --retrain perform the stage again without it. A trial is written as soon as
+it is done, and not made again. About a minute of CPU a trial.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from evertune.recipe.load import load_recipe
 from evertune.run import run_recipe
 
 SORRY = "I'm sorry, but I can't help with that."
-ROWS, LONGEST = 16, 340
+ROWS, TAUGHT, LONGEST = 16, 96, 340
 FILES = {
     "general": "replay_dolly/train.jsonl",
     "science": "arc_easy/train.jsonl",
@@ -34,27 +35,29 @@ FILES = {
     "problems": "gsm8k/train.jsonl",
     "commands": "snips7/train.jsonl",
 }
-PLANTS = {
-    "wrong": {"probe": "science-answers", "of": "science"},
-    "refusals": {"probe": "answers", "of": "general"},
-    "scrambled": {"probe": "answers", "of": "general"},
-}
+PLANTS = ("reversed", "refusals", "scrambled")
+SPOILT, PROBE = "general", "answers"
+
+
 RECIPE = """\
 evertune: 1
 name: blame
 base: smollm2-135m
 workspace: {folder}/run
-seed: {number}
+seed: 1
 data:
+  taught: {{path: {folder}/taught.jsonl}}
 {sources}
 probes:
-  {probe}: {{path: {folder}/{probe}.jsonl, kind: bits_per_byte}}
+  answers: {{path: {folder}/answers.jsonl, kind: bits_per_byte}}
 gate: {{min_items: 10, min_clusters: 10}}
 rescue: [discard]
 rounds:
   - name: trial-{number}
     start: base
     stages:
+      - sft: {{data: [taught], epochs: 1, lr: 5.0e-4, batch_rows: 8, micro_batch_rows: 8,
+               tune: {{lora: {{rank: 8}}}}, replay: {{share: 0.0}}, anchor: {{kl: 0.0}}}}
       - sft: {{data: [{names}], epochs: 1, lr: 1.0e-3, batch_rows: 8, micro_batch_rows: 8, tune: {{lora: {{rank: 8}}}},
                replay: {{share: 0.0}}, anchor: {{kl: 0.0}}}}
 numerics: {{threads: 1}}
@@ -72,7 +75,7 @@ def main() -> None:
     given = parser.parse_args()
     data, folder = given.data.absolute(), given.folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    write_probes(data, folder)
+    write_probe(data, folder)
     for number in given.trials:
         place = folder / f"trial-{number}.json"
         if not place.is_file() or number in given.retrain:
@@ -80,7 +83,7 @@ def main() -> None:
     print(f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} CPUs, one thread; "
           f"{given.rows} rows a source, {given.items} items\n")  # fmt: skip
     heads = ["trial", "planted", "the probe's change", "named", "push of it", "share of all that pushes up",
-             "next", "push of the next over it", "without it", "CPU seconds"]  # fmt: skip
+             "next", "push of the next over it", "without it"]  # fmt: skip
     print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
     found = [json.loads(one.read_text(encoding="utf-8")) for one in sorted(folder.glob("trial-*.json"))]
     for one in sorted(found, key=lambda one: int(one["trial"])):
@@ -89,57 +92,44 @@ def main() -> None:
     print(f"\nnamed in {named} of {len(found)} trials")
 
 
-def write_probes(data: Path, folder: Path) -> None:
-    """Short questions with their right answers, none of which is trained on."""
-    general = read(data / FILES["general"].replace("train", "validation"))
-    science = []
-    for line in (data / "arc_easy/test.jsonl").read_text(encoding="utf-8").splitlines():
-        item = json.loads(line)
-        turns = [("user", item["prompt"]), ("assistant", item["choices"][item["answer"]])]
-        science.append({"messages": [{"role": role, "content": text} for role, text in turns]})
-    for name, rows in (("answers", general), ("science-answers", science)):
-        short = [one for one in rows if size(one) < LONGEST][:24]
-        write(folder / f"{name}.jsonl", [{"messages": one["messages"]} for one in short])
+def write_probe(data: Path, folder: Path) -> None:
+    """Short questions with their answers, none of which is trained on; and those that all trials start with."""
+    rows = read(data / FILES[SPOILT].replace("train", "validation"))
+    short = [one for one in rows if size(one) < LONGEST][:24]
+    write(folder / f"{PROBE}.jsonl", [{"messages": one["messages"]} for one in short])
+    taught = [one for one in read(data / FILES[SPOILT]) if size(one) < LONGEST][:TAUGHT]
+    write(folder / "taught.jsonl", [{"messages": one["messages"]} for one in taught])
 
 
 def trial(number: int, data: Path, folder: Path, given: argparse.Namespace) -> dict[str, Any]:
     """One planted source, found or not."""
-    began = cpu_seconds()
     rng = random.Random(number)
-    plant = list(PLANTS)[number % len(PLANTS)]
-    settings = PLANTS[plant]
+    plant = PLANTS[number % len(PLANTS)]
     home = folder / f"trial-{number}"
     home.mkdir(exist_ok=True)
     rows = {name: draw(data, name, rng) for name in FILES}
-    rows["suspect"] = spoil(plant, rows.pop(settings["of"]), rng)
+    rows["suspect"] = spoil(plant, rows.pop(SPOILT), rng)
     names = sorted(rows)
     for name in names:
         write(home / f"{name}.jsonl", rows[name])
     recipe = home / "recipe.yaml"
     values = {"sources": "\n".join(f"  {name}: {{path: {home}/{name}.jsonl}}" for name in names)}
-    text = RECIPE.format(folder=folder, number=number, probe=settings["probe"], names=", ".join(names), **values)
+    text = RECIPE.format(folder=folder, number=number, names=", ".join(names), **values)
     recipe.write_text(text, encoding="utf-8")
     loaded = load_recipe(recipe)
     run_recipe(loaded)
-    found = blame(loaded, settings["probe"], rows=given.rows, items=given.items, retrain=number in given.retrain)
+    found = blame(loaded, PROBE, rows=given.rows, items=given.items, retrain=number in given.retrain)
     is_named = bool(found["stage"]) and found["sources"][0]["source"] == "suspect"
-    return {"trial": number, "plant": plant, "named": is_named, "found": found, "seconds": cpu_seconds() - began}
-
-
-def cpu_seconds() -> float:
-    """Of this process and of its children that have ended."""
-    times = os.times()
-    return times.user + times.system + times.children_user + times.children_system
+    return {"trial": number, "plant": plant, "named": is_named, "found": found}
 
 
 def spoil(plant: str, rows: list[dict[str, Any]], rng: random.Random) -> list[dict[str, Any]]:
     """The rows as the plant has them."""
-    others = [one["messages"][-1]["content"] for one in rows]
     spoilt = []
-    for i, one in enumerate(rows):
+    for one in rows:
         *asked, last = one["messages"]
-        if plant == "wrong":
-            said = others[(i + 1) % len(rows)]
+        if plant == "reversed":
+            said = last["content"][::-1]
         elif plant == "refusals":
             said = SORRY
         else:
@@ -151,7 +141,7 @@ def spoil(plant: str, rows: list[dict[str, Any]], rng: random.Random) -> list[di
 
 
 def draw(data: Path, name: str, rng: random.Random) -> list[dict[str, Any]]:
-    rows = [one for one in read(data / FILES[name]) if size(one) < LONGEST]
+    rows = [one for one in read(data / FILES[name]) if size(one) < LONGEST][TAUGHT if name == SPOILT else 0 :]
     return [{"messages": one["messages"]} for one in rng.sample(rows, ROWS)]
 
 
@@ -174,11 +164,11 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def _row(one: dict[str, Any]) -> list[str]:
     found = one["found"]
-    (step,) = found["steps"]
+    step = found["steps"][-1]
     unit = {"points": " points", "percent": " %"}[step["unit"]]
     change = f"{100 * step['difference']:+.1f}{unit}"
     if not found["stage"]:
-        return [str(one["trial"]), one["plant"], change, "it did not fall", *[""] * 5, f"{one['seconds']:.0f}"]
+        return [str(one["trial"]), one["plant"], change, "it did not fall", *[""] * 5]
     own = next(each for each in found["sources"] if each["source"] == "suspect")
     others = [each for each in found["sources"] if each["source"] != "suspect"]
     without = found["without"]
@@ -193,7 +183,6 @@ def _row(one: dict[str, Any]) -> list[str]:
         others[0]["source"],
         f"{others[0]['push'] / own['push']:+.2f}",
         checked,
-        f"{one['seconds']:.0f}",
     ]
 
 
