@@ -213,7 +213,8 @@ def _overrides(base: _Base, share: float, rows: int, place: Path) -> list[str]:
     if sft.pop("steps", None) is not None or sft.get("epochs") is None:
         sft["epochs"] = settings.epochs or 1.0
     replay = settings.replay.model_dump(mode="json", by_alias=True)
-    sft["replay"] = {**replay, "share": share, "from": named}
+    # A share that rose on the way would be another than the one that is tried.
+    sft["replay"] = {**replay, "share": share, "from": named, "adapt": None}
     body |= {"start": base.start, "stages": [{"sft": sft}]}
     body.pop("rescue", None)
     overrides.append(f"rounds={json.dumps([body])}")

@@ -124,7 +124,7 @@ class Display:
         """What each way to consolidate a round came to, and the one that is kept."""
         for name, verdict in best.verdicts.items():
             kept = "  [bold]kept[/]" if name == best.name else ""
-            told = f"{verdict.decision} by itself, gain {100 * gain(verdict):+.1f} points"
+            told = f"{verdict.decision}, gain {100 * gain(verdict):+.1f} points"
             self._console.print(f"  best of  {escape(name.ljust(10))} {told}{kept}")
 
     def teachers(self, label: str, forwards: int | None) -> None:
@@ -132,6 +132,16 @@ class Display:
         if forwards is not None:
             told = f"{forwards:,} forward passes" if forwards else "0 forward passes, every answer was in the cache"
             self._console.print(f"  teachers {escape(label)}: {told}")
+
+    def comparison(self, label: str, changes: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
+        """How a checkpoint stands against each stage before it, in points."""
+        for before, probes in changes.items():
+            told = ", ".join(
+                f"{name} {100 * one['difference']:+.1f} ({100 * one['ci90'][0]:+.1f} to {100 * one['ci90'][1]:+.1f})"
+                for name, one in probes.items()
+            )
+            if told:
+                self._console.print(f"  against  {escape(before)}: {escape(told)}")
 
     def academic(self, label: str, methods: Sequence[str]) -> None:
         """Say that a checkpoint was made with methods that nobody has validated in production, if it was."""

@@ -58,6 +58,24 @@ def test_a_second_run_with_another_learning_rate_asks_no_teacher(recipe: Path) -
     assert asked == [8, 0]
 
 
+@pytest.mark.path
+def test_what_is_distilled_back_is_compared_with_every_stage(recipe: Path) -> None:
+    recipe.write_text(
+        recipe.read_text().replace("teachers: teacher,", "teachers: run, route: best, skills: {plain: sums},")
+    )
+    printed = evertune("run", recipe, code=4)
+    events = open_workspace(recipe.parent / "run").ledger.events()
+    (compared,) = [one.body for one in events if one.kind == "comparison"]
+    values = {one.body["label"]: one.body["value"] for one in events if one.kind == "probe"}
+    assert list(compared["stages"]) == ["base", "one/1-sft"]
+    for label, changes in compared["stages"].items():
+        assert changes["sums"]["difference"] == pytest.approx(values["one/2-distill"] - values[label])
+        low, high = changes["sums"]["ci90"]
+        assert low <= changes["sums"]["difference"] <= high
+    assert "against  one/1-sft: sums" in printed
+    assert "Distilled back: against every stage" in (recipe.parent / "run" / "report.html").read_text()
+
+
 def _nan(teacher: Path) -> None:
     change_tensors(teacher / "model.safetensors", lambda all: all["model.norm.weight"][:1].fill_(float("nan")))
 

@@ -12,7 +12,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 from evertune.data.rows import Row, messages_of
 
@@ -49,30 +49,35 @@ def compared_text(row: Row, part: Part = "both") -> str:
 
     A role is no word of a normalised text, so no plain text spells a conversation. May be empty.
     """
-    if row.format == "text":
-        return normalise_text(row.value["text"])
-    asked, said = list(_asked(row)), list(_said(row))
+    return compared_value(row.value, row.format, part)
+
+
+def compared_value(value: dict[str, Any], format: str, part: Part = "both") -> str:
+    """The same, of a row's value and format."""
+    if format == "text":
+        return normalise_text(value["text"])
+    asked, said = list(_asked(value, format)), list(_said(value, format))
     lines = {"both": [*asked, *said], "prompt": asked, "answer": said}[part]
     return "\n".join(f"{role}: {normalise_text(content)}" for role, content in lines)
 
 
-def _asked(row: Row) -> Iterator[tuple[str, str]]:
-    turns = messages_of(row.value)
-    for one in turns[:-1] if row.format == "messages" else turns:
+def _asked(value: dict[str, Any], format: str) -> Iterator[tuple[str, str]]:
+    turns = messages_of(value)
+    for one in turns[:-1] if format == "messages" else turns:
         yield one["role"], one["content"]
 
 
-def _said(row: Row) -> Iterator[tuple[str, str]]:
-    if row.format == "messages":
-        last = messages_of(row.value)[-1]
+def _said(value: dict[str, Any], format: str) -> Iterator[tuple[str, str]]:
+    if format == "messages":
+        last = messages_of(value)[-1]
         yield last["role"], last["content"]
-    elif row.format == "preference":
+    elif format == "preference":
         for name in ("chosen", "rejected"):
-            given = row.value[name]
+            given = value[name]
             turns = [{"role": "assistant", "content": given}] if isinstance(given, str) else given
             yield from ((f"{name} {one['role']}", one["content"]) for one in turns)
     else:
-        for one in row.value.get("choices", ()):
+        for one in value.get("choices", ()):
             yield "choice", one
-        answer = row.value["answer"]
+        answer = value["answer"]
         yield "answer", answer if isinstance(answer, str) else json.dumps(answer, sort_keys=True, ensure_ascii=False)

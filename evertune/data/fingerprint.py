@@ -9,13 +9,12 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from evertune.data.compared import Part, compared_text
+from evertune.data.compared import Part, compared_value
 from evertune.data.rows import Row
 from evertune.data.shingles import WIDTH, Indices, Shingles, concatenate, shingle
 
@@ -79,7 +78,7 @@ def _in_order(
 
 
 def _of_batch(batch: list[tuple[dict[str, Any], str]], part: Part, width: int) -> Fingerprints:
-    texts = [compared_text(Row("", "", 0, _NOWHERE, value, format), part) for value, format in batch]
+    texts = [compared_value(value, format, part) for value, format in batch]
     digests = b"".join(hashlib.blake2b(text.encode(), digest_size=16).digest() for text in texts)
     wholes = b"".join(hashlib.blake2b(_bytes_of(value), digest_size=8).digest() for value, _ in batch)
     return Fingerprints(
@@ -88,8 +87,6 @@ def _of_batch(batch: list[tuple[dict[str, Any], str]], part: Part, width: int) -
         shingle(texts, width),
     )
 
-
-_NOWHERE = Path()
 
 # Made once: json.dumps would make one for each row.
 _ENCODER = json.JSONEncoder(sort_keys=True, ensure_ascii=False)

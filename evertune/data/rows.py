@@ -113,7 +113,7 @@ def iter_rows(
         for line, value in values_of(path, bad=told):
             if count == limit:
                 return
-            row = Row(source, _id_of(value, f"{label}:{line}"), line, path, value, format)
+            row = Row(source, _id_of(value, label, line), line, path, value, format)
             try:
                 _check_shape(row)
             except DataError as error:
@@ -237,9 +237,9 @@ def _check_shape(row: Row) -> None:
         raise DataError(f"{row.place}: {problem} (format '{row.format}').", remedy=hint)
 
 
-def _id_of(value: dict[str, Any], otherwise: str) -> str:
+def _id_of(value: dict[str, Any], label: str, line: int) -> str:
     name = value.get("id")
-    return name if isinstance(name, str) and name else otherwise
+    return name if isinstance(name, str) and name else f"{label}:{line}"
 
 
 def _labels(files: Sequence[Path]) -> list[str]:

@@ -25,9 +25,9 @@ _FIELDS = {
 
 def problem_of(value: dict[str, Any], format: str) -> str:
     """What keeps a value from being a row of the format, or ""."""
-    missing = [name for name in _FIELDS[format] if name not in value]
-    if missing:
-        return f"found the fields {', '.join(value) or 'none'}, expected '{missing[0]}'"
+    for name in _FIELDS[format]:
+        if name not in value:
+            return f"found the fields {', '.join(value) or 'none'}, expected '{name}'"
     return _PROBLEMS[format](value)
 
 

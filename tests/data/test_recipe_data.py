@@ -182,3 +182,21 @@ def test_a_promoted_round_keeps_what_the_budget_says(recipe: Path, tmp_path: Pat
     assert sum(len(one.encode()) + 1 for one in kept("history={bytes: 500}")) <= 500
     told = dict(said(check(recipe, "history={rows: 6, policy: coverage}"), "note"))
     assert told["history"] == "a promoted round keeps 6 of 40 rows of 'cards' (coverage)."
+
+
+def test_a_share_that_follows_guards_is_part_of_the_key_and_needs_guards(recipe: Path) -> None:
+    adapt = f"{STAGE}.replay={{share: 0.2, from: [general], adapt: {{every: 3}}}}"
+    plain, spec = ordered(recipe), ordered(recipe, adapt)
+    assert spec.adapt is not None
+    assert (plain.adapt, spec.adapt.every, spec.adapt.most) == (None, 3, 0.5)
+    assert spec.adapt.guards["facts"]["margin"] == 0.4  # the gate's, for probes without one of their own
+    assert plain.key != spec.key != ordered(recipe, adapt.replace("every: 3", "every: 4")).key
+    told = dict(said(check(recipe, adapt), "note"))
+    assert "facts asked 5 times while it trains" in told[f"{STAGE}.replay.adapt"]
+    nobody = "probes.facts.role=watch"
+    with pytest.raises(RecipeError, match="there are none but of lm-eval or held-out ones"):
+        ordered(recipe, adapt, nobody)
+    assert any("none but of lm-eval" in message for _, message in said(check(recipe, adapt, nobody), "error"))
+    with pytest.raises(RecipeError, match=r"replay.adapt: found it in a stage of kind rl, expected sft or dpo"):
+        rl = "{rl: {data: [cards], steps: 2, replay: {share: 0.2, from: [general], adapt: {every: 3}}}}"
+        load_recipe(recipe, overrides=[f"rounds[0].stages=[{rl}]", "data.cards.verifier=exact"])

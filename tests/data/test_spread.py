@@ -36,10 +36,11 @@ def corpus(folder: Path) -> Path:
     for i in range(240):
         words = " ".join(random.Random(i % 90).choices("abcdefghijklm", k=40))
         rows.append(chat(f"{words} {i % 3}", rng.choice(["", "yes ", "well "]) + "it is so"))
-    rows[40] = chat(f"Tell me this. {PROBE} Thank you.", "The Inn.")
+    rng.shuffle(rows)
+    for i in range(40, 43):  # one in each file
+        rows[i] = chat(f"Tell me this, {'abc'[i - 40]}. {PROBE} Thank you.", "The Inn.")
     rows[170] = chat(PROBE, "The Danube.")
     rows[55] = chat("a b c", "x " * 40)
-    rng.shuffle(rows)
     for k in range(3):
         write(folder / f"rows-{k}.jsonl", rows[k::3])
     with (folder / "rows-1.jsonl").open("a") as file:

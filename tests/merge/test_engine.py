@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -336,23 +335,32 @@ def test_two_processes_do_not_write_one_merge(family: Path, tmp_path: Path) -> N
         os.close(held)
 
 
-def test_merging_imports_no_torch_and_starts_in_two_cpu_seconds(family: Path, tmp_path: Path) -> None:
-    code = (
-        "import sys, time; from pathlib import Path; from evertune.merge.config import load_config;"
-        "from evertune.merge.plan import plan_merge; from evertune.merge.run import merge_planned;"
-        f"c = Path({str(tmp_path / 'm.yaml')!r});"
-        "p = plan_merge(load_config(c), folder=c.parent); t = time.process_time();"
-        f"merge_planned(p, Path({str(tmp_path / 'out')!r}), threads=1);"
-        "print(t, sorted(set(sys.modules) & {'torch', 'transformers', 'peft', 'accelerate'}))"
-    )
+STARTING = """
+import sys, time
+from evertune.cli import app
+from evertune.merge.sources import Files
+read, first = Files.read, []
+
+def note(self, *arguments):
+    first.append(time.process_time())
+    return read(self, *arguments)
+
+Files.read = note
+app(["merge", *sys.argv[1:]], standalone_mode=False)
+print(first[0], sorted(set(sys.modules) & {"torch", "transformers", "peft", "accelerate", "datasets"}))
+"""
+
+
+def test_the_command_merges_without_torch_and_reads_its_first_byte_in_two_cpu_seconds(
+    family: Path, tmp_path: Path
+) -> None:
     lines = ["method: linear", "models:", *(f"  {name}: {{path: {family / name}}}" for name in THREE)]
     (tmp_path / "m.yaml").write_text("\n".join(lines))
-    began = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert time.monotonic() - began < 300
-    seconds, modules = done.stdout.split(maxsplit=1)
-    assert modules.strip() == "[]"
-    assert float(seconds) < 6.0  # 0.6 where nothing else runs; the bound is for a loaded machine
+    command = [sys.executable, "-c", STARTING, str(tmp_path / "m.yaml"), "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    seconds, modules = done.stdout.splitlines()[-1].split(maxsplit=1)
+    assert modules == "[]"
+    assert float(seconds) < 4.0  # 1.1 is measured where little else runs; the bound is for a loaded machine
 
 
 def test_a_dry_run_says_all_that_stands_against_a_merge_at_once(
