@@ -32,7 +32,7 @@ Share = float | tuple[float, ...]
 ANCHOR_KL = 0.05
 # Of a stage that teaches back what fell: the share of the round's new rows in its stream.
 KEPT_SHARE = 0.3
-# Chance that a rung mends a held round, by judgement; docs/gate.md has what was measured.
+# Chance that a rung mends a held round: judgement, not measured.
 EXPECTED_GAIN = {
     "drop_stage": 0.4,
     "distil_back": 0.4,
