@@ -10,7 +10,7 @@ from evertune.model.bundled import resolve_base
 from evertune.model.checkpoint import describe
 from evertune.model.forward import Forward, score_branches
 from evertune.model.open import open_model
-from evertune.probe.score import _answer_tokens, score_probe
+from evertune.probe.score import answer_tokens, score_probe
 from evertune.probe.suite import Probe, load_probe
 
 QUESTIONS = {
@@ -36,7 +36,7 @@ def test_the_bundled_model_is_scored_as_lm_eval_scores_it(tmp_path: Path) -> Non
     assert score_probe(opened, probe).value >= 4 / 6
     groups = [
         [
-            _answer_tokens(opened.codec, probe, item, [*item.messages, {"role": "assistant", "content": one}])
+            answer_tokens(opened.codec, probe, item, [*item.messages, {"role": "assistant", "content": one}])
             for one in item.choices
         ]
         for item in probe.items
