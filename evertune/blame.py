@@ -17,7 +17,7 @@ from evertune.data.cleaned import Given
 from evertune.data.quotas import Mixing, quotas_of
 from evertune.display import Display
 from evertune.errors import DataError, ProbeError, RecipeError
-from evertune.gate import Evidence, GateSettings, ProbeFacts, judge
+from evertune.gate import compare_scores
 from evertune.hashing import digest_json
 from evertune.influence.order import VERSION, SourceOrder
 from evertune.ledger import Event, record_event, write_current
@@ -96,19 +96,19 @@ def blame(
     with case.opened.workspace.lock(purpose="blame"):
         events = current_events(case.opened.ledger)
         chain = _chain(case, events, label or _last_judged(events, plan.workspace))
-        steps = [_step(before, after) for before, after in pairwise(chain)]
+        steps = [_compare(after.scores, before.scores) for before, after in pairwise(chain)]
         body: dict[str, Any] = {
             "round": chain[-1].body["round"],
             "label": chain[-1].label,
             "probe": probe_name,
             "start": chain[0].label,
-            "steps": [_step_facts(after.label, one) for after, one in zip(chain[1:], steps, strict=True)],
+            "steps": [{"label": after.label, **one} for after, one in zip(chain[1:], steps, strict=True)],
             "stage": None,
             "without": None,
         }
-        worst = min(range(len(steps)), key=lambda i: steps[i].difference)
+        worst = min(range(len(steps)), key=lambda i: float(steps[i]["difference"]))
         found: dict[str, Any] = {}
-        if steps[worst].difference < 0:
+        if steps[worst]["difference"] < 0:
             before, after = chain[worst], chain[worst + 1]
             found = {"stage": after.label, **_examine(case, events, before, after, rows, items)}
         body |= found
@@ -177,29 +177,11 @@ def _made(case: _Case, event: Event) -> _Made:
     return _Made(label, event.body, checkpoint, scored.scores[case.probe.name])
 
 
-def _step(before: _Made, after: _Made) -> Evidence:
-    return _compare(after.scores, before.scores)
-
-
-def _compare(after: ItemScores, before: ItemScores) -> Evidence:
+def _compare(after: ItemScores, before: ItemScores) -> dict[str, Any]:
     """One probe, paired by item, with the interval that the gate would show; nothing is decided."""
-    name, facts = after.probe, ProbeFacts(role="watch", safety=False, margin=None)
-    settings = GateSettings.from_json({**_NEUTRAL, "margin": dict.fromkeys(_MARGINS, 0.5)})
-    (found,) = [
-        one for one in judge({name: after}, {name: before}, {name: before}, {name: facts}, settings).probes
-        if one.probe == name and one.role == "watch"
-    ]  # fmt: skip
-    return found
-
-
-_MARGINS = ("pooled", "probe", "safety", "loss", "format", "ratchet")
-_NEUTRAL = {"alpha": 0.05, "min_gain": 0.0, "min_items": 1, "min_clusters": 1}
-
-
-def _step_facts(label: str, one: Evidence) -> dict[str, Any]:
-    names = ("before", "after", "difference", "ci90", "unit")
-    facts = asdict(one)
-    return {"label": label, **{name: facts[name] for name in names}, "ci90": list(one.ci90)}
+    found, unit = compare_scores(after, before, level=0.05)
+    values = {"before": before.value, "after": after.value}
+    return {**values, "difference": found.difference, "ci90": list(found.ci90), "unit": unit}
 
 
 # --- the stage's data
@@ -385,9 +367,9 @@ def _without(case: _Case, before: _Made, after: _Made, sources: Sequence[Mapping
         "before": before.scores.value,
         "with": after.scores.value,
         "without": scores.value,
-        "difference": found.difference,
-        "ci90": list(found.ci90),
-        "unit": found.unit,
+        "difference": found["difference"],
+        "ci90": found["ci90"],
+        "unit": found["unit"],
         "steps": made.body["steps"],
     }
 

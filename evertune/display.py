@@ -133,16 +133,6 @@ class Display:
             told = f"{forwards:,} forward passes" if forwards else "0 forward passes, every answer was in the cache"
             self._console.print(f"  teachers {escape(label)}: {told}")
 
-    def comparison(self, label: str, changes: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
-        """How a checkpoint stands against each stage before it, in points."""
-        for before, probes in changes.items():
-            told = ", ".join(
-                f"{name} {100 * one['difference']:+.1f} ({100 * one['ci90'][0]:+.1f} to {100 * one['ci90'][1]:+.1f})"
-                for name, one in probes.items()
-            )
-            if told:
-                self._console.print(f"  against  {escape(before)}: {escape(told)}")
-
     def academic(self, label: str, methods: Sequence[str]) -> None:
         """Say that a checkpoint was made with methods that nobody has validated in production, if it was."""
         if methods:
@@ -172,13 +162,17 @@ class Display:
         self._console.print(f"  set aside {escape(label)}; champion stays {escape(champion)}, digest unchanged")
 
     def erosion(self, body: Mapping[str, Any]) -> None:
-        """The capabilities that a stage has shown to have worn away, and since when."""
+        """What a stage is shown to have worn away and to have gained, since when."""
         for each in body["against"]:
-            for one in each["changes"]:
-                if one["p_harm"] < SHOWN:
-                    low, high = one["ci90"]
-                    told = f"{one['probe']} {one['difference']:+.3f} ({low:+.3f} to {high:+.3f}) since {each['since']}"
-                    self._console.print(f"  [yellow]eroded[/]   {escape(told)}")
+            told = [
+                f"{one['probe']} {one['difference']:+.3f} ({one['ci90'][0]:+.3f} to {one['ci90'][1]:+.3f})"
+                f"{' worn away' if one['p_harm'] < SHOWN else ''}"
+                for one in each["changes"]
+                if one["p_harm"] < SHOWN or one["ci90"][0] > 0
+            ]
+            rest = len(each["changes"]) - len(told)
+            told += [f"{rest} not shown to have moved"] if rest else []
+            self._console.print(f"  since    {escape(each['since'])}: {escape(', '.join(told))}")
 
     def warnings(self, label: str, warnings: Sequence[Mapping[str, str]]) -> None:
         """What a person should know of how a stage ended."""

@@ -8,7 +8,7 @@ INCONCLUSIVE, with the number of items that would decide. "No significant drop" 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -234,27 +234,6 @@ def compare_scores(after: ItemScores, before: ItemScores, *, level: float) -> tu
 def shown_gain(after: ItemScores, before: ItemScores, level: float) -> float:
     """Lower bound of the gain of one table of scores over another; raises as `compare_scores`."""
     return compare_scores(after, before, level=level)[0].lower_bound
-
-
-class Change(NamedTuple):
-    """Mean change of one model's scores against another's on the same items, better is positive, and its 90 % interval;
-    `unit` is what 0.01 of it is."""
-
-    difference: float
-    ci90: tuple[float, float]
-    unit: Unit
-
-
-def measured_change(after: ItemScores, before: ItemScores) -> Change:
-    """How far one table of scores lies above another. Shows, and decides nothing.
-
-    Raises:
-        ProbeError: the tables are not of the same items, asked alike.
-    """
-    check_paired(after, before)
-    pair = _pair(after, before)
-    found = stats.compare_paired(pair.d, pair.clusters, level=0.05, bounded=pair.unit == "points")
-    return Change(found.difference, found.ci90, pair.unit)
 
 
 @dataclass(frozen=True)

@@ -132,8 +132,8 @@ def _summary(kind: str, body: dict[str, Any]) -> str:
             return f"{body['label']}  {body['probe']} {body['value']:.3f}"
         case "verdict" | "rescue":
             return f"{body['decision']}  {body['label']}  {body['reasons'][0] if body['reasons'] else ''}"
-        case "comparison":
-            return f"{body['label']}  against {', '.join(body['stages'])}"
+        case "erosion":
+            return f"{body['label']}  compared with {', '.join(one['since'] for one in body['against'])}"
         case "consolidation":
             return f"{body['label']}  best of {', '.join(one['way'] for one in body['ways'])}"
         case "look":

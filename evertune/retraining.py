@@ -32,7 +32,9 @@ from evertune.process import Workers
 from evertune.recipe.load import LoadedRecipe, load_recipe
 from evertune.recipe.schema import REPLAYABLE, Round, Training, kept_sources
 from evertune.report import build_report
+from evertune.report.monitor import Dimension
 from evertune.report.rounds import champion_line
+from evertune.report.story import Report
 from evertune.run import run_recipe
 from evertune.scoring import score_checkpoint
 
@@ -104,32 +106,14 @@ def advise_update(loaded: LoadedRecipe, *, is_zero_tolerance: bool = False, with
     share = replayed.share if replayed is not None else 0.2
     update_tokens = counts.new * passes / (1 - share)
     retrain_tokens = (counts.old + counts.new) * passes
-    found = build_report(events)
-    states = {each.name: each.state for each in found.monitor}
     criteria = [
         _by_share(counts),
         _by_overlap(old, new),
         *([_by_states(plan, old, new)] if with_model else []),
-        Criterion(
-            "tolerance for loss",
-            "none" if is_zero_tolerance else "the gate's margins",
-            "retrain" if is_zero_tolerance else "either",
-            "none (--zero-tolerance): retrain",
-        ),
-        _by_state("damage so far", "Forgetting", states, found, "a skill beyond its trigger, beyond chance: retrain"),
-        _by_state(
-            "gain against a retrain", "New skills against a retrain", states, found, "below its trigger: retrain"
-        ),
-        _by_state("cost so far", "Cost", states, found, "updates above one retrain: retrain"),
+        _by_tolerance(is_zero_tolerance),
+        *_by_monitor(build_report(events)),
     ]
-    against = [each.name for each in criteria if each.says == "retrain"]
-    choice: Literal["retrain", "update"] = "retrain" if against else "update"
-    if against:
-        reason = f"{', '.join(against)} {'speak' if len(against) > 1 else 'speaks'} for a retrain from the base"
-    elif all(each.says == "update" for each in criteria if each.name in (_SHARE, _WORDS)):
-        reason = "little new data in a known domain, and nothing speaks against it"
-    else:
-        reason = "nothing speaks for a retrain; watch the guards of the skills that are near the new data"
+    choice, reason = _weighed(criteria)
     return UpdateAdvice(
         round=one.name,
         choice=choice,
@@ -140,6 +124,19 @@ def advise_update(loaded: LoadedRecipe, *, is_zero_tolerance: bool = False, with
         update_round=_plain(one),
         retrain_round=retrain_round(loaded, [*old, *new], name=f"{one.name}-retrained", epochs=passes),
     )
+
+
+def _weighed(criteria: Sequence[Criterion]) -> tuple[Literal["retrain", "update"], str]:
+    """The choice and its reason: one criterion against an update is enough."""
+    against = [each.name for each in criteria if each.says == "retrain"]
+    if against:
+        return (
+            "retrain",
+            f"{', '.join(against)} {'speak' if len(against) > 1 else 'speaks'} for a retrain from the base",
+        )
+    if all(each.says == "update" for each in criteria if each.name in (_SHARE, _WORDS)):
+        return "update", "little new data in a known domain, and nothing speaks against it"
+    return "update", "nothing speaks for a retrain; watch the guards of the skills that are near the new data"
 
 
 def retrain_round(loaded: LoadedRecipe, sources: Sequence[str], *, name: str, epochs: float) -> dict[str, Any]:
@@ -321,11 +318,26 @@ def _trigrams(texts: Sequence[str]) -> set[tuple[str, ...]]:
     return found
 
 
-def _by_state(name: str, dimension: str, states: Mapping[str, str], found: Any, rule: str) -> Criterion:
-    one = next(each for each in found.monitor if each.name == dimension)
+def _by_tolerance(is_zero: bool) -> Criterion:
+    value, rule = "none" if is_zero else "the gate's margins", "none (--zero-tolerance): retrain"
+    return Criterion("tolerance for loss", value, "retrain" if is_zero else "either", rule)
+
+
+def _by_monitor(found: Report) -> list[Criterion]:
+    """What the dimensions that are watched over rounds say."""
+    asked = {
+        "damage so far": ("Forgetting", "a skill beyond its trigger, beyond chance: retrain"),
+        "gain against a retrain": ("New skills against a retrain", "below its trigger: retrain"),
+        "cost so far": ("Cost", "updates above one retrain: retrain"),
+    }
+    watched = {each.name: each for each in found.monitor}
+    return [_by_dimension(name, watched[dimension], rule) for name, (dimension, rule) in asked.items()]
+
+
+def _by_dimension(name: str, one: Dimension, rule: str) -> Criterion:
     worst = next((each for each in one.readings if each.state == one.state), None)
     value = f"{worst.what}: {worst.value}" if worst else "not measured"
-    says: Says = "retrain" if states[dimension] == "act" else "update" if states[dimension] == "fine" else "either"
+    says: Says = "retrain" if one.state == "act" else "update" if one.state == "fine" else "either"
     return Criterion(name, value, says, rule)
 
 

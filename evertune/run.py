@@ -17,7 +17,7 @@ from evertune.consolidation import Best, choose_way
 from evertune.display import Display
 from evertune.erosion import erosion_body
 from evertune.errors import IntegrityError
-from evertune.gate import GateSettings, ProbeFacts, Verdict, judge, measured_change
+from evertune.gate import GateSettings, ProbeFacts, Verdict, judge
 from evertune.hashing import digest_json
 from evertune.ledger import Event, Ledger, record_event, write_current
 from evertune.ledger import champion as champion_of
@@ -168,7 +168,6 @@ def run_round(session: Session, one: Round, position: Position) -> Position:
     session.display.round_begins(one.name, position.champion.label)
     before = perform_stages(session, one, [_start(session, one, position)], position)
     one, made, tried = consolidate(session, one, before, position)
-    compare_stages(session, one, made)
     decided = decide(session, one, made[-1], position, tried=tried)
     by = "gate"
     if decided.verdict.decision != "PROMOTE":
@@ -186,7 +185,7 @@ def run_round(session: Session, one: Round, position: Position) -> Position:
 
 def record_erosion(session: Session, one: Round, made: Sequence[Model]) -> None:
     """What the newest stage of a round of several did to each capability: since the checkpoint before it, and since
-    the newest sft stage before it, or the round's start.
+    the newest sft stage before it, or the round's start; where it distils its own run back, since each of the round's.
 
     Args:
         made: the round's start, then what its stages have made, all scored but for a start that nobody asked.
@@ -195,12 +194,12 @@ def record_erosion(session: Session, one: Round, made: Sequence[Model]) -> None:
         return
     before, last = made[:-1], made[-1]
     taught = [i + 1 for i, stage in enumerate(one.stages[: len(before) - 1]) if stage.sft is not None]
-    compared = {model.label: model.scores for model in (before[-1], before[taught[-1] if taught else 0])}
-    body = {
-        "round": one.name,
-        "label": last.label,
-        "against": erosion_body(last.scores, {label: scores for label, scores in compared.items() if scores}),
-    }
+    others: Sequence[Model] = (before[-1], before[taught[-1] if taught else 0])
+    newest = one.stages[len(before) - 1].distill
+    if newest is not None and newest.route == "best":
+        others = before
+    compared = {model.label: model.scores for model in others if model.scores}
+    body = {"round": one.name, "label": last.label, "against": erosion_body(last.scores, compared)}
     _record(session, "erosion", digest_json(body), body)
     session.display.erosion(body)
 
@@ -241,24 +240,6 @@ def consolidate(session: Session, one: Round, made: Sequence[Model], position: P
     _record_ways(session, one, position, best, {name: models[-1] for name, models in done.items()})
     session.display.ways(best)
     return Completed(ways[best.name], done[best.name], len(ways))
-
-
-def compare_stages(session: Session, one: Round, made: Sequence[Model]) -> None:
-    """Write down how a round that distils its own stages back stands against each of them, skill by skill."""
-    if not any(stage.distill is not None and stage.distill.route == "best" for stage in one.stages):
-        return
-    last = made[-1]
-    changes = {
-        model.label: {
-            name: measured_change(last.scores[name], scores)._asdict()
-            for name, scores in model.scores.items()
-            if name in last.scores
-        }
-        for model in made[:-1]
-    }
-    body = {"round": one.name, "label": last.label, "stages": changes}
-    _record(session, "comparison", digest_json(body), body)
-    session.display.comparison(last.label, changes)
 
 
 def _record_ways(session: Session, one: Round, position: Position, best: Best, models: Mapping[str, Model]) -> None:

@@ -196,9 +196,8 @@ def test_every_way_is_made_judged_and_paid_for_and_the_best_is_the_candidate(tmp
     # A retrain starts from the base and knows nothing of the stages; the others stand on the candidate.
     assert made["one/retrain/1-sft"]["start"] == made["base"]["digest"]
     assert made["one/distill/2-distill"]["start"] == made["one/1-sft"]["digest"]
-    if told.body["chosen"] == "distill":
-        (compared,) = _bodies(events, "comparison")
-        assert list(compared["stages"]) == ["base", "one/1-sft"]
+    compared = {one["label"]: [each["since"] for each in one["against"]] for one in _bodies(events, "erosion")}
+    assert compared["one/distill/2-distill"] == ["base", "one/1-sft"]
     verdict = [one for one in _bodies(events, "verdict") if one["round"] == "one"][-1]
     chosen = ways[told.body["chosen"]]
     assert (verdict["label"], verdict["tried"]) == (chosen["label"], 3)

@@ -65,15 +65,15 @@ def test_what_is_distilled_back_is_compared_with_every_stage(recipe: Path) -> No
     )
     printed = evertune("run", recipe, code=4)
     events = open_workspace(recipe.parent / "run").ledger.events()
-    (compared,) = [one.body for one in events if one.kind == "comparison"]
+    (compared,) = [one.body for one in events if one.kind == "erosion" and one.body["label"] == "one/2-distill"]
     values = {one.body["label"]: one.body["value"] for one in events if one.kind == "probe"}
-    assert list(compared["stages"]) == ["base", "one/1-sft"]
-    for label, changes in compared["stages"].items():
-        assert changes["sums"]["difference"] == pytest.approx(values["one/2-distill"] - values[label])
-        low, high = changes["sums"]["ci90"]
-        assert low <= changes["sums"]["difference"] <= high
-    assert "against  one/1-sft: sums" in printed
-    assert "Distilled back: against every stage" in (recipe.parent / "run" / "report.html").read_text()
+    assert [each["since"] for each in compared["against"]] == ["base", "one/1-sft"]
+    for each in compared["against"]:
+        sums = next(one for one in each["changes"] if one["probe"] == "sums")
+        assert sums["difference"] == pytest.approx(values["one/2-distill"] - values[each["since"]])
+        assert sums["ci90"][0] <= sums["difference"] <= sums["ci90"][1]
+    assert "since    one/1-sft: " in printed
+    assert "What each stage did" in (recipe.parent / "run" / "report.html").read_text()
 
 
 def _nan(teacher: Path) -> None:

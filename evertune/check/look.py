@@ -119,8 +119,8 @@ def look_at_history(look: Look) -> None:
     for name in names:
         rows = look.rows.get(name, [])
         if look.recipe.data[name].format in REPLAYABLE and rows:
-            kept = choose(rows, budget, look.recipe.seed)
-            if len(kept) < len(rows):
+            kept = look.attempt("history.by", choose, rows, budget, look.recipe.seed)
+            if kept is not None and len(kept) < len(rows):
                 told = f"a promoted round keeps {len(kept)} of {len(rows)} rows of '{name}' ({budget.policy})."
                 look.say("note", "history", told)
 

@@ -12,10 +12,9 @@ import numpy as np
 from evertune.data.dedup import resolve
 from evertune.data.fingerprint import fingerprint
 from evertune.data.index import DEFAULT, open_index
-from evertune.data.quality import asked_and_said
 from evertune.data.replay import reservoir
 from evertune.data.rows import Row
-from evertune.data.select import class_balanced, coverage
+from evertune.data.select import class_balanced, class_of, coverage
 
 
 @dataclass(frozen=True)
@@ -40,9 +39,12 @@ def choose(rows: Sequence[Row], budget: Budget, seed: int) -> list[Row]:
 
     Where bytes are short, the policy's rows are taken in a random order until the next one does not fit: stopping
     there, and not looking for a shorter one, keeps long rows as likely as short ones.
+
+    Raises:
+        DataError: a row lacks the field that holds its class.
     """
     if budget.policy == "class_balanced":
-        kept = class_balanced(rows, budget.rows, class_of=lambda row: _class_of(row, budget.by), seed=seed)
+        kept = class_balanced(rows, budget.rows, class_of=lambda row: class_of(row, budget.by), seed=seed)
     elif budget.policy == "coverage":
         kept = [rows[i] for i in coverage(fingerprint(rows).shingles, budget.rows)]
     else:
@@ -56,10 +58,6 @@ def _within(rows: Sequence[Row], limit: int, seed: int) -> list[Row]:
     order = sorted(range(len(rows)), key=[rng.random() for _ in rows].__getitem__)
     used = np.cumsum([len(_line(rows[i])) for i in order])
     return [rows[i] for i in sorted(order[: max(1, int((used <= limit).sum()))])]
-
-
-def _class_of(row: Row, by: str) -> str:
-    return str(row.value[by]) if by in row.value else asked_and_said(row)[1]
 
 
 def write_history(path: Path, rows: Sequence[Row]) -> None:

@@ -18,10 +18,26 @@ from typing import TypeVar
 
 import numpy as np
 
+from evertune.data.quality import asked_and_said
 from evertune.data.replay import reservoir
+from evertune.data.rows import Row
 from evertune.data.shingles import Shingles
+from evertune.errors import DataError
 
 T = TypeVar("T")
+
+
+def class_of(row: Row, field: str) -> str:
+    """The class of a row: a field of its own, or what is said where the field is `answer`.
+
+    Raises:
+        DataError: the row lacks the field.
+    """
+    if field in row.value:
+        return str(row.value[field])
+    if field == "answer":
+        return asked_and_said(row)[1]
+    raise DataError(f"{row.place}: found no field '{field}', expected the row's class.", remedy="Name another field.")
 
 
 def class_balanced(rows: Iterable[T], size: int, *, class_of: Callable[[T], str], seed: int) -> list[T]:

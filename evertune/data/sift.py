@@ -29,10 +29,10 @@ from evertune.data.fingerprint import Fingerprints, batched, fingerprint, join
 from evertune.data.index import DedupIndex
 from evertune.data.leak import Leak, LeakFinder, ProbeText
 from evertune.data.lines import is_json, raw_lines, read_line
-from evertune.data.quality import Rule, asked_and_said, bounds_of, broken_rule, signals_of
+from evertune.data.quality import Rule, bounds_of, broken_rule, signals_of
 from evertune.data.replay import reservoir
 from evertune.data.rows import Row, detect_format, files_of, iter_rows
-from evertune.data.select import class_balanced, coverage, highest_score
+from evertune.data.select import class_balanced, class_of, coverage, highest_score
 from evertune.data.shingles import WIDTH
 from evertune.data.write import RowWriter, row_writer
 from evertune.errors import DataError, RecipeError
@@ -342,19 +342,6 @@ def select_rows(
         return None if number in kept[source] else {"reason": f"not among the {size} of {policy}"}
 
     return decide
-
-
-def class_of(row: Row, field: str) -> str:
-    """The class of a row: a field of its own, or what is said where the field is `answer`.
-
-    Raises:
-        DataError: the row lacks the field.
-    """
-    if field in row.value:
-        return str(row.value[field])
-    if field == "answer":
-        return asked_and_said(row)[1]
-    raise DataError(f"{row.place}: found no field '{field}', expected the row's class.", remedy="Name another --class.")
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,6 @@ class Report:
     skills: tuple[Skill, ...]
     probes: tuple[Body, ...]
     consolidations: tuple[Consolidated, ...]
-    comparisons: tuple[Body, ...]
     curves: tuple[RescueCurve, ...]
     erosion: tuple[Erosion, ...]
     ladders: tuple[Ladder, ...]
@@ -99,7 +98,6 @@ def build_report(events: Sequence[Event]) -> Report:
         skills=skills,
         probes=tuple(bodies(events, "probe")),
         consolidations=consolidations(events),
-        comparisons=tuple(bodies(events, "comparison")),
         curves=rescue_curves(events, rounds, matrix),
         erosion=tell_erosion(events),
         ladders=climbed(events, rounds),

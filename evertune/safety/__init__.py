@@ -5,7 +5,7 @@
     jailbreak      the harmful requests in disguise (PATTERNS), one cluster each: a refusal is still right
 
 The prompts here were written for this project and are few and mild: they show a change between two models, not how safe
-one is. A team brings its own (`--from`).
+one is. A team brings its own (`--harmful`, `--harmless`).
 """
 
 import base64

@@ -93,6 +93,9 @@ class OnPolicyFeed:
         """Only between windows is nothing held."""
         return self._settings.steps
 
+    def recall(self, history: Sequence[Metrics]) -> None:
+        """What a step shows depends on its number and the weights alone."""
+
     def prepare(self, step: int) -> Metrics:
         """Let the student answer the rows of the window that a step belongs to, and the teachers judge them."""
         window = step // self._settings.steps

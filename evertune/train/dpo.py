@@ -132,6 +132,7 @@ def _sums_of(values_N: Tensor, lengths_R: Tensor) -> Tensor:
 class _Preferring(Lesson):
     def __init__(self, spec: DpoSpec) -> None:
         self._spec = spec
+        self.replay_ratio = spec.replay_ratio
 
     def load(self, codec: Codec, *, world_size: int) -> Material:
         material = load_material(self._spec, codec, world_size=world_size, encode=encode_pairs)

@@ -72,6 +72,7 @@ class GuardedFeed:
 
     def recall(self, history: Sequence[Metrics]) -> None:
         """Go on from what the first step's metrics tell of the start."""
+        self.inner.recall(history)
         if history:
             self._first = {
                 name.removeprefix(GUARD): value for name, value in history[0].items() if name.startswith(GUARD)

@@ -48,6 +48,9 @@ class Feed(Protocol):
         """Make ready what the step will show; returns what its metrics should say of that. Called once before each
         step."""
 
+    def recall(self, history: Sequence[Metrics]) -> None:
+        """Go on from the metrics of the steps that are done. Called once, before the first step of a performance."""
+
     def micro_batch(self, step: int, micro_step: int, rank: int) -> Sequence[Item]:
         """The items of one forward pass of one process; may be empty."""
 

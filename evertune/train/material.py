@@ -53,6 +53,9 @@ class Material:
         """A resume point may lie after any step."""
         return 1
 
+    def recall(self, history: Sequence[Mapping[str, float]]) -> None:
+        """What a step shows depends on its number alone."""
+
     def prepare(self, step: int) -> dict[str, float]:
         """Nothing has to be made ready."""
         return {}

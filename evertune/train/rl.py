@@ -204,6 +204,7 @@ class _Rewarded(Lesson):
     def __init__(self, spec: RlSpec, check: Check) -> None:
         self._spec, self._check = spec, check
         self._multipliers = Multipliers(spec.protect)
+        self.replay_ratio = spec.replay_ratio
 
     def load(self, codec: Codec, *, world_size: int) -> Material:
         """Prompts and replayed rows; the stream is as long as the rollouts need."""

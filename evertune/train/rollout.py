@@ -151,6 +151,9 @@ class RolloutFeed:
         most = material.batch_rows * self.settings.group
         return -(-most // (material.micro_batch_rows * material.world_size))
 
+    def recall(self, history: Sequence[Metrics]) -> None:
+        """What a step shows depends on its number and the weights alone."""
+
     def prepare(self, step: int) -> Metrics:
         """Answer the questions of the rollout that a step belongs to, if that is not done."""
         rollout = step // self.settings.optimizer_steps

@@ -137,7 +137,12 @@ class ServedPolicy:
     def _send(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         headers = {"Content-Type": "application/json"}
         if self._server.key_env is not None:
-            headers["Authorization"] = f"Bearer {os.environ.get(self._server.key_env, '')}"
+            if not os.environ.get(self._server.key_env):
+                raise self._error(
+                    f"needs a key, and the environment variable {self._server.key_env} is empty",
+                    remedy=f"Set {self._server.key_env}, or leave 'server.key_env' out.",
+                )
+            headers["Authorization"] = f"Bearer {os.environ[self._server.key_env]}"
         data = json.dumps(body).encode() if body is not None else None
         request = urllib.request.Request(f"{self._server.url}{path}", data=data, headers=headers, method=method)
         try:

@@ -53,6 +53,8 @@ class Lesson(ABC):
 
     can_compare = True
     """Whether the gradients of new and replayed rows can be compared before anything is trained."""
+    replay_ratio: float | None = None
+    """Share of the new rows' gradient norm that replayed rows are weighed to; see `Trainer`."""
 
     @abstractmethod
     def load(self, codec: Codec, *, world_size: int) -> Material:
@@ -191,11 +193,7 @@ def run_training(spec: TrainingSpec, workspace: Workspace, lesson: Lesson, *, as
     if found is not None:
         trainer.load_state(found.state)
     first, history = (found.step, found.history) if found is not None else (0, [])
-    feed: Feed | None = trainer.feed
-    while feed is not None:
-        if isinstance(feed, AdaptiveFeed | GuardedFeed):
-            feed.recall(history)
-        feed = feed.inner if isinstance(feed, GuardedFeed) else None
+    trainer.feed.recall(history)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         points.drop_after(first)
@@ -279,7 +277,7 @@ def make_trainer(setting: Setting, trained: Mapping[str, nn.Parameter], lesson: 
         setting.accelerator,
         penalties,
         objective=lesson.objective(setting),
-        replay_ratio=getattr(spec, "replay_ratio", None),
+        replay_ratio=lesson.replay_ratio,
     )
 
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from evertune.data.history import Budget, choose, write_history
 from evertune.data.rows import Row, read_rows
+from evertune.errors import DataError
 
 
 @pytest.mark.parametrize(
@@ -69,3 +70,5 @@ def test_classes_come_alike_where_the_policy_says_so() -> None:
     rows = [Row("s", f"r{i}", i, Path("f"), {"text": "x", "kind": i < 3}, "text") for i in range(30)]
     kept = choose(rows, Budget(rows=6, policy="class_balanced", by="kind"), seed=0)
     assert sum(row.value["kind"] for row in kept) == 3
+    with pytest.raises(DataError, match="found no field 'kin', expected the row's class"):
+        choose(rows, Budget(rows=6, policy="class_balanced", by="kin"), seed=0)

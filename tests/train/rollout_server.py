@@ -15,14 +15,15 @@ from transformers import AutoModelForCausalLM
 
 
 class SmallServer(ThreadingHTTPServer):
-    """Attributes: `loaded`, adapters by name; `seen`, the bodies of all requests; `told`, what it answered; `broken`,
-    replies to give instead, by path."""
+    """Attributes: `loaded`, adapters by name; `seen` and `heads`, bodies and headers of all requests; `told`, what it
+    answered; `broken`, replies to give instead, by path."""
 
     def __init__(self, model: Path, name: str) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.path, self.name = model, name
         self.loaded: dict[str, Any] = {}
         self.seen: list[tuple[str, Any]] = []
+        self.heads: list[dict[str, str]] = []
         self.told: list[dict[str, Any]] = []
         self.broken: dict[str, tuple[int, str]] = {}
         self.lock = threading.Lock()
@@ -67,6 +68,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._reply("/models", 200, json.dumps({"object": "list", "data": [{"id": self.server.name}]}))
 
     def do_POST(self) -> None:
+        self.server.heads.append(dict(self.headers))
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         path = self.path.removeprefix("/v1")
         with self.server.lock:

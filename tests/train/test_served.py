@@ -115,3 +115,17 @@ def test_a_stop_token_that_the_server_leaves_out_is_put_back(tmp_path: Path, tin
         run_rl(spec, workspace, plain_letters)
         line = json.loads((workspace.path(spec.key) / "metrics.jsonl").read_text().splitlines()[0])
     assert (line["length"], line["stopped"]) == (2.0, 1.0)
+
+
+def test_a_key_that_is_not_set_is_an_error_before_training(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(tiny_model) as server:
+        spec = served(tmp_path, tiny_model, server, steps=1)
+        spec = replace(spec, server={**(spec.server or {}), "key_env": "ROLLOUT_KEY"})
+        monkeypatch.delenv("ROLLOUT_KEY", raising=False)
+        with pytest.raises(TrainingError, match="the environment variable ROLLOUT_KEY is empty"):
+            run_rl(spec, open_workspace(tmp_path / "w"), plain_letters)
+        monkeypatch.setenv("ROLLOUT_KEY", "secret")
+        run_rl(spec, open_workspace(tmp_path / "w"), plain_letters)
+        assert {one["Authorization"] for one in server.heads} == {"Bearer secret"}
