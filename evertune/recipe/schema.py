@@ -465,6 +465,9 @@ class Training(StageSettings):
     """Average the weights over the steps."""
     save_steps: int = Field(50, gt=0)
     """Optimizer steps between two resume points."""
+    keep_steps: int | None = Field(None, gt=0)
+    """Optimizer steps between two checkpoints that are kept beside the one that the stage makes, each as large as that:
+    `evertune blame` then sees where in the stage a probe fell."""
     tune: Tune | None = None
     """What is trained here; `defaults.tune` or the preset when not given."""
     replay: Replay | None = None
