@@ -5,10 +5,10 @@ line of cross-stage distillation brings back. Prints the tables of docs/results/
 
 The 135M model. The sft stage teaches snips7 (7 commands, the answer being the command's name) and, one row in six, 7
 kinds of things of dbpedia14; the dpo stage has short pairs of AlpacaEval; the rl stage has the kinds of things, with
-`exact` as reward. Both lines share the sft stage; the guarded one sees as many pairs and questions in as many steps at the same
-rates, and beside them replayed rows, an anchor, the KL to the sft stage and a protected skill. The unguarded line ends
-with `distill: {teachers: run, route: best}`. Each seed is a run of `evertune run` on a recipe that is left in the
-folder. Run again, it does only what is missing.
+`exact` as reward. Both lines share the sft stage; the guarded one sees as many pairs and questions in as many steps at
+the same rates, and beside them replayed rows, an anchor, the KL to the sft stage and a protected skill. The unguarded
+line ends with `distill: {teachers: run, route: best}`. Each seed is a run of `evertune run` on a recipe that is left in
+the folder. Run again, it does only what is missing.
 """
 
 import argparse

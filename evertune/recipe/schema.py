@@ -166,6 +166,8 @@ class Verifier(OneKey):
     """A pattern that must match the whole trimmed output. The item's `answer` is not read."""
     json_schema: dict[str, Any] | None = None
     """A JSON Schema the output must satisfy; when the item has an `answer` object, it must equal it too."""
+    classifier: "Classifier | None" = None
+    """A text classifier puts the output into the class that the item's `answer` names."""
     function: "OwnFunction | None" = None
     """A function of your own, `module:function`: called with the output and the item's `answer`, it returns a number
     from 0 to 1 or a truth value."""
@@ -187,6 +189,19 @@ class OwnFunction(Config):
     @classmethod
     def _bare(cls, value: Any) -> Any:
         return {"call": value} if isinstance(value, str) else value
+
+
+class Classifier(Config):
+    """A text classifier as a judge of outputs: a folder that transformers' AutoModelForSequenceClassification reads,
+    with weights in safetensors. It sees the output alone."""
+
+    path: PlaceText
+    """Its folder, relative to the recipe."""
+    labels: dict[str, str] = {}
+    """Classes by the answers that items have, such as `{refuse: REFUSAL, comply: ANSWER}`; an answer that is not named
+    is itself the class."""
+    max_tokens: int = Field(512, gt=0)
+    """Of a longer output the rest is not read."""
 
 
 class VerifierPart(Config):
