@@ -702,6 +702,11 @@ class Teacher(Config):
     weight: Positive = 1.0
     """Its weight in an ensemble, relative to the others'."""
 
+    @property
+    def is_named(self) -> bool:
+        """Whether it is a checkpoint of the run or what the run starts from, and no path."""
+        return self.checkpoint in (*NAMED_REFERENCES, RUN) or self.checkpoint.startswith((OF_ROUND, OF_STAGE))
+
 
 def _as_teachers(value: Any) -> Any:
     written = [value] if isinstance(value, str | dict) else value
@@ -1549,6 +1554,12 @@ def _teacher_problems(recipe: Recipe) -> Iterator[str]:
             if teacher.checkpoint.startswith((OF_ROUND, OF_STAGE)) and teacher.checkpoint not in known:
                 told = ", ".join(known) or "nothing comes before this stage"
                 yield f"{place}.teachers[{j}].checkpoint: found '{teacher.checkpoint}', expected one of: {told}"
+            elif settings.route == "best" and not teacher.is_named:
+                yield (
+                    f"{place}.teachers[{j}].checkpoint: 'route: best' goes by the scores of this run, which has none of "
+                    f"'{teacher.checkpoint}'; expected a checkpoint of the run, or 'sources' for each teacher without "
+                    "'route: best'"
+                )
         yield from _answer_problems(recipe, settings, place)
         for source in settings.data if settings.route == "best" else ():
             if settings.skill(source) not in recipe.probes:
