@@ -1556,9 +1556,8 @@ def _teacher_problems(recipe: Recipe) -> Iterator[str]:
                 yield f"{place}.teachers[{j}].checkpoint: found '{teacher.checkpoint}', expected one of: {told}"
             elif settings.route == "best" and not teacher.is_named:
                 yield (
-                    f"{place}.teachers[{j}].checkpoint: 'route: best' goes by the scores of this run, which has none of "
-                    f"'{teacher.checkpoint}'; expected a checkpoint of the run, or 'sources' for each teacher without "
-                    "'route: best'"
+                    f"{place}.teachers[{j}].checkpoint: 'route: best' goes by the scores of this run, which has none "
+                    f"of '{teacher.checkpoint}'; expected a checkpoint of the run, or 'sources' for each teacher instead"
                 )
         yield from _answer_problems(recipe, settings, place)
         for source in settings.data if settings.route == "best" else ():
