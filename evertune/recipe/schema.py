@@ -1557,7 +1557,7 @@ def _teacher_problems(recipe: Recipe) -> Iterator[str]:
             elif settings.route == "best" and not teacher.is_named:
                 yield (
                     f"{place}.teachers[{j}].checkpoint: 'route: best' goes by the scores of this run, which has none "
-                    f"of '{teacher.checkpoint}'; expected a checkpoint of the run, or 'sources' for each teacher instead"
+                    f"of '{teacher.checkpoint}'; expected a checkpoint of the run, or 'sources' for each teacher"
                 )
         yield from _answer_problems(recipe, settings, place)
         for source in settings.data if settings.route == "best" else ():
