@@ -49,9 +49,11 @@ data:
   topics: {{path: topics-asked.jsonl, format: verifiable, verifier: exact}}
   asked: {{path: topics-rest.jsonl}}
 probes:
-  snips: {{path: snips-test.jsonl, kind: choice, limit: {items}, system: Name the command.}}
+  snips: {{path: snips-said.jsonl, kind: generate, verifier: exact, max_new_tokens: 8, limit: {items},
+           system: Name the command.}}
   pairs: {{path: pairs-test.jsonl, kind: choice, normalise: sum, role: watch, limit: {items}}}
-  topics: {{path: topics-test.jsonl, kind: choice, role: watch, limit: {items}, system: Name the kind of thing.}}
+  topics: {{path: topics-said.jsonl, kind: generate, verifier: exact, max_new_tokens: 8, role: watch, limit: {items},
+            system: Name the kind of thing.}}
   arc: {{path: {arc}, kind: choice, limit: {items}}}
   chat: {{path: general-test.jsonl, kind: bits_per_byte, limit: {texts}}}
   web: {{path: {web}, kind: bits_per_byte, limit: {texts}}}
@@ -98,10 +100,10 @@ SFT = {
     "too_long": "drop",
     "save_steps": "20",
 }
-DPO = {"steps": "16", "lr": "5.0e-4", "micro_batch_rows": "8", "save_steps": "8"}
+DPO = {"steps": "16", "lr": "1.5e-3", "micro_batch_rows": "8", "save_steps": "8"}
 RL = {
     "steps": "24",
-    "lr": "5.0e-4",
+    "lr": "3.0e-4",
     "group": "6",
     "micro_batch_rows": "16",
     "max_new_tokens": "8",
@@ -121,8 +123,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with snips7, dbpedia14, arc_easy and others")
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--seeds", type=lambda text: [int(one) for one in text.split(",")], default=[1, 2, 3])
-    parser.add_argument("--items", type=int, default=200)
-    parser.add_argument("--texts", type=int, default=40)
+    parser.add_argument("--items", type=int, default=160)
+    parser.add_argument("--texts", type=int, default=24)
     asked = parser.parse_args()
     print(
         f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores, smollm2-135m in bfloat16", flush=True
@@ -145,6 +147,9 @@ def write_rows(data: Path, folder: Path) -> None:
     for skill, (task, system) in SKILLS.items():
         for split in ("train", "test"):
             write_short(data / task / f"{split}.jsonl", folder / f"{skill}-{split}.jsonl", system)
+        asked = rows_of(folder / f"{skill}-test.jsonl")
+        said = [{"id": row["id"], "prompt": row["prompt"], "answer": row["choices"][row["answer"]]} for row in asked]
+        write(folder / f"{skill}-said.jsonl", said)
     asked = []
     for row in rows_of(folder / "topics-train.jsonl"):
         *question, answer = row["messages"]
