@@ -26,6 +26,7 @@ from evertune.model.checkpoint import Checkpoint
 from evertune.model.codec import Codec
 from evertune.model.export import save_dense
 from evertune.model.open import OpenModel, open_model
+from evertune.model.packing import enable_packing
 from evertune.train.adapt import AdaptiveFeed, Ask, adapt_facts, adapt_warnings
 from evertune.train.anchor import Anchor, anchors
 from evertune.train.distance import stage_drift
@@ -255,7 +256,7 @@ def make_trainer(setting: Setting, trained: Mapping[str, nn.Parameter], lesson: 
     """Everything a step needs, the anchor's reference included."""
     spec, opened = setting.spec, setting.opened
     decoder, head = split_model(opened.model)
-    policy = Policy(opened.model, decoder, head, opened.codec.pad_id)
+    policy = Policy(opened.model, decoder, head, opened.codec.pad_id, is_packed=enable_packing(opened.model))
     feed = lesson.feed(setting, policy)
     if spec.guard_stop is not None:
         assert setting.ask is not None, "the stage ends where guards fall, and nothing asks them"
