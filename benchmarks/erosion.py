@@ -3,7 +3,7 @@ line of cross-stage distillation brings back. Prints the tables of docs/results/
 
     python -m benchmarks.erosion --data DATA --folder WORK --seeds 1,2,3
 
-The 135M model. The sft stage teaches snips7 (7 commands, the answer being the command's name) and, one row in six, 7
+The 135M model. The sft stage teaches snips7 (7 commands, the answer being the command's name) and, one row in three, 7
 kinds of things of dbpedia14; the dpo stage has short pairs of AlpacaEval; the rl stage has the kinds of things, with
 `exact` as reward. Both lines share the sft stage; the guarded one sees as many pairs and questions in as many steps at
 the same rates, and beside them replayed rows, an anchor, the KL to the sft stage and a protected skill. The unguarded
@@ -21,6 +21,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -31,7 +32,7 @@ CHARACTERS = 420
 """Of the longest row that teaches, and the longest pair: question and answer together."""
 SUPERVISED = 700
 """So many rows of snips are taught and replayed; the others are asked as protected questions."""
-TAUGHT_KINDS = 120
+TAUGHT_KINDS = 180
 """So many rows of dbpedia14 are taught; the others are the rl stage's questions."""
 
 RECIPE = """\
@@ -90,9 +91,9 @@ rounds:
           {rl_lines}
 """
 SFT = {
-    "data": "{snips: 5, kinds: 1}",
+    "data": "{snips: 2, kinds: 1}",
     "replay": "{share: 0.25, from: [general]}",
-    "steps": "40",
+    "steps": "48",
     "lr": "5.0e-4",
     "batch_rows": "16",
     "micro_batch_rows": "16",
@@ -123,8 +124,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with snips7, dbpedia14, arc_easy and others")
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--seeds", type=lambda text: [int(one) for one in text.split(",")], default=[1, 2, 3])
-    parser.add_argument("--items", type=int, default=160)
-    parser.add_argument("--texts", type=int, default=24)
+    parser.add_argument("--items", type=int, default=120)
+    parser.add_argument("--texts", type=int, default=16)
     asked = parser.parse_args()
     print(
         f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores, smollm2-135m in bfloat16", flush=True
@@ -133,12 +134,21 @@ def main() -> None:
     made: list[Mapping[str, Scores]] = []
     for seed in asked.seeds:
         run_seed(asked, seed)
-        made.append(ledger_scores(asked.folder / f"run-{seed}", f"seed-{seed}.yaml"))
+        found = ledger_scores(asked.folder / f"run-{seed}", f"seed-{seed}.yaml")
+        margins = ledger_scores(asked.folder / f"run-{seed}", f"seed-{seed}.yaml", read=margin)
+        made.append({label: {**one, "pairs": margins[label]["pairs"]} for label, one in found.items()})
         print_scores(seed, made[-1])
     print_changes(made)
+    print_pairs(made)
     print_mended(made)
     for seed in asked.seeds:
         print_rewards(asked.folder / f"run-{seed}")
+
+
+def margin(found: Any) -> np.ndarray:
+    """Of a pair: how much likelier the better answer is than the other, in nats; its change is the reward margin that
+    DPO raises, by beta."""
+    return np.zeros(0) if found.gap is None else np.where(found.score == 1.0, found.gap, -found.gap)
 
 
 def write_rows(data: Path, folder: Path) -> None:
@@ -261,6 +271,14 @@ def print_changes(made: Sequence[Mapping[str, Scores]]) -> None:
             f"{off:+.3f} {on:+.3f}" for off, on in zip(*(changes[line].mean(1) for line in LINES), strict=True)
         )
         print(f"{name:10}{cells[0]:>26}{cells[1]:>26}{ratios:>22}   {each}")
+
+
+def print_pairs(made: Sequence[Mapping[str, Scores]]) -> None:
+    """Share of held-out pairs whose margin has grown since the sft stage: DPO's reward accuracy."""
+    for line in LINES:
+        for stage in STAGES[1:]:
+            grown = [(one[f"{line}/{stage}"]["pairs"] > one[f"{line}/1-sft"]["pairs"]).mean() for one in made]
+            print(f"pairs whose margin has grown, {line}/{stage}: " + ", ".join(f"{share:.3f}" for share in grown))
 
 
 def print_mended(made: Sequence[Mapping[str, Scores]]) -> None:
