@@ -174,7 +174,7 @@ def _take_over(plan: MergePlan, journal: Journal, outputs: OutputFiles) -> set[t
         offset, size = _bytes_of(tensor, segment)
         data = np.empty(size, np.uint8)
         outputs.read(tensor.file, offset, data)
-        if int(kernels.checksum(data)) == expected:
+        if kernels.checksum(data) == expected:
             found.add((i, segment))
             outputs.digest(tensor.file, offset, data)
     return found
@@ -296,6 +296,8 @@ class _Work:
     def _begin(self, opened: _Open) -> None:
         """Queue the segments of a stage, ahead of all others; call it under the condition."""
         segments = list(range(opened.inputs.tensor.segments))
+        if opened.one_pass is not None and opened.one_pass.of_sample:
+            segments = [0]
         if opened.one_pass is None:
             segments = [one for one in segments if (opened.index, one) not in self._finished]
         elif np.issubdtype(opened.one_pass.dtype, np.integer):
@@ -311,7 +313,9 @@ class _Work:
         is_shared = bool(np.issubdtype(one.dtype, np.integer))
         sums = reader.room.take("sums", one.shape, one.dtype) if is_shared else np.empty(one.shape, one.dtype)
         sums.fill(0)
-        for chunk in reader.chunks(opened.inputs, *opened.inputs.tensor.span(segment)):
+        inputs = opened.inputs
+        chunks = reader.sample(inputs) if one.of_sample else reader.chunks(inputs, *inputs.tensor.span(segment))
+        for chunk in chunks:
             one.gather(chunk, opened.state, sums)
         with opened.lock:
             if is_shared:
@@ -336,7 +340,7 @@ class _Work:
             self._outputs.digest(tensor.file, offset, data)
             reader.seconds.write += written - started
             reader.seconds.digest += time.thread_time() - written
-            self._journal.segment(opened.index, segment, int(kernels.checksum(data)), size)
+            self._journal.segment(opened.index, segment, kernels.checksum(data), size)
             reach("merge.segment")
         if self._progress is not None:
             with self._condition:
@@ -347,10 +351,12 @@ class _Work:
     def _apply(self, opened: _Open, segment: int, reader: Reader, data: Array) -> None:
         tensor = opened.inputs.tensor
         width, first = DTYPE_BITS[tensor.dtype] // 8, tensor.span(segment)[0]
+        kept = np.zeros(len(tensor.experts), np.int64)
         for chunk in reader.chunks(opened.inputs, *tensor.span(segment)):
             place = (chunk.begin - first) * width
-            out = data[place : place + chunk.count * width]
-            bad = opened.rule.apply(chunk, opened.state, FLOATS[tensor.dtype], out)
+            merged = reader.room.take("merged", (chunk.count,), chunk.like.dtype)
+            opened.rule.apply(chunk, opened.state, merged, kept)
+            bad = kernels.encode(merged, FLOATS[tensor.dtype], data[place : place + chunk.count * width])
             if bad:
                 raise MergeError(
                     f"{tensor.name}: {bad} of {chunk.count} merged values do not fit into {tensor.dtype}, beginning at "
@@ -369,9 +375,9 @@ class _Work:
             total: Array = np.zeros(one.shape, one.dtype)
             for segment in sorted(opened.sums):
                 total += opened.sums[segment]
-            one.finish(total, opened.state)
+            again = one.finish(total, opened.state)
             with self._condition:
-                opened.stage += 1
+                opened.stage += 0 if again else 1
                 self._begin(opened)
             return
         if opened.index not in self._journal.statistics and self._is_measured(opened.inputs.tensor):
