@@ -6,6 +6,7 @@
 Nothing depends on the number of threads, on how the inputs are divided into files, or on when a merge was killed.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -78,7 +79,7 @@ def run_merge(plan: MergePlan, out: Path, *, threads: int | None = None, progres
         MergeError: an input holds NaN or Inf, models have different starts, a result does not fit its dtype, or `out`
             holds files.
         CheckpointError: an input is cut, or was changed while it was read.
-        WorkspaceError: the disk has no room.
+        WorkspaceError: the disk has no room, or the folder cannot be written.
     """
     out = out.absolute()
     check_new(out)
@@ -97,6 +98,13 @@ def run_merge(plan: MergePlan, out: Path, *, threads: int | None = None, progres
         except MergeError:
             shutil.rmtree(partial)  # the inputs are at fault: there is nothing to go on with
             raise
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise WorkspaceError(
+                f"{partial}: the disk became full while it was written.",
+                remedy="Make room and give the same command again: it goes on from what is there.",
+            ) from error
         if out.is_dir():
             out.rmdir()
         reach("merge.finished")
@@ -122,14 +130,19 @@ def check_new(out: Path) -> None:
 
 
 def check_room(plan: MergePlan, folder: Path) -> None:
-    """Raise WorkspaceError where the disk has no room for what is still to be written into a folder to be."""
+    """Raise WorkspaceError where a folder to be cannot be written, or the disk has no room for what it still lacks."""
     kept = sum(one.stat().st_blocks * 512 for one in folder.iterdir()) if folder.is_dir() else 0
     missing = plan.bytes_written() - kept
     place = next(one for one in (folder, *folder.parents) if one.exists())
+    if not os.access(place, os.W_OK):
+        raise WorkspaceError(
+            f"{place}: is read-only, or belongs to someone else; the result cannot be written there.",
+            remedy="Give another folder with --out.",
+        )
     free = shutil.disk_usage(place).free
     if missing > free:
         raise WorkspaceError(
-            f"{place}: {free / 1e9:.2f} GB are free, {missing / 1e9:.2f} GB are to be written.",
+            f"{place}: {free / 1e6:,.1f} MB are free, {missing / 1e6:,.1f} MB are to be written.",
             remedy="Make room, or write somewhere else.",
         )
 

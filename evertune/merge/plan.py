@@ -254,7 +254,7 @@ def _fit(config: MergeConfig, given: Sequence[Source], donor: Source) -> _Fit:
     donor = next(one for one in sources if one.name == donor.name)
     names = sorted(donor.tensors)
     _check_tensors(sources, donor, names, problems)
-    remedy = "Merging needs one architecture." if len(problems) == 1 else ""
+    remedy = "Merging needs one architecture." if len(problems) == 1 and "quantised" not in problems[0] else ""
     _check_globs(config, names, problems)
     notes += [
         f"{one.name}: is a merge itself, rounded to {numbers_of(one)}, and is rounded again; merge what it was made "
@@ -386,10 +386,13 @@ def _check_tensors(sources: Sequence[Source], donor: Source, names: Sequence[str
             info, like = source.tensors[name].info, expected[name].info
             if info.shape != like.shape and not (name in source.rows and info.shape[1:] == like.shape[1:]):
                 problems.append(f"{place}: {name} is {info.shape}, in {donor.name} it is {like.shape}.")
+            elif info.dtype.startswith("F8"):
+                problems.append(
+                    f"{place}: {name} is {info.dtype}, a quantised type whose scales lie elsewhere. Use the model's "
+                    "bfloat16 or float32 weights."
+                )
             elif (info.dtype in FLOATS) != (like.dtype in FLOATS):
                 problems.append(f"{place}: {name} is {info.dtype}, in {donor.name} it is {like.dtype}.")
-            elif info.dtype.startswith("F8"):
-                problems.append(f"{place}: {name} is {info.dtype}, a quantised type whose scales lie elsewhere.")
 
 
 def _check_globs(config: MergeConfig, names: Sequence[str], problems: list[str]) -> None:

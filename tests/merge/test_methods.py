@@ -11,10 +11,23 @@ import torch
 
 from evertune.errors import MergeError
 from evertune.hashing import digest_bytes
+from evertune.merge.engine import run_merge
+from evertune.merge.in_memory import apply_into
 from evertune.merge.methods import METHODS, stock_share
+from evertune.merge.plan import MergePlan, plan_merge
+from evertune.merge.reader import sample_runs
 from evertune.merge.sources import fingerprint, read_source
 from evertune.model.checkpoint import describe
-from tests.merge.folders import merge, random_tensors, tensors_of, weights_bytes, wide, write_family, write_model
+from tests.merge.folders import (
+    configure,
+    merge,
+    random_tensors,
+    tensors_of,
+    weights_bytes,
+    wide,
+    write_family,
+    write_model,
+)
 
 Array = np.ndarray[Any, Any]
 NAME = "model.layers.1.mlp.up_proj.weight"
@@ -308,6 +321,36 @@ def test_the_density_asked_for_is_kept_where_half_the_magnitudes_are_equal(tmp_p
     # No part of the tensor is favoured.
     assert float(kept[:100].float().mean()) == pytest.approx(0.2, abs=0.015)
     assert done.manifest["tensors"]["w"]["density"]["e0"] == pytest.approx(0.2, abs=0.01)
+
+
+def test_the_largest_are_kept_where_the_sample_says_nothing_of_them(tmp_path: Path) -> None:
+    # A sample bounds where the threshold is looked for first. Here what is sampled is tiny and the rest is not.
+    shape, rng = (400, 256), np.random.default_rng(0)
+    tau = rng.standard_normal(shape).astype(np.float32).ravel()
+    plan = plan_of(write_pair(tmp_path, tau.reshape(shape)))
+    for begin, end in sample_runs(plan.tensors[0]):
+        tau[begin:end] *= 1e-6
+    write_pair(tmp_path, tau.reshape(shape))
+    done = run_merge(plan_of(tmp_path), tmp_path / "out", threads=1)
+    found = wide(done.checkpoint.path, "w").ravel()
+    assert np.array_equal(found, trimmed(tau.astype(np.float64), 0.3))
+    # And in memory, where a search tries weights.
+    model = torch.nn.Module()
+    model.register_parameter("w", torch.nn.Parameter(torch.zeros(shape)))
+    apply_into(plan_of(tmp_path), model)
+    assert np.array_equal(model.w.detach().double().numpy().ravel(), found)
+
+
+def write_pair(folder: Path, tau: Array) -> Path:
+    """A base of zeros and an expert that is a task vector."""
+    write_model(folder / "base", {"w": torch.zeros(tau.shape)})
+    write_model(folder / "e0", {"w": torch.from_numpy(tau).clone()})
+    return folder
+
+
+def plan_of(folder: Path) -> MergePlan:
+    config = configure("ties", {"e0": {}}, base="base", density=0.3, different_starts="allow")
+    return plan_merge(config, folder=folder)
 
 
 def test_dare_keeps_the_mean_of_a_task_vector_and_spares_vectors(single: Path) -> None:
