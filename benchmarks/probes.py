@@ -58,6 +58,10 @@ def _contest(options: argparse.Namespace) -> None:
         print(f"the same answer to {same} of {len(found[0])} questions")
     for one in contestants:
         one.stop()
+    if options.out:
+        Path(options.out).write_text(
+            json.dumps({"lm-eval / evertune, CPU time": theirs.total("cpu") / ours.total("cpu")})
+        )
 
 
 def close(options: argparse.Namespace) -> None:
@@ -235,6 +239,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=48, help="of a generated answer at most")
+    parser.add_argument("--out", help="a JSON file for the ratio")
     parser.add_argument("--name", help=argparse.SUPPRESS)
     parser.add_argument("--kind", help=argparse.SUPPRESS)
     options = parser.parse_args()
