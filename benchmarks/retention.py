@@ -2,7 +2,7 @@
 
     python -m benchmarks.retention --data folder [--seeds 1 2 3] [--steps 60]
 
-The bundled model learns one skill (`banking20`) with a fifth of general rows replayed (`replay_dolly`), LoRA of rank 16,
+The bundled model learns one skill (`banking20`), a fifth of the rows general ones (`replay_dolly`), LoRA of rank 16,
 a high rate so that there is something to lose. Anchors: none, exact on all rows (`cache: hidden`), top 64 words on all
 rows, top 64 words on the replayed rows only. Asked afterwards: the skill, and what should stay (ARC-Easy; bits per byte
 of held-out general answers). Each run is an ordinary recipe under --folder; what is done is not done again.
