@@ -248,6 +248,7 @@ def train(
     save_steps: int,
     brake: Callable[[Metrics], str | None] = lambda metrics: None,
     observe: Callable[[Metrics], Metrics] = lambda metrics: {},
+    keep: Callable[[int], None] = lambda done: None,
 ) -> None:
     """Perform the steps from `first` on, with a resume point about every `save_steps`, where the feed allows one.
 
@@ -258,6 +259,7 @@ def train(
         brake: says of a step's metrics why the stage should end there, or None.
         observe: is given each step's metrics in order, in a run that goes on those of the steps before it first, and
             returns what to log beside them.
+        keep: is called after each step with the number of steps done.
 
     Raises:
         TrainingError: NaN or Inf in loss, gradient or weights.
@@ -277,6 +279,7 @@ def train(
             if brake(metrics) is not None:
                 break
             done = step + 1
+            keep(done)
             may_save = done % every == 0
             is_stopping = may_save and _any_process(trainer.accelerator, bool(requests))
             if may_save and (done // save_steps > (done - every) // save_steps or is_stopping):
