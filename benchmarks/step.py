@@ -76,6 +76,21 @@ def _contest(names: Sequence[str], options: argparse.Namespace) -> Iterator[str]
         yield from table(contestants, steps=options.steps)
     for one in contestants:
         one.stop()
+    if options.out:
+        first = contestants[0]
+        results = {
+            f"{one.name} / {first.name}, CPU time of a token": one.total("cpu") / one.total("tokens")
+            * first.total("tokens") / first.total("cpu")
+            for one in contestants[1:]
+        }  # fmt: skip
+        results |= {
+            f"{one.name} / {first.name}, memory": (
+                one.told[0]["ready_mib"] + max(each["peak_mib"] for each in one.told)
+            )
+            / (first.told[0]["ready_mib"] + max(each["peak_mib"] for each in first.told))
+            for one in contestants[1:]
+        }
+        Path(options.out).write_text(json.dumps(results))
 
 
 def table(contestants: Sequence[Contestant], *, steps: int) -> Iterator[str]:
@@ -334,6 +349,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", nargs="*", help="these contestants, the first one is compared with")
+    parser.add_argument("--out", help="a JSON file for the ratios")
     parser.add_argument("--name", help=argparse.SUPPRESS)
     options = parser.parse_args()
     {"plain": plain, "trl": trl, "anchor": anchor, "profile": profile, "contestant": contestant}[options.run](options)

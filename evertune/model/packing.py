@@ -22,8 +22,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from evertune.model.tree import Tree, attend_along
+
 NAME = "evertune_packed"
-ROWS = "packed_rows"
+ROWS, TREE = "packed_rows", "packed_tree"
 # Queries of one block: half of a long row's scores lie behind the query and are not computed. 96 to 160 are alike.
 BLOCK = 128
 # Probabilities of rows up to this length are kept for the backward pass; longer rows compute them twice.
@@ -70,13 +72,25 @@ def packed_hidden(decoder: nn.Module, rows: Sequence[Tensor]) -> Tensor:
     lengths = tuple(map(len, rows))
     ids_1T = torch.cat(list(rows)).unsqueeze(0)
     positions_1T = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0).to(ids_1T.device)
+    hidden_TH: Tensor = _read(decoder, ids_1T, positions_1T, {ROWS: lengths}).last_hidden_state[0]
+    return hidden_TH
+
+
+@torch.no_grad()
+def read_tree(decoder: nn.Module, tree: Tree, *, device: torch.device) -> Any:
+    """Outputs of the decoder for all tokens of a tree, in their order, without gradient.
+
+    Args:
+        decoder: of a model that `enable_packing` has accepted.
+    """
+    ids_1T, positions_1T = (torch.tensor([one], device=device) for one in (tree.ids, tree.positions))
+    return _read(decoder, ids_1T, positions_1T, {TREE: tree.runs()})
+
+
+def _read(decoder: nn.Module, ids_1T: Tensor, positions_1T: Tensor, kind: dict[str, Any]) -> Any:
     # A mask that is ready is taken as it is, so that none of (T, T) is made; attention here reads the rows instead.
     no_mask = torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=ids_1T.device)
-    found = decoder(
-        input_ids=ids_1T, position_ids=positions_1T, attention_mask=no_mask, use_cache=False, **{ROWS: lengths}
-    )
-    hidden_TH: Tensor = found.last_hidden_state[0]
-    return hidden_TH
+    return decoder(input_ids=ids_1T, position_ids=positions_1T, attention_mask=no_mask, use_cache=False, **kind)
 
 
 @torch.no_grad()
@@ -109,8 +123,8 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls: query (B, H, T, D), key and value (B, K, T, D) -> (B, T, H, D)."""
-    rows = kwargs.pop(ROWS, None)
-    if rows is None:
+    rows, runs = kwargs.pop(ROWS, None), kwargs.pop(TREE, None)
+    if rows is None and runs is None:
         return sdpa_attention_forward(  # type: ignore[no-any-return]
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
@@ -118,6 +132,8 @@ def _attention(
         raise NotImplementedError(f"packed attention without {', '.join(_UNKNOWN)}")
     window = kwargs.get("sliding_window")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if runs is not None:
+        return attend_along(runs, query[0], key[0], value[0], scale, window).unsqueeze(0), None
     if query.device.type == "cpu" and dropout == 0.0:
         return _RowAttention.apply(query[0], key[0], value[0], rows, scale, window).unsqueeze(0), None
     parts = [

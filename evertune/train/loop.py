@@ -7,6 +7,7 @@ processes, so that how a step is cut up changes speed and memory, not the result
 import contextlib
 import hashlib
 import math
+import os
 import signal
 import threading
 import time
@@ -27,6 +28,14 @@ from evertune.train.optimizer import Masters, Schedule, rate_factor
 from evertune.train.penalty import GradientRule, Penalty
 from evertune.train.resume import ResumePoints
 from evertune.train.sink import Metrics, Sink
+
+# What `accelerate launch` may be asked for, and this loop does not do.
+UNSUPPORTED = {
+    "ACCELERATE_USE_FSDP": "sharded weights (FSDP)",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "several kinds of parallelism",
+}
 
 
 class Feed(Protocol):
@@ -349,8 +358,16 @@ def make_accelerator(*, device: str, track: Sequence[str], logging_dir: Any) -> 
     """The processes and the device of this stage. Precision is ours to manage, so accelerate's stays off.
 
     Raises:
-        TrainingError: `cuda` is asked for and there is none.
+        TrainingError: `cuda` is asked for and there is none; or the launcher asks for a kind of parallelism that would
+            silently become copies of the whole model.
     """
+    for name, asked in UNSUPPORTED.items():
+        if os.environ.get(name, "").lower() in ("1", "true", "yes"):
+            raise TrainingError(
+                f"launch: {name} asks for {asked}, and a stage trains one whole model in each process.",
+                remedy="Launch without it (torchrun, or 'accelerate launch --multi-gpu'), or train with an external "
+                "stage.",
+            )
     if device == "cuda" and not torch.cuda.is_available():
         raise TrainingError(
             "numerics.device is 'cuda', but no CUDA device is visible.",
