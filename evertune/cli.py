@@ -17,6 +17,7 @@ import typer
 from evertune.commands.advise import app as advise_app
 from evertune.commands.audit import audit
 from evertune.commands.blame import blame
+from evertune.commands.compare import compare
 from evertune.commands.data import app as data_app
 from evertune.commands.gate import EXIT_OF_DECISION, gate
 from evertune.commands.merge import app as merge_app
@@ -39,6 +40,7 @@ app.command()(blame)
 app.command()(audit)
 app.command()(safety)
 app.command()(monitor)
+app.command()(compare)
 app.command()(watch)
 app.add_typer(data_app, name="data")
 app.add_typer(merge_app, name="merge")
