@@ -142,13 +142,16 @@ def compare(
         tasks: names of those to learn; all of the recipe's when not given.
         orders: how many orders of the tasks: the recipe's, its reverse, then drawn ones.
         options: by part, what the recipe would say of it.
-        overrides: as `loaded` was loaded with.
+        overrides: what `loaded` was loaded with.
 
     Raises:
         RecipeError: a method or option that is none, a stage that is no task, or a recipe that does not pass a check:
             before anything is trained.
     """
-    stream = _chosen(tasks_of(loaded), tasks)
+    known = tasks_of(loaded)
+    stream = _chosen(known, tasks)
+    unasked = {one.probe for one in known} - {one.probe for one in stream}
+    overrides = [*overrides, *_without_probes(loaded, unasked)]
     options = options or {}
     _check_parts(methods, options)
     if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
@@ -219,6 +222,18 @@ def _chosen(tasks: Sequence[Task], names: Sequence[str]) -> list[Task]:
             f"found the tasks {', '.join(names)}, expected two or more different ones of {', '.join(known)}."
         )
     return [one for one in tasks if not names or one.name in names]
+
+
+def _without_probes(loaded: LoadedRecipe, names: set[str]) -> list[str]:
+    """The probes of tasks that are not learnt are not asked."""
+    if not names:
+        return []
+    kept = {
+        name: one.model_dump(mode="json", by_alias=True, exclude_none=True)
+        for name, one in loaded.recipe.probes.items()
+        if name not in names
+    }
+    return [f"probes={json.dumps(kept)}"]
 
 
 def orders_of(names: Sequence[str], count: int) -> list[tuple[str, ...]]:
