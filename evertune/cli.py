@@ -24,6 +24,7 @@ from evertune.commands.merge import app as merge_app
 from evertune.commands.methods import methods
 from evertune.commands.monitor import monitor
 from evertune.commands.safety import safety
+from evertune.commands.steps import steps
 from evertune.commands.watch import watch
 from evertune.errors import EvertuneError, RecipeError
 
@@ -42,6 +43,7 @@ app.command()(safety)
 app.command()(monitor)
 app.command()(compare)
 app.command()(watch)
+data_app.command()(steps)
 app.add_typer(data_app, name="data")
 app.add_typer(merge_app, name="merge")
 app.command()(methods)

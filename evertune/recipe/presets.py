@@ -150,6 +150,8 @@ class ResolvedTraining(Resolved):
 class ResolvedSft(ResolvedTraining):
     """An sft stage."""
 
+    objective: dict[str, Any]
+
 
 @dataclass(frozen=True)
 class ResolvedDpo(ResolvedTraining):
@@ -280,7 +282,8 @@ def resolve_stage(recipe: Recipe, stage: StageSettings) -> Resolved:
 def resolve_sft(recipe: Recipe, stage: Sft) -> ResolvedSft:
     """Fill in what an sft stage leaves open."""
     preset = PRESETS[recipe.preset]
-    return ResolvedSft(**_training(recipe, stage, lora_lr=preset.lora_lr, full_lr=preset.full_lr, epochs=preset.epochs))
+    rates = {"lora_lr": preset.lora_lr, "full_lr": preset.full_lr}
+    return ResolvedSft(**_training(recipe, stage, **rates, epochs=preset.epochs), **_own(stage, ResolvedSft))
 
 
 def resolve_dpo(recipe: Recipe, stage: Dpo) -> ResolvedDpo:

@@ -144,7 +144,7 @@ class DataSource(Config):
 class Verifier(OneKey):
     """How a generated answer is checked: exactly one key."""
 
-    bare_names = ("exact", "contains", "math", "refusal", "ifeval", "python")
+    bare_names = ("exact", "contains", "math", "refusal", "ifeval", "python", "tool_call")
     noun = "a verifier"
 
     exact: NoOptions | None = None
@@ -162,6 +162,9 @@ class Verifier(OneKey):
     python: NoOptions | None = None
     """The output's program passes the tests of the item's `answer`, `{"tests": [assert statements], "setup"}`, in a
     sandbox. Linux only; without confinement nothing is run."""
+    tool_call: NoOptions | None = None
+    """The output makes the tool calls that the item's `answer` makes, with the same arguments; where that makes none,
+    the output says the same text (docs/agents.md)."""
     regex: str | None = None
     """A pattern that must match the whole trimmed output. The item's `answer` is not read."""
     json_schema: dict[str, Any] | None = None
@@ -206,9 +209,10 @@ class Probe(Config):
 
     path: PlaceText | None = None
     """JSONL or Parquet of items, relative to the recipe."""
-    kind: Literal["choice", "generate", "bits_per_byte"] | None = None
+    kind: Literal["choice", "generate", "bits_per_byte", "episode"] | None = None
     """`choice`: log-likelihood of each choice; `generate`: output checked by a verifier; `bits_per_byte`: likelihood
-    of plain text, or of the answers of `messages` rows, in bits per UTF-8 byte (lower is better)."""
+    of plain text, or of the answers of `messages` rows, in bits per UTF-8 byte (lower is better); `episode`: the model
+    acts in a small environment, and its last answer is checked by a verifier (docs/agents.md)."""
     lm_eval: PlaceText | None = None
     """A task name of lm-evaluation-harness, or the path of a task YAML. Needs the `eval` extra."""
     metric: str | None = None
@@ -218,13 +222,15 @@ class Probe(Config):
     safety: bool = False
     """A guard with the tight `margin.safety`."""
     verifier: Verifier | None = None
-    """For `generate`."""
+    """For `generate` and `episode`."""
     normalise: Literal["sum", "bytes"] = "bytes"
     """For `choice`: compare summed log-likelihoods, or per UTF-8 byte of the choice."""
     system: str | None = None
     """System turn put before every item; the template's own default when not given."""
     max_new_tokens: int = Field(64, gt=0, le=4096)
-    """For `generate`: the longest answer, in tokens."""
+    """For `generate` and `episode`: the longest answer, or turn, in tokens."""
+    max_steps: int = Field(6, gt=0, le=64)
+    """For `episode`: turns after which an agent that has not answered has failed."""
     limit: int | None = Field(None, gt=0)
     """Use only the first items, in file order."""
     margin: Points | None = None
@@ -246,8 +252,8 @@ class Probe(Config):
             raise ValueError("'kind' does not go with 'lm_eval': the task says what it is")
         if self.lm_eval is None and self.metric is not None:
             raise ValueError("'metric' goes with 'lm_eval' only")
-        if (self.kind == "generate") != (self.verifier is not None):
-            raise ValueError("'verifier' is needed for kind 'generate', and for no other kind")
+        if (self.kind in ("generate", "episode")) != (self.verifier is not None):
+            raise ValueError("'verifier' is needed for the kinds 'generate' and 'episode', and for no other kind")
         if (self.samples > 1) != (self.temperature is not None):
             raise ValueError("'samples' above 1 and 'temperature' go together")
         if self.held_out and self.role == "watch":
@@ -261,9 +267,10 @@ class Probe(Config):
         """Raise for a setting that this kind of probe would not read."""
         readers = {
             "normalise": ("choice",),
-            "max_new_tokens": ("generate",),
+            "max_new_tokens": ("generate", "episode"),
+            "max_steps": ("episode",),
             "samples": ("generate",),
-            "system": ("choice", "generate", "bits_per_byte"),
+            "system": ("choice", "generate", "bits_per_byte", "episode"),
         }
         kind = self.kind or "lm_eval"
         for name, kinds in readers.items():
@@ -410,6 +417,7 @@ def _plugins_of(kind: Kind) -> BeforeValidator:
 
 Penalties = Annotated[dict[Name, Any], _plugins_of("penalties")]
 GradientRules = Annotated[dict[Name, Any], _plugins_of("gradient_rules")]
+OwnObjective = Annotated[dict[Name, Any], _plugins_of("objective"), Field(max_length=1)]
 
 
 class Mix(Config):
@@ -535,6 +543,16 @@ class Sft(Training):
     """Supervised fine-tuning: cross-entropy on completion tokens."""
 
     formats = REPLAYABLE
+
+    objective: OwnObjective = {}
+    """Another loss than cross-entropy on the new rows, with its options, such as `{dft: {}}`: one plug-in. Replayed
+    rows keep cross-entropy."""
+
+    @property
+    def plugins(self) -> Iterator[tuple[Kind, str, Any]]:
+        yield from super().plugins
+        for name, options in self.objective.items():
+            yield "objective", name, options
 
 
 class Dpo(Training):
