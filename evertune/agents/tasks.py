@@ -1,7 +1,10 @@
 """Generated tasks with the right trajectory of each: for recipes, tests and probes. A function of the seed."""
 
+import json
 import random
+import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from evertune.agents.calls import Call, render_calls
@@ -32,11 +35,12 @@ def _calculator(draw: random.Random) -> tuple[dict[str, Any], list[Call], str]:
 
 def _files(draw: random.Random) -> tuple[dict[str, Any], list[Call], str]:
     thing, city = draw.choice(_THINGS), draw.choice(_CITIES)
-    path, other = f"{thing}.txt", f"{draw.choice([one for one in _THINGS if one != thing])}.txt"
+    path = f"{thing}-{draw.randint(1, 40)}.txt"
+    other = f"{draw.choice([one for one in _THINGS if one != thing])}.txt"
     state = {path: city, other: draw.choice(_CITIES)}
     if draw.random() < 0.5:
         return {"prompt": f"What does {path} say?", "state": state}, [Call("read_file", {"path": path})], "{0}"
-    place = f"{city.lower()}.txt"
+    place = f"{city.lower()}-{draw.randint(1, 40)}.txt"
     task = {"prompt": f"Write {thing} into {place}, then say done.", "state": state, "goal": {place: thing}}
     return task, [Call("write_file", {"path": place, "text": thing})], "done"
 
@@ -102,3 +106,28 @@ def steps_of(messages: list[dict[str, str]]) -> list[dict[str, Any]]:
         for i, one in enumerate(messages)
         if one["role"] == "assistant" and i > 0
     ]
+
+
+def write_tasks(folder: Path, *, taught: int = 64, asked: int = 24) -> list[Path]:
+    """For each environment a file of trajectories, one of their steps, and one of other tasks for a probe."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name in SYSTEM:
+        rows = make_tasks(name, taught, seed=1)
+        prompts = frozenset(one["messages"][1]["content"] for one in rows)
+        items = make_tasks(name, asked, seed=2, apart_from=prompts)
+        steps = [{"id": f"{one['id']}/{i}", **step} for one in rows for i, step in enumerate(steps_of(one["trajectory"]))]
+        files = {
+            name: [{"id": one["id"], "messages": one["trajectory"]} for one in rows],
+            f"steps-{name}": steps,
+            f"probe-{name}": [{key: value for key, value in one.items() if key != "trajectory"} for one in items],
+        }
+        for stem, values in files.items():
+            written.append(folder / f"{stem}.jsonl")
+            lines = "".join(f"{json.dumps(one, ensure_ascii=False)}\n" for one in values)
+            written[-1].write_text(lines, encoding="utf-8")
+    return written
+
+
+if __name__ == "__main__":
+    write_tasks(Path(sys.argv[1]))
