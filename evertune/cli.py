@@ -19,6 +19,7 @@ from evertune.commands.audit import audit
 from evertune.commands.blame import blame
 from evertune.commands.compare import compare
 from evertune.commands.data import app as data_app
+from evertune.commands.federated import app as federated_app
 from evertune.commands.gate import EXIT_OF_DECISION, gate
 from evertune.commands.merge import app as merge_app
 from evertune.commands.methods import methods
@@ -46,6 +47,7 @@ app.command()(watch)
 data_app.command()(steps)
 app.add_typer(data_app, name="data")
 app.add_typer(merge_app, name="merge")
+app.add_typer(federated_app, name="federated")
 app.command()(methods)
 app.add_typer(advise_app, name="advise")
 

@@ -118,9 +118,9 @@ def test_an_interval_over_runs_is_students() -> None:
         ("epochs: 2, lr: 0.01, batch_rows: 4}\n  - name: names", "steps: 2}\n  - name: names", "a length in steps"),
         ("roles: {spelling: target}", "roles: {}", "found 0 targets and 0 probes with the name of a source"),
         (
-            "      - sft: {data: [names]",
-            "      - dpo: {data: [names]",
-            "found a source of format|found dpo, expected sft",
+            "      - sft: {data: [names], epochs: 2, lr: 0.01, batch_rows: 4}",
+            "      - merge: {method: linear, models: {a: {path: origin}}}",
+            "found merge, expected sft",
         ),
     ],
 )

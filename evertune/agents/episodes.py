@@ -62,7 +62,7 @@ class Episode:
 def check_task(value: Mapping[str, Any]) -> str:
     """What keeps a row from being a task for an episode, as `found ..., expected ...`, or ""."""
     name, state, goal = value.get("environment"), value.get("state", {}), value.get("goal")
-    if name not in ENVIRONMENTS:
+    if not isinstance(name, str) or name not in ENVIRONMENTS:
         return f"found the environment {name!r}, expected one of {', '.join(ENVIRONMENTS)}"
     if not isinstance(state, dict):
         return "found a 'state' that is no object, expected one"

@@ -73,7 +73,8 @@ def make_tasks(
         `{"id", "environment", "messages", "state", "goal"?, "answer", "trajectory"}`: `messages` is what the agent is
         given, `trajectory` all turns, the agent's last one included.
     """
-    draw, found = random.Random(f"{environment}/{seed}"), {}
+    draw = random.Random(f"{environment}/{seed}")
+    found: dict[str, dict[str, Any]] = {}
     for _ in range(1000 * count):
         if len(found) == count:
             break
@@ -116,7 +117,9 @@ def write_tasks(folder: Path, *, taught: int = 64, asked: int = 24) -> list[Path
         rows = make_tasks(name, taught, seed=1)
         prompts = frozenset(one["messages"][1]["content"] for one in rows)
         items = make_tasks(name, asked, seed=2, apart_from=prompts)
-        steps = [{"id": f"{one['id']}/{i}", **step} for one in rows for i, step in enumerate(steps_of(one["trajectory"]))]
+        steps = [
+            {"id": f"{one['id']}/{i}", **step} for one in rows for i, step in enumerate(steps_of(one["trajectory"]))
+        ]
         files = {
             name: [{"id": one["id"], "messages": one["trajectory"]} for one in rows],
             f"steps-{name}": steps,

@@ -20,6 +20,7 @@ from evertune.recipe.schema import (
     Lora,
     Merge,
     Mix,
+    Noise,
     NoOptions,
     OnPolicy,
     Protected,
@@ -247,6 +248,7 @@ class ResolvedFederated(Resolved):
     norm_bound: float | None
     too_large: str
     trim: float
+    noise: Noise | None
     epochs: float | None
     steps: int | None
     lr: float

@@ -885,6 +885,17 @@ class External(StageSettings):
         return self.data or []
 
 
+class Noise(Config):
+    """Gaussian noise on the sum of clients' updates (DP-FedAvg, arXiv:1710.06963). Needs `aggregate: ffa`,
+    `norm_bound`, `weigh: equal`, and the extra `privacy`. The noise is drawn from the system: the same recipe gives
+    another model."""
+
+    multiplier: Positive
+    """Deviation of the noise of the sum, in units of `norm_bound`."""
+    delta: Annotated[float, Field(gt=0.0, lt=1.0)] = 1e-5
+    """The account's delta: well below 1 / clients."""
+
+
 class Federated(StageSettings):
     """Rounds over clients that keep their rows (docs/federated.md). Academic: needs `academic: allow`."""
 
@@ -915,6 +926,9 @@ class Federated(StageSettings):
     """What is done with an update above `norm_bound`."""
     trim: float = Field(0.2, gt=0.0, lt=0.5)
     """Share of the clients that `trimmed_mean` leaves out at each end of every entry."""
+    noise: Noise | None = None
+    """Noise that hides whether a client took part; `norm_bound` then bounds the norm of B, and larger ones are clipped.
+    The epsilon of all exchanges together is in the ledger."""
     epochs: Positive | None = None
     """Passes over a client's rows in each exchange; 1 when neither this nor `steps` is given."""
     steps: int | None = Field(None, gt=0)
@@ -934,6 +948,10 @@ class Federated(StageSettings):
     def _ranks_fit(self) -> Self:
         if self.epochs is not None and self.steps is not None:
             raise ValueError("give 'epochs' or 'steps', not both")
+        if self.noise is not None and (self.aggregate != "ffa" or self.norm_bound is None or self.weigh != "equal"):
+            raise ValueError(
+                "'noise' needs aggregate: ffa, norm_bound, and weigh: equal: else nothing bounds a client's part"
+            )
         unknown = sorted(set(self.ranks) - set(self.clients))
         if unknown:
             raise ValueError(f"ranks: found no client '{unknown[0]}'; clients has: {', '.join(self.clients)}")

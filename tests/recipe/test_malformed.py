@@ -138,7 +138,10 @@ MALFORMED: dict[str, tuple[str, list[str]]] = {
     "a probe without a kind": (changed(", kind: choice", ""), ["team.yaml:11, probes.facts: 'kind' is missing"]),
     "a probe from nowhere": (changed("path: q.jsonl, ", ""), ["probes.facts: give either 'path' with 'kind'"]),
     "a probe from two places": (changed("kind: choice", "kind: choice, lm_eval: arc"), ["give either 'path'"]),
-    "a generating probe unchecked": (changed("verifier: exact, ", ""), ["'verifier' is needed for the kinds 'generate' and 'episode'"]),
+    "a generating probe unchecked": (
+        changed("verifier: exact, ", ""),
+        ["'verifier' is needed for the kinds 'generate' and 'episode'"],
+    ),
     "two verifiers": (
         changed("verifier: exact", "verifier: {exact: {}, math: {}}"),
         ["verifier: a verifier has exactly one key", "found exact, math"],
