@@ -156,7 +156,7 @@ def make_trainer(options: argparse.Namespace, folder: Path, *, anchor: Any, has_
     replay = []
     if has_replay:
         pool = rows.with_name("validation.jsonl")
-        replay = [RowsRef(source="pool", path=str(pool), format="messages", limit=None, digest=digest_file(pool))]
+        replay = [RowsRef(source="pool", path=str(pool), format="messages", limit=count // 3, digest=digest_file(pool))]
     spec = SftSpec(
         key="0" * 64, label="benchmark", start=base, base=base, new=[new], weights=None, replay=replay,
         share=0.25 if has_replay else 0.0, dedup=False,
