@@ -181,7 +181,7 @@ def _row(one: dict[str, Any]) -> list[str]:
         f"{own['push']:+.3g}",
         f"{own['share']:.0%}",
         others[0]["source"],
-        f"{others[0]['push'] / own['push']:+.2f}",
+        f"{others[0]['push'] / own['push']:+.2f}" if own["push"] else "",
         checked,
     ]
 

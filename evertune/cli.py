@@ -17,12 +17,15 @@ import typer
 from evertune.commands.advise import app as advise_app
 from evertune.commands.audit import audit
 from evertune.commands.blame import blame
+from evertune.commands.compare import compare
 from evertune.commands.data import app as data_app
+from evertune.commands.federated import app as federated_app
 from evertune.commands.gate import EXIT_OF_DECISION, gate
 from evertune.commands.merge import app as merge_app
 from evertune.commands.methods import methods
 from evertune.commands.monitor import monitor
 from evertune.commands.safety import safety
+from evertune.commands.steps import steps
 from evertune.commands.watch import watch
 from evertune.errors import EvertuneError, RecipeError
 
@@ -39,9 +42,12 @@ app.command()(blame)
 app.command()(audit)
 app.command()(safety)
 app.command()(monitor)
+app.command()(compare)
 app.command()(watch)
+data_app.command()(steps)
 app.add_typer(data_app, name="data")
 app.add_typer(merge_app, name="merge")
+app.add_typer(federated_app, name="federated")
 app.command()(methods)
 app.add_typer(advise_app, name="advise")
 

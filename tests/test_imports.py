@@ -1,6 +1,7 @@
 """Imports point one way, and the light commands stay light: both are read from the code, not trusted."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,16 +20,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     "demo": set(),
     "recipe": set(),
     "workspace": set(),
-    "verifiers": set(),
+    "agents": set(),
+    "verifiers": {"agents"},
     "ledger": {"workspace"},
     "model": {"workspace"},
-    "data": {"model", "workspace"},
+    "data": {"agents", "model", "workspace"},
     "measure": set(),
     "train": {"data", "model", "workspace", "measure"},
     "federated": {"model", "train", "workspace"},
+    "flower": {"federated", "model", "recipe", "train", "workspace"},
     # Comes in by entry points: nothing here is imported by any other room.
     "academic": {"recipe", "data", "model", "train"},
-    "probe": {"data", "model", "workspace", "verifiers", "measure"},
+    "probe": {"agents", "data", "model", "workspace", "verifiers", "measure"},
     "merge": {"model", "recipe"},
     "merge_search": {"merge", "model", "probe", "recipe"},
     "gate": {"measure", "probe"},
@@ -38,6 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ratchet": {"gate", "probe"},
     "report": {"ledger", "measure", "workspace"},
     "advice": {"display", "ledger", "lineage", "recipe", "run", "workspace"},
+    "comparison": {"check", "display", "ledger", "measure", "recipe", "run", "workspace"},
     "safety": set(),
     "watching": {"display", "lineage", "report", "workspace"},
     "retraining": {
@@ -253,6 +257,20 @@ def test_nothing_but_the_door_leads_to_academic_methods() -> None:
     code += "print([name for name in sys.modules if 'academic' in name])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_each_library_of_the_annex_has_one_door() -> None:
+    doors = {"flwr": {"flower/apps.py"}, "dp_accounting": {"federated/privacy.py"}}
+    for library, expected in doors.items():
+        importers = {
+            str(path.relative_to(PACKAGE))
+            for path in PACKAGE.rglob("*.py")
+            if re.search(rf"^ *(from|import) {library}\b", path.read_text(encoding="utf-8"), re.MULTILINE)
+        }
+        assert importers == expected
+    for room in ("academic", "flower"):
+        leads = {str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py") if room in _imports(path)}
+        assert {one for one in leads if not one.startswith((f"{room}/", "commands/"))} == set()
 
 
 def test_only_the_door_opens_models() -> None:

@@ -126,6 +126,101 @@ class Joint(Memory):
     """For `worse`: the supervised loss when trained on it alone, in nats per token."""
 
 
+class Dft(Config):
+    """Dynamic fine-tuning (arXiv:2508.05629): takes no options."""
+
+
+class Asft(Config):
+    """Anchored SFT (arXiv:2509.23753)."""
+
+    kl: NonNegative = 0.05
+    """Lambda: weight of KL(start || policy) per counted token of the new rows. 0.05 is in the authors' example."""
+
+
+class Psft(Config):
+    """Proximal SFT (arXiv:2508.17784)."""
+
+    clip_low: float = Field(0.2, gt=0.0, lt=1.0)
+    """The ratio's lower bound is 1 - clip_low; it does not bind where every advantage is 1."""
+    clip_high: Positive = 0.28
+    """Its upper bound is 1 + clip_high; beyond it a token teaches nothing until the old policy is renewed."""
+    every: int = Field(4, gt=1)
+    """Steps after which the old policy becomes the present one."""
+
+
+class DerPlusPlus(Config):
+    """Dark experience replay (arXiv:2004.07211)."""
+
+    alpha: NonNegative = 0.5
+    """Weight of the divergence from the stored outputs, per stored token."""
+    beta: NonNegative = 0.5
+    """Weight of the cross-entropy of stored rows, per stored token."""
+    rows: int = Field(8, gt=0)
+    """Stored rows drawn anew at each step, once for each term."""
+    memory_rows: int = Field(256, gt=0)
+    """Rows kept over all tasks, alike for each."""
+    words: int = Field(64, gt=0)
+    """Most likely words whose log-probabilities are kept at each position; the rest share one number."""
+
+
+class InfLora(Memory):
+    """Interference-free LoRA (arXiv:2404.00228)."""
+
+    rows: int = Field(64, gt=0)
+    """New rows whose inputs say where the adapter reads."""
+    energy: Share = 0.95
+    """Share of the squared norm of the old tasks' inputs that is closed to it; 0.95 in the authors' configurations."""
+
+
+class PackNet(Config):
+    """Masks that give each task weights of its own (arXiv:1711.05769)."""
+
+    keep: float = Field(0.5, gt=0.0, le=1.0)
+    """Share of each matrix's free entries that the task keeps, those that changed most; the paper prunes 50 to 75 %."""
+    retrain: Share = 0.3
+    """Share of the steps that train the kept entries alone."""
+
+
+class Progressive(Config):
+    """Progressive networks as adapters (arXiv:1606.04671)."""
+
+    lateral: int = Field(8, gt=0)
+    """Rows of the new adapter's A that read what the earlier ones read; the rank's others are the column's own."""
+
+
+class Osft(Config):
+    """Orthogonal-subspace fine-tuning (arXiv:2504.07097)."""
+
+    protected: float = Field(0.5, gt=0.0, lt=1.0)
+    """Share of each matrix's singular directions that stay as they are, the leading ones; PEFT's tuner takes half."""
+
+
+class Copr(Config):
+    """Regularisation against earlier policies, after COPR (arXiv:2402.14228); in a dpo stage."""
+
+    slack: NonNegative = 0.01
+    """How far the preferences of earlier pairs may move: the constraint of the multiplier, in squared nats."""
+    rate: Positive = 1.0
+    """How much the multiplier, which begins at 1, rises for each step and unit above the slack."""
+    most: float = Field(10.0, ge=1.0)
+    """Its upper bound."""
+    rows: int = Field(4, gt=0)
+    """Earlier pairs drawn anew at each step."""
+    memory_rows: int = Field(128, gt=0)
+    """Pairs kept over all stages, alike for each."""
+
+
+class FastSlow(Config):
+    """Online fast-slow DPO (arXiv:2406.05534); in a dpo stage."""
+
+    weight: NonNegative = 0.1
+    """Gamma: weight of the gap between the two modules' preferences."""
+    every: int = Field(4, gt=0)
+    """Steps after which the slow module is moved."""
+    pace: float = Field(0.5, gt=0.0, le=1.0)
+    """How far the slow one then goes toward the fast one: 1 is all the way."""
+
+
 EWC = Plugin("ewc", Ewc, "evertune.academic.quadratic:make_ewc", copies=2.0)
 ONLINE_EWC = Plugin("online_ewc", OnlineEwc, "evertune.academic.quadratic:make_ewc", copies=2.0)
 MAS = Plugin("mas", Mas, "evertune.academic.quadratic:make_mas", copies=2.0)
@@ -137,4 +232,14 @@ AGEM = Plugin("agem", Agem, "evertune.academic.projection:make_agem", copies=1.0
 GEM = Plugin("gem", Gem, "evertune.academic.projection:make_gem", copies=2.0)
 GPM = Plugin("gpm_ogd", Gpm, "evertune.academic.projection:make_gpm", copies=0.5, tunes=("full",))
 OGD = Plugin("gpm_ogd", Ogd, "evertune.academic.projection:make_ogd", copies=32.0)
+DFT = Plugin("dft", Dft, "evertune.academic.objectives:make_dft", stages=("sft",))
+ASFT = Plugin("asft", Asft, "evertune.academic.objectives:make_asft", stages=("sft",))
+PSFT = Plugin("psft", Psft, "evertune.academic.objectives:make_psft", copies=2.0, stages=("sft",))
+DERPP = Plugin("derpp", DerPlusPlus, "evertune.academic.derpp:make_derpp", copies=1.0, stages=("sft",))
+INFLORA = Plugin("inflora", InfLora, "evertune.academic.subspaces:make_inflora", tunes=("lora",), stages=("sft",))
+OSFT = Plugin("osft", Osft, "evertune.academic.subspaces:make_osft", copies=2.0, tunes=("full",))
+PACKNET = Plugin("packnet", PackNet, "evertune.academic.isolation:make_packnet", copies=1.5, tunes=("full",))
+PROGRESSIVE = Plugin("prognets", Progressive, "evertune.academic.isolation:make_progressive", tunes=("lora",))
+COPR = Plugin("cppo_copr", Copr, "evertune.academic.preferences:make_copr", copies=1.0, stages=("dpo",))
+FAST_SLOW = Plugin("ofs_dpo", FastSlow, "evertune.academic.preferences:make_fast_slow", copies=3.0, stages=("dpo",))
 JOINT = Plugin("joint_sft_pref", Joint, "evertune.academic.joint:make_joint", copies=1.0)

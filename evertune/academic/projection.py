@@ -217,22 +217,23 @@ def make_gpm(bench: Bench) -> Parts:
     rows = [row for each in bench.memory.values() for row in each]
     if not rows:
         return Parts(rules=[Gpm({})])
-    found = _input_covariances(bench, rows)
+    found = input_covariances(bench, rows)
     energy = bench.options["energy"]
     bases = {f"{name}.weight": input_basis(one, energy).to(bench.policy.device) for name, one in found.items()}
     return Parts(rules=[Gpm(bases)])
 
 
 @torch.no_grad()
-def _input_covariances(bench: Bench, rows: Sequence[EncodedRow]) -> Tensors:
-    """Sum of x x' over the tokens of the rows, for the inputs x of each linear layer of the decoder, in float64."""
+def input_covariances(bench: Bench, rows: Sequence[EncodedRow]) -> Tensors:
+    """Sum of x x' over the tokens of the rows, for the inputs x of each trained linear layer of the decoder, by module
+    name, in float64: of all weights or of those that the trained adapter changes."""
     policy = bench.policy
     found: Tensors = {}
     handles = []
     layers = {
         name: one
         for name, one in policy.model.named_modules()
-        if isinstance(one, nn.Linear) and f"{name}.weight" in bench.trained
+        if (isinstance(one, nn.Linear) and f"{name}.weight" in bench.trained) or f"{name}.lora_A" in bench.trained
     }
 
     def remember(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:

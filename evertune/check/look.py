@@ -170,7 +170,7 @@ def read_models(look: Look) -> None:
 
 def _look_at_template(look: Look, codec: Codec) -> None:
     if codec.template is None:
-        asked = [f"probes.{one.name}" for one in look.probes if one.kind in ("choice", "generate")]
+        asked = [f"probes.{one.name}" for one in look.probes if one.kind in ("choice", "generate", "episode")]
         chats = [f"data.{name}" for name, source in look.recipe.data.items() if source.format != "text"]
         if asked or chats:
             told = f"{codec.folder} has no chat template, and {', '.join([*chats, *asked])} need one."

@@ -42,7 +42,7 @@ def _look_at_size(look: Look, probe: Probe, *, is_guard: bool) -> None:
             told = f"{found} {what}, and gate.{name} asks for {needed}: no round can be promoted."
             look.say("warning", place, told, f"Add {needed - found}, or lower gate.{name} and widen the margins.")
             return
-    margins = {"form of the answers": gate.margin.format} if probe.kind == "generate" else {}
+    margins = {"form of the answers": gate.margin.format} if probe.kind in ("generate", "episode") else {}
     if is_guard and probe.kind != "bits_per_byte":
         margins["score"] = probe.margin or (gate.margin.safety if probe.safety else gate.margin.probe)
     for what, margin in margins.items():

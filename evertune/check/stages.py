@@ -304,6 +304,9 @@ def _look_at_plugins(view: StageView, settings: ResolvedTraining, trained: int) 
         if settings.tune.kind not in plugin.tunes:
             told = f"found tune: {settings.tune.kind}, expected {' or '.join(plugin.tunes)}, which {name} works on."
             view.say("error", told, "Change tune, or leave it out.", at=place)
+        if view.kind not in plugin.stages:
+            told = f"found a {view.kind} stage, expected {' or '.join(plugin.stages)}, which {name} works in."
+            view.say("error", told, "Leave it out.", at=place)
         copies = plugin.copies
         if copies:
             megabytes = copies * trained * 4 / 1e6

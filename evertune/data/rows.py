@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from evertune.agents import with_calls
 from evertune.data.lines import values_of
 from evertune.data.shapes import fitting_formats, problem_of
 from evertune.errors import DataError
@@ -171,11 +172,11 @@ def detect_format(pattern: Path) -> str:
 
 
 def messages_of(value: dict[str, Any]) -> list[dict[str, str]]:
-    """The turns of a row that has `messages`, or a `prompt` as one user turn; roles and contents only."""
+    """The turns of a row that has `messages`, or a `prompt` as one user turn: roles and contents, calls written out."""
     turns = value["messages"] if "messages" in value else value["prompt"]
     if isinstance(turns, str):
         return [{"role": "user", "content": turns}]
-    return [{"role": one["role"], "content": one["content"]} for one in turns]
+    return [{"role": one["role"], "content": with_calls(one)} for one in turns]
 
 
 def preference_turns(value: dict[str, Any], name: Literal["chosen", "rejected"]) -> tuple[list[dict[str, str]], int]:

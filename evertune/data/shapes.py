@@ -1,6 +1,7 @@
 """What a row of each format must hold. A check returns what is wrong as `found ..., expected ...`, or "".
 
-    messages     {"messages": [{"role", "content"}, ...]}, the last turn the assistant's
+    messages     {"messages": [{"role", "content"}, ...]}, the last turn the assistant's; `tool_calls` of its turns
+                 are written out as words at their end (agents/calls.py)
     preference   {"prompt", "chosen", "rejected"}: texts or lists of turns
     verifiable   {"prompt" | "messages", "answer"}; the answer is null where the verifier reads none
     choice       {"prompt" | "messages", "choices": [two or more texts], "answer": index or text}
@@ -11,6 +12,7 @@ Other fields are kept and ignored. Where a prompt may be `prompt` or `messages`,
 
 from typing import Any
 
+from evertune.agents import with_calls
 from evertune.data.lines import kind_of
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -117,19 +119,32 @@ def _turns(turns: Any, name: str, *, ends_with: tuple[str, ...]) -> str:
 def _turn(turn: Any, place: str) -> str:
     if not isinstance(turn, dict):
         return f"found {kind_of(turn)} in '{place}', expected an object with role and content"
-    missing = [name for name in ("role", "content") if name not in turn]
+    calls = turn.get("tool_calls")
+    missing = [name for name in ("role", "content") if name not in turn and not (calls and name == "content")]
     if missing:
         return f"found the fields {', '.join(turn) or 'none'} in '{place}', expected '{missing[0]}'"
     role = turn["role"]
     if role not in ROLES:
         shown = repr(role) if isinstance(role, str) else kind_of(role)
         return f"found {shown} in '{place}.role', expected one of {', '.join(ROLES)}"
-    if turn.get("tool_calls"):
-        # Reading only the content would train half an answer.
-        return f"found 'tool_calls' in '{place}', expected content only; write the call as text"
+    if calls:
+        return _calls(turn, place)
     if role == "system" and turn["content"] == "":
         return ""  # the usual way to switch a template's own system text off
     return _filled(turn["content"], f"{place}.content")
+
+
+def _calls(turn: dict[str, Any], place: str) -> str:
+    """Calls become words of the turn: reading only the content would train half an answer."""
+    if turn["role"] != "assistant":
+        return f"found 'tool_calls' in '{place}', a turn of {turn['role']}, expected them in the assistant's turns only"
+    if not isinstance(turn.get("content", ""), str | None):
+        return f"found {kind_of(turn['content'])} in '{place}.content', expected a text or null"
+    try:
+        with_calls(turn)
+    except ValueError as error:
+        return f"{error}, in '{place}'"
+    return ""
 
 
 _PROBLEMS = {

@@ -18,7 +18,8 @@ from safetensors import SafetensorError
 
 from evertune.errors import EvertuneError, TrainingError
 from evertune.federated.aggregation import aggregate, aggregation_error, shares, truncated
-from evertune.federated.client import Transport, train_in_process
+from evertune.federated.client import Ask, Transport, train_in_process
+from evertune.federated.privacy import epsilon, private_mean
 from evertune.federated.spec import FederatedSpec, client_order
 from evertune.federated.validation import Shapes, check_update
 from evertune.methods import standing_of
@@ -64,24 +65,26 @@ class Exchange:
 
 
 def run_federated(
-    spec: FederatedSpec, workspace: Workspace, *, transport: Transport = train_in_process
+    spec: FederatedSpec, workspace: Workspace, *, transport: Transport = train_in_process, ask: Ask | None = None
 ) -> dict[str, Any]:
     """Perform a federated stage, or what is missing of it, and publish its adapter under `spec.key`.
 
     Args:
         transport: trains one client; in a process of its own when not given.
+        ask: asks all clients of an exchange, instead of one after the other by `transport`.
 
     Raises:
         MergeError: no update may be used, or the updates do not fit the rule.
         TrainingError: no client has returned.
     """
     began = time.monotonic()
+    spent = epsilon(spec.noise["multiplier"], spec.exchanges, spec.noise["delta"]) if spec.noise else None
     folder = workspace.work / spec.key
     # What the server asks for, by its own model: not by what a client says.
     shapes = target_shapes(open_model(spec.start, dtype=spec.dtype).model, "all-linear")
     current, made, told = spec.start, [], []
     for exchange in range(spec.exchanges):
-        factors, facts = _exchange(spec, exchange, current, folder, shapes, transport)
+        factors, facts = _exchange(spec, exchange, current, folder, shapes, ask or _one_by_one(transport))
         made.append(factors)
         told.append(facts)
         place = folder / f"global-{exchange + 1}"
@@ -90,7 +93,7 @@ def run_federated(
         write_adapter(factors, place, current)
         current = describe(place)
     volatile = {"time": time.time(), "seconds": time.monotonic() - began}
-    _publish(spec, workspace, _as_one(made), told, volatile)
+    _publish(spec, workspace, _as_one(made), told, volatile, spent)
     shutil.rmtree(folder, ignore_errors=True)
     manifest = workspace.manifest(spec.key)
     assert manifest is not None, "published and yet not there"
@@ -105,14 +108,16 @@ def participants(spec: FederatedSpec, exchange: int) -> list[str]:
     return [name for name in names if name in ranked[:count]]
 
 
+def _one_by_one(transport: Transport) -> Ask:
+    return lambda orders, folder: {name: transport(order, folder / name) for name, order in orders.items()}
+
+
 def _exchange(
-    spec: FederatedSpec, exchange: int, current: Checkpoint, folder: Path, shapes: Shapes, transport: Transport
+    spec: FederatedSpec, exchange: int, current: Checkpoint, folder: Path, shapes: Shapes, ask: Ask
 ) -> tuple[Factors, Exchange]:
     """Ask the participants, check what comes back, and make it one update."""
     asked = participants(spec, exchange)
-    answers = {
-        name: transport(client_order(spec, name, exchange, current), folder / "clients" / name) for name in asked
-    }
+    answers = ask({name: client_order(spec, name, exchange, current) for name in asked}, folder / "clients")
     refused = {name: f"did not return: {one['error']}" for name, one in answers.items() if "error" in one}
     sent: dict[str, Factors] = {}
     for name in [one for one in answers if one not in refused]:
@@ -128,7 +133,8 @@ def _exchange(
             factors,
             shapes=shapes,
             max_rank=spec.rank_of(name),
-            norm_bound=spec.norm_bound,
+            # With noise it is B that is bounded, where the noise is added.
+            norm_bound=None if spec.noise else spec.norm_bound,
             clip=spec.too_large == "clip",
         )
         for name, factors in sent.items()
@@ -136,7 +142,13 @@ def _exchange(
     used = {name: one.factors for name, one in checked.items() if one.factors is not None}
     refused |= {name: one.reason for name, one in checked.items() if one.factors is None}
     weights = shares([answers[name]["rows"] if spec.weigh == "rows" else 1.0 for name in used]) if used else []
-    found = aggregate(spec.aggregate, list(used.values()), weights, rank=spec.rank, trim=spec.trim)  # type: ignore[arg-type]
+    if spec.noise and used:
+        assert spec.norm_bound is not None, "checked with the recipe"
+        found = private_mean(
+            list(used.values()), bound=spec.norm_bound, multiplier=spec.noise["multiplier"], asked=len(asked)
+        )
+    else:
+        found = aggregate(spec.aggregate, list(used.values()), weights, rank=spec.rank, trim=spec.trim)  # type: ignore[arg-type]
     return found.factors, Exchange(
         asked=asked,
         weights=dict(zip(used, weights, strict=True)),
@@ -158,13 +170,19 @@ def _as_one(made: Sequence[Factors]) -> Factors:
 
 
 def _publish(
-    spec: FederatedSpec, workspace: Workspace, factors: Factors, told: Sequence[Exchange], volatile: dict[str, Any]
+    spec: FederatedSpec,
+    workspace: Workspace,
+    factors: Factors,
+    told: Sequence[Exchange],
+    volatile: dict[str, Any],
+    spent: float | None,
 ) -> None:
     def write(folder: Path) -> dict[str, Any]:
         write_adapter(factors, folder, spec.start)
         checkpoint = describe(folder)
         opened = open_model(checkpoint, dtype=spec.dtype)
         methods = ["lora", METHODS[spec.aggregate], *(["fedprox"] if spec.proximal is not None else [])]
+        methods += ["dp_fedavg"] if spec.noise else []
         losses = [[i + 1, sum(one.losses.values()) / len(one.losses)] for i, one in enumerate(told)]
         facts = {
             "label": spec.label,
@@ -195,6 +213,8 @@ def _publish(
             "interference": None,
             "exchanges": [asdict(one) for one in told],
         }
+        if spec.noise and spent is not None:
+            facts["privacy"] = {"epsilon": spent, "delta": spec.noise["delta"], "unit": "client"}
         return {"checkpoint": facts, "volatile": volatile}
 
     workspace.publish(kind="checkpoint", key=spec.key, record={}, write=write)

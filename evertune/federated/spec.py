@@ -10,7 +10,8 @@ from evertune.train.spec import PluginSpec, RowsRef, SftSpec
 # What the ledger shows of a federated stage's settings.
 SETTINGS = (
     "exchanges", "aggregate", "rank", "ranks", "participation", "weigh", "proximal", "norm_bound", "too_large", "trim",
-    "lr", "epochs", "steps", "batch_rows", "micro_batch_rows", "max_tokens", "too_long", "seed", "dtype", "device",
+    "noise", "lr", "epochs", "steps", "batch_rows", "micro_batch_rows", "max_tokens", "too_long", "seed", "dtype",
+    "device",
 )  # fmt: skip
 
 
@@ -33,6 +34,7 @@ class FederatedSpec:
     norm_bound: float | None
     too_large: str
     trim: float
+    noise: dict[str, float] | None
     lr: float
     epochs: float | None
     steps: int | None

@@ -27,7 +27,7 @@ class Update:
 def lora_linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, updates: Sequence[Update]) -> Tensor:
     """x @ (weight + sum of the updates)^T + bias, the updates added one after the other in their order.
 
-    Differentiable in all tensors but weight and bias, which are frozen where there are adapters.
+    Differentiable in all tensors; weight and bias, which training freezes below adapters, are asked by `blame` alone.
 
     Args:
         x: (..., I), in the dtype of all the others.
@@ -70,4 +70,7 @@ class _LoraLinear(torch.autograd.Function):
                 of_x_MI.addmm_(grad_MR, a_RI)
             of_factors.append(grad_MR.t() @ x_MI if needs_a and grad_MR is not None else None)
             of_factors.append((grad_MO.t() @ narrow[i]).mul_(scale) if needs_b else None)
-        return None if of_x_MI is None else of_x_MI.view(ctx.shape), None, None, None, *of_factors
+        of_weight_OI = grad_MO.t() @ x_MI if ctx.needs_input_grad[1] else None
+        of_bias_O = grad_MO.sum(dim=0) if ctx.needs_input_grad[2] else None
+        of_x = None if of_x_MI is None else of_x_MI.view(ctx.shape)
+        return of_x, of_weight_OI, of_bias_O, None, *of_factors

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from evertune.agents import Episode
 from evertune.errors import CheckpointError, ProbeError
 from evertune.hashing import digest_json
 from evertune.model.codec import Codec
@@ -164,7 +165,51 @@ def _generate(forward: Forward, codec: Codec, probe: Probe, batch_tokens: int) -
     }
 
 
-_COLUMNS = {"choice": _choice, "bits_per_byte": _bits_per_byte, "generate": _generate}
+def _episode(forward: Forward, codec: Codec, probe: Probe, batch_tokens: int) -> dict[str, Any]:
+    """Episodes, all of them a step at a time: an item has succeeded where its goal is reached and the last answer
+    passes the verifier. Valid: every step of the agent was in form. An agent that is still acting after `max_steps`, or
+    whose conversation would no longer fit the model's context, has not answered, and failed.
+    """
+    episodes = [
+        Episode(item.task["environment"], list(item.messages), item.task["state"] or {}) for item in probe.items
+    ]
+    for _ in range(probe.max_steps):
+        acting = [i for i, one in enumerate(episodes) if one.final is None]
+        prompts = {i: codec.encode_prompt(episodes[i].messages) for i in acting}
+        fits = [i for i in acting if _has_room(forward, len(prompts[i]) + probe.max_new_tokens)]
+        for i in acting:
+            if i not in fits and not episodes[i].formed:
+                _check_length(forward, probe, probe.items[i], len(prompts[i]) + probe.max_new_tokens)
+        if not fits:
+            break
+        answers = generate_answers(
+            forward,
+            [prompts[i] for i in fits],
+            max_new_tokens=probe.max_new_tokens,
+            stop_ids=codec.stop_ids,
+            batch_tokens=batch_tokens,
+        )
+        for i, answer in zip(fits, answers, strict=True):
+            if not answer.is_finite:
+                raise _not_finite(probe, probe.items[i])
+            episodes[i].hear(codec.decode(answer.ids))
+    scores = []
+    for item, one in zip(probe.items, episodes, strict=True):
+        outcome = check(probe.verifier, output=one.final or "", answer=item.answer)
+        if outcome.error is not None:
+            raise ProbeError(f"probe '{probe.name}': the verifier failed on {item.id!r}: {outcome.error}.")
+        succeeded = one.final is not None and one.reached(item.task["goal"])
+        scores.append(outcome.score if succeeded else 0.0)
+    return {
+        "score": scores,
+        "prediction": tuple(one.transcript() for one in episodes),
+        "expected": tuple(_as_text(item.answer) for item in probe.items),
+        "valid": [all(one.formed) for one in episodes],
+        "stopped": [one.final is not None for one in episodes],
+    }
+
+
+_COLUMNS = {"choice": _choice, "bits_per_byte": _bits_per_byte, "generate": _generate, "episode": _episode}
 
 
 def answer_tokens(codec: Codec, probe: Probe, item: ProbeItem, messages: Sequence[Mapping[str, str]]) -> Tokens:
@@ -199,9 +244,13 @@ def text_tokens(codec: Codec, probe: Probe, item: ProbeItem, text: str) -> Token
     return Tokens(tuple(ids[:end]), tuple(i > 0 and i >= begin for i in range(end)))
 
 
+def _has_room(forward: Forward, tokens: int) -> bool:
+    return forward.max_tokens is None or tokens <= forward.max_tokens
+
+
 def _check_length(forward: Forward, probe: Probe, item: ProbeItem, tokens: int) -> None:
     if forward.max_tokens is not None and tokens > forward.max_tokens:
-        room = f" ({probe.max_new_tokens} of them for the answer)" if probe.kind == "generate" else ""
+        room = f" ({probe.max_new_tokens} of them for the answer)" if probe.kind in ("generate", "episode") else ""
         raise ProbeError(
             f"probe '{probe.name}': item {item.id!r} needs {tokens} tokens{room}, and the model's context has "
             f"{forward.max_tokens}.",

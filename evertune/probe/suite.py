@@ -2,6 +2,7 @@
 
     choice           {"prompt" | "messages", "choices": [...], "answer": index or text}
     generate         {"prompt" | "messages", "answer"}, or a choice item: its right choice is the answer
+    episode          {"prompt" | "messages", "environment", "answer", "state", "goal"}: see agents/
     bits_per_byte    {"text"}, or {"messages"} that end with the assistant's gold answer
 
 Every item may have an `id` (file and line stand in for it) and a `cluster`: items that are not independent of each
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from evertune.agents import check_task
 from evertune.data.leak import ProbeText
 from evertune.data.lines import values_of
 from evertune.data.rows import Row, files_of, messages_of, read_rows
@@ -25,7 +27,7 @@ from evertune.probe.task_files import require_lm_eval, task_identity
 from evertune.verifiers import located, placed, validate
 from evertune.workspace.disk import write_atomically
 
-Kind = Literal["choice", "generate", "bits_per_byte", "lm_eval"]
+Kind = Literal["choice", "generate", "bits_per_byte", "episode", "lm_eval"]
 # Raised by hand when the meaning of an item changes: old scores are then made anew.
 ITEM_VERSION = 1
 
@@ -40,6 +42,7 @@ class ProbeItem:
         text: for `bits_per_byte` of plain text; then there are no messages.
         choices: texts to choose from, for `choice`.
         answer: index of the right choice; or what a generated answer is checked against.
+        task: for `episode`, the environment with its `state` and `goal`; empty for other kinds.
         cluster: items that are not independent share one; an item that stands alone has its id.
     """
 
@@ -49,6 +52,7 @@ class ProbeItem:
     choices: tuple[str, ...]
     answer: Any
     cluster: str
+    task: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def prompt(self) -> str:
@@ -75,6 +79,7 @@ class Probe:
     held_out: bool = False
     samples: int = 1
     temperature: float | None = None
+    max_steps: int = 1
 
     @property
     def chance(self) -> float | None:
@@ -163,13 +168,15 @@ def load_probe(name: str, *, settings: Mapping[str, Any], root: Path) -> AnyProb
     items = tuple(_item(row, kind, settings.get("system"), verifier) for row in rows)
     normalise = settings.get("normalise", "bytes")
     max_new_tokens = settings.get("max_new_tokens", 64)
+    max_steps = settings.get("max_steps", 6) if kind == "episode" else 1
     samples, temperature = settings.get("samples", 1), settings.get("temperature")
     identity = {
         "version": ITEM_VERSION,
         "kind": kind,
         "verifier": verifier,
         "normalise": normalise if kind == "choice" else None,
-        "max_new_tokens": max_new_tokens if kind == "generate" else None,
+        "max_new_tokens": max_new_tokens if kind in ("generate", "episode") else None,
+        **({"max_steps": max_steps, "tasks": [dict(one.task) for one in items]} if kind == "episode" else {}),
         **({"samples": samples, "temperature": temperature} if samples > 1 else {}),
         "items": [
             [one.id, [dict(turn) for turn in one.messages], one.text, list(one.choices), one.answer, one.cluster]
@@ -190,6 +197,7 @@ def load_probe(name: str, *, settings: Mapping[str, Any], root: Path) -> AnyProb
         held_out=settings.get("held_out", False),
         samples=samples,
         temperature=temperature,
+        max_steps=max_steps,
     )
 
 
@@ -217,6 +225,7 @@ def _read(name: str, path: Path, kind: str, limit: int | None) -> list[Row]:
     format = {
         "choice": "choice",
         "generate": "choice" if "choices" in first else "verifiable",
+        "episode": "verifiable",
         "bits_per_byte": "messages" if "messages" in first else "text",
     }[kind]
     return read_rows(path, format=format, source=name, limit=limit)
@@ -233,6 +242,11 @@ def _item(row: Row, kind: str, system: str | None, verifier: Mapping[str, Any]) 
         answer = choices[answer] if choices else answer
         choices = ()
         validate(verifier, answer, place=row.place)
+    if kind == "episode":
+        problem = check_task(value)
+        if problem:
+            raise ProbeError(f"{row.place}: {problem}.", remedy="Correct the item (docs/agents.md).")
+        validate(verifier, answer, place=row.place)
     cluster = value.get("cluster", row.id)
     if not isinstance(cluster, str):
         raise ProbeError(
@@ -245,6 +259,7 @@ def _item(row: Row, kind: str, system: str | None, verifier: Mapping[str, Any]) 
         choices=choices,
         answer=answer,
         cluster=cluster,
+        task={name: value.get(name) for name in ("environment", "state", "goal")} if kind == "episode" else {},
     )
 
 

@@ -1,4 +1,4 @@
-"""Penalties and gradient rules from other packages: how a recipe names them, how they are found and checked.
+"""Penalties, gradient rules and objectives from other packages: how a recipe names, finds and checks them.
 
 A package announces one by a Python entry point, `name = "module:PLUGIN"` in the group of its kind. What stands there is
 a `Plugin`: a light description, read by `evertune check`; the code behind it is imported where training happens. The
@@ -14,9 +14,13 @@ from pydantic import BaseModel, create_model
 
 from evertune.methods import Standing, methods, weakest
 
-Kind = Literal["penalties", "gradient_rules"]
-GROUPS: Mapping[Kind, str] = {"penalties": "evertune.penalties", "gradient_rules": "evertune.gradient_rules"}
-NOUNS: Mapping[Kind, str] = {"penalties": "penalty", "gradient_rules": "gradient rule"}
+Kind = Literal["penalties", "gradient_rules", "objective"]
+GROUPS: Mapping[Kind, str] = {
+    "penalties": "evertune.penalties",
+    "gradient_rules": "evertune.gradient_rules",
+    "objective": "evertune.objectives",
+}
+NOUNS: Mapping[Kind, str] = {"penalties": "penalty", "gradient_rules": "gradient rule", "objective": "objective"}
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class Plugin:
         version: raised by hand when its meaning changes; results are then made anew.
         copies: float32 copies of the trained weights that it keeps in memory.
         tunes: kinds of `tune` that it can work with.
+        stages: kinds of stages that it can work in.
         own_standing: of a method that the table does not know; it counts as `research` at best.
     """
 
@@ -40,6 +45,7 @@ class Plugin:
     version: int = 1
     copies: float = 0.0
     tunes: tuple[str, ...] = ("lora", "full")
+    stages: tuple[str, ...] = ("sft", "dpo", "rl", "distill")
     own_standing: Standing = "research"
 
     @property

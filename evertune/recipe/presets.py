@@ -20,6 +20,7 @@ from evertune.recipe.schema import (
     Lora,
     Merge,
     Mix,
+    Noise,
     NoOptions,
     OnPolicy,
     Protected,
@@ -151,6 +152,8 @@ class ResolvedTraining(Resolved):
 class ResolvedSft(ResolvedTraining):
     """An sft stage."""
 
+    objective: dict[str, Any]
+
 
 @dataclass(frozen=True)
 class ResolvedDpo(ResolvedTraining):
@@ -246,6 +249,7 @@ class ResolvedFederated(Resolved):
     norm_bound: float | None
     too_large: str
     trim: float
+    noise: Noise | None
     epochs: float | None
     steps: int | None
     lr: float
@@ -281,7 +285,8 @@ def resolve_stage(recipe: Recipe, stage: StageSettings) -> Resolved:
 def resolve_sft(recipe: Recipe, stage: Sft) -> ResolvedSft:
     """Fill in what an sft stage leaves open."""
     preset = PRESETS[recipe.preset]
-    return ResolvedSft(**_training(recipe, stage, lora_lr=preset.lora_lr, full_lr=preset.full_lr, epochs=preset.epochs))
+    rates = {"lora_lr": preset.lora_lr, "full_lr": preset.full_lr}
+    return ResolvedSft(**_training(recipe, stage, **rates, epochs=preset.epochs), **_own(stage, ResolvedSft))
 
 
 def resolve_dpo(recipe: Recipe, stage: Dpo) -> ResolvedDpo:

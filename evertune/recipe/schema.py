@@ -144,7 +144,7 @@ class DataSource(Config):
 class Verifier(OneKey):
     """How a generated answer is checked: exactly one key."""
 
-    bare_names = ("exact", "contains", "math", "refusal", "ifeval", "python")
+    bare_names = ("exact", "contains", "math", "refusal", "ifeval", "python", "tool_call")
     noun = "a verifier"
 
     exact: NoOptions | None = None
@@ -162,6 +162,9 @@ class Verifier(OneKey):
     python: NoOptions | None = None
     """The output's program passes the tests of the item's `answer`, `{"tests": [assert statements], "setup"}`, in a
     sandbox. Linux only; without confinement nothing is run."""
+    tool_call: NoOptions | None = None
+    """The output makes the tool calls that the item's `answer` makes, with the same arguments; where that makes none,
+    the output says the same text (docs/agents.md)."""
     regex: str | None = None
     """A pattern that must match the whole trimmed output. The item's `answer` is not read."""
     json_schema: dict[str, Any] | None = None
@@ -221,9 +224,10 @@ class Probe(Config):
 
     path: PlaceText | None = None
     """JSONL or Parquet of items, relative to the recipe."""
-    kind: Literal["choice", "generate", "bits_per_byte"] | None = None
+    kind: Literal["choice", "generate", "bits_per_byte", "episode"] | None = None
     """`choice`: log-likelihood of each choice; `generate`: output checked by a verifier; `bits_per_byte`: likelihood
-    of plain text, or of the answers of `messages` rows, in bits per UTF-8 byte (lower is better)."""
+    of plain text, or of the answers of `messages` rows, in bits per UTF-8 byte (lower is better); `episode`: the model
+    acts in a small environment, and its last answer is checked by a verifier (docs/agents.md)."""
     lm_eval: PlaceText | None = None
     """A task name of lm-evaluation-harness, or the path of a task YAML. Needs the `eval` extra."""
     metric: str | None = None
@@ -233,13 +237,15 @@ class Probe(Config):
     safety: bool = False
     """A guard with the tight `margin.safety`."""
     verifier: Verifier | None = None
-    """For `generate`."""
+    """For `generate` and `episode`."""
     normalise: Literal["sum", "bytes"] = "bytes"
     """For `choice`: compare summed log-likelihoods, or per UTF-8 byte of the choice."""
     system: str | None = None
     """System turn put before every item; the template's own default when not given."""
     max_new_tokens: int = Field(64, gt=0, le=4096)
-    """For `generate`: the longest answer, in tokens."""
+    """For `generate` and `episode`: the longest answer, or turn, in tokens."""
+    max_steps: int = Field(6, gt=0, le=64)
+    """For `episode`: turns after which an agent that has not answered has failed."""
     limit: int | None = Field(None, gt=0)
     """Use only the first items, in file order."""
     margin: Points | None = None
@@ -261,8 +267,8 @@ class Probe(Config):
             raise ValueError("'kind' does not go with 'lm_eval': the task says what it is")
         if self.lm_eval is None and self.metric is not None:
             raise ValueError("'metric' goes with 'lm_eval' only")
-        if (self.kind == "generate") != (self.verifier is not None):
-            raise ValueError("'verifier' is needed for kind 'generate', and for no other kind")
+        if (self.kind in ("generate", "episode")) != (self.verifier is not None):
+            raise ValueError("'verifier' is needed for the kinds 'generate' and 'episode', and for no other kind")
         if (self.samples > 1) != (self.temperature is not None):
             raise ValueError("'samples' above 1 and 'temperature' go together")
         if self.held_out and self.role == "watch":
@@ -276,9 +282,10 @@ class Probe(Config):
         """Raise for a setting that this kind of probe would not read."""
         readers = {
             "normalise": ("choice",),
-            "max_new_tokens": ("generate",),
+            "max_new_tokens": ("generate", "episode"),
+            "max_steps": ("episode",),
             "samples": ("generate",),
-            "system": ("choice", "generate", "bits_per_byte"),
+            "system": ("choice", "generate", "bits_per_byte", "episode"),
         }
         kind = self.kind or "lm_eval"
         for name, kinds in readers.items():
@@ -425,6 +432,7 @@ def _plugins_of(kind: Kind) -> BeforeValidator:
 
 Penalties = Annotated[dict[Name, Any], _plugins_of("penalties")]
 GradientRules = Annotated[dict[Name, Any], _plugins_of("gradient_rules")]
+OwnObjective = Annotated[dict[Name, Any], _plugins_of("objective"), Field(max_length=1)]
 
 
 class Mix(Config):
@@ -553,6 +561,16 @@ class Sft(Training):
     """Supervised fine-tuning: cross-entropy on completion tokens."""
 
     formats = REPLAYABLE
+
+    objective: OwnObjective = {}
+    """Another loss than cross-entropy on the new rows, with its options, such as `{dft: {}}`: one plug-in. Replayed
+    rows keep cross-entropy."""
+
+    @property
+    def plugins(self) -> Iterator[tuple[Kind, str, Any]]:
+        yield from super().plugins
+        for name, options in self.objective.items():
+            yield "objective", name, options
 
 
 class Dpo(Training):
@@ -890,6 +908,17 @@ class External(StageSettings):
         return self.data or []
 
 
+class Noise(Config):
+    """Gaussian noise on the sum of clients' updates (DP-FedAvg, arXiv:1710.06963). Needs `aggregate: ffa`,
+    `norm_bound`, `weigh: equal`, and the extra `privacy`. The noise is drawn from the system: the same recipe gives
+    another model."""
+
+    multiplier: Positive
+    """Deviation of the noise of the sum, in units of `norm_bound`."""
+    delta: Annotated[float, Field(gt=0.0, lt=1.0)] = 1e-5
+    """The account's delta: well below 1 / clients."""
+
+
 class Federated(StageSettings):
     """Rounds over clients that keep their rows (docs/federated.md). Academic: needs `academic: allow`."""
 
@@ -920,6 +949,9 @@ class Federated(StageSettings):
     """What is done with an update above `norm_bound`."""
     trim: float = Field(0.2, gt=0.0, lt=0.5)
     """Share of the clients that `trimmed_mean` leaves out at each end of every entry."""
+    noise: Noise | None = None
+    """Noise that hides whether a client took part; `norm_bound` then bounds the norm of B, and larger ones are clipped.
+    The epsilon of all exchanges together is in the ledger."""
     epochs: Positive | None = None
     """Passes over a client's rows in each exchange; 1 when neither this nor `steps` is given."""
     steps: int | None = Field(None, gt=0)
@@ -939,6 +971,10 @@ class Federated(StageSettings):
     def _ranks_fit(self) -> Self:
         if self.epochs is not None and self.steps is not None:
             raise ValueError("give 'epochs' or 'steps', not both")
+        if self.noise is not None and (self.aggregate != "ffa" or self.norm_bound is None or self.weigh != "equal"):
+            raise ValueError(
+                "'noise' needs aggregate: ffa, norm_bound, and weigh: equal: else nothing bounds a client's part"
+            )
         unknown = sorted(set(self.ranks) - set(self.clients))
         if unknown:
             raise ValueError(f"ranks: found no client '{unknown[0]}'; clients has: {', '.join(self.clients)}")

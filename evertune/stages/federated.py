@@ -15,7 +15,8 @@ def order(place: Place) -> FederatedSpec:
     """The complete order for a federated stage."""
     settings, plan = place.resolved, place.plan
     assert isinstance(settings, ResolvedFederated), place.label
-    values = {**vars(settings), "clients": None}
+    noise = settings.noise.model_dump() if settings.noise is not None else None
+    values = {**vars(settings), "clients": None, "noise": noise}
     fields = {
         **values,
         "start": place.start,

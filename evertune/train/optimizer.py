@@ -1,7 +1,8 @@
 """AdamW on float32 master copies of the trained weights, the learning-rate schedule, and the average over steps."""
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Literal
 
 import torch
@@ -102,11 +103,28 @@ class Masters:
             for name, average in (self.average or {}).items():
                 average.lerp_(self.weights[name].detach(), 1.0 - self._ema_decay)
 
+    @contextlib.contextmanager
+    def holding(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """Inside, the model computes with these weights; after it with its own again, bit for bit."""
+        own = {name: one.detach().clone() for name, one in self._trained.items()}
+        try:
+            with torch.no_grad():
+                self._write(weights)
+            yield
+        finally:
+            with torch.no_grad():
+                self._write(own)
+
     def check_finite(self, *, step: int) -> None:
         """Raise TrainingError naming the first trained tensor, or average, that holds NaN or Inf."""
         for what, tensors in (("weight", self.weights), ("average of", self.average or {})):
             if not all(bool(torch.isfinite(one).all()) for one in tensors.values()):
                 raise _not_finite(tensors, what, step)
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Give the model these weights, after they were changed by hand."""
+        self._write(self.weights)
 
     @torch.no_grad()
     def use_average(self) -> None:

@@ -16,7 +16,7 @@ from evertune.errors import TrainingError
 from evertune.model.checkpoint import Checkpoint
 from evertune.model.open import OpenModel
 from evertune.train.loop import Trainer, count_items
-from evertune.train.objective import CrossEntropy, Policy
+from evertune.train.objective import CrossEntropy, Objective, Policy
 from evertune.train.penalty import GradientRule, Penalty
 from evertune.train.reference import ReferenceSource
 from evertune.train.spec import PluginSpec, TrainingSpec
@@ -31,6 +31,7 @@ class Parts:
 
     penalties: Sequence[Penalty] = ()
     rules: Sequence[GradientRule] = ()
+    objective: Objective | None = None
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,17 @@ class Bench:
     @cached_property
     def carried(self) -> dict[str, Tensor]:
         return load_file(self.plugin.carried) if self.plugin.carried else {}
+
+    def new_rows(self, most: int) -> list[EncodedRow]:
+        """The first different new rows that the stage shows, at most so many; a pair counts as its two answers."""
+        found: dict[str, EncodedRow] = {}
+        for step in range(self.trainer.feed.steps):
+            for item in self.trainer.feed.step_rows(step):
+                if not item.is_replay:
+                    found.update({row.digest: row for row in item.rows})
+            if len(found) >= most:
+                break
+        return list(found.values())[:most]
 
     def gradient(self, rows: Sequence[EncodedRow]) -> dict[str, Tensor]:
         """Gradient of the rows' mean cross-entropy per counted token at the present weights, without dropout.
@@ -165,6 +177,7 @@ def plug_in(spec: TrainingSpec, trainer: Trainer, opened: OpenModel, workspace: 
     for bench in benches:
         parts = _maker(bench.plugin.make)(bench)
         trainer.penalties = [*trainer.penalties, *parts.penalties]
+        trainer.objective = parts.objective or trainer.objective
         for rule in parts.rules:
             trainer.add_rule(rule)
             rules.append(rule)

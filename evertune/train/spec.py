@@ -113,10 +113,10 @@ class GuardStopSpec:
 
 @dataclass(frozen=True)
 class PluginSpec:
-    """A penalty or gradient rule from another package: what it is, what it remembers, what it goes on from.
+    """A penalty, gradient rule or objective from another package: what it is, remembers, and goes on from.
 
     Attributes:
-        kind: `penalties` or `gradient_rules`.
+        kind: `penalties`, `gradient_rules` or `objective`.
         method: id in the table of methods.
         make: `module:function` that makes it.
         options: its options, plain.
@@ -124,7 +124,7 @@ class PluginSpec:
         carried: file in which the stage before left this plug-in's own state; None where there is none.
     """
 
-    kind: Literal["penalties", "gradient_rules"]
+    kind: Literal["penalties", "gradient_rules", "objective"]
     name: str
     method: str
     make: str

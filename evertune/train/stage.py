@@ -3,6 +3,8 @@ door; what differs between kinds is a `Lesson`.
 """
 
 import re
+import resource
+import sys
 import time
 import warnings
 from abc import ABC, abstractmethod
@@ -169,8 +171,8 @@ def run_training(spec: TrainingSpec, workspace: Workspace, lesson: Lesson, *, as
         ask: scores guards of the model in training, where the share of replay or the stage's end depends on them.
 
     Returns:
-        `{"checkpoint": the ledger's fields known here, "volatile": {"time", "seconds", "tokens_per_second"}}`; the
-        same lies in the published object's record.
+        `{"checkpoint": the ledger's fields known here, "volatile": {"time", "seconds", "tokens_per_second",
+        "peak_memory_bytes"}}`; the same lies in the published object's record.
 
     Raises:
         DataError, CheckpointError: the input is not what it should be.
@@ -345,7 +347,7 @@ def _publish(
         seconds = sum(one["seconds"] for one in history)
         tokens = sum(one["tokens"] for one in history)
         volatile = {"time": time.time(), "seconds": seconds, "tokens_per_second": tokens / max(seconds, 1e-9)}
-        volatile |= performance
+        volatile |= {"peak_memory_bytes": peak_memory(opened.model.device), **performance}
         return {"checkpoint": {**facts, "bytes": size, "drift": drift}, "volatile": volatile}
 
     workspace.publish(kind="checkpoint", key=spec.key, record={}, write=write)
@@ -371,6 +373,14 @@ def _keep(spec: TrainingSpec, workspace: Workspace, opened: OpenModel, trainer: 
             write=partial(_write_weights, spec, opened),
         )
     trainer.accelerator.wait_for_everyone()
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes this process has held: of a GPU's memory, else of the machine's, libraries included."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _facts(spec: TrainingSpec, lesson: Lesson, material: Material, history: Sequence[Metrics]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from evertune.errors import ProbeError
+from evertune.verifiers.calling import calls_alike, check_call
 from evertune.verifiers.classifier import check_class, same_class
 from evertune.verifiers.expression import check_expression_answer, equal_expression
 from evertune.verifiers.function import any_answer, own_function
@@ -66,6 +67,7 @@ VERIFIERS = {
     "ifeval": Verifier(follows_instructions, check_instructions),
     "python": Verifier(passes_tests, check_tests),
     "function": Verifier(own_function, any_answer),
+    "tool_call": Verifier(calls_alike, check_call),
     "parts": Verifier(weighted_parts, check_parts),
 }
 

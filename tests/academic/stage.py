@@ -25,6 +25,16 @@ ALL: dict[str, tuple[Kind, Plugin]] = {
     "gpm": ("gradient_rules", plugins.GPM),
     "ogd": ("gradient_rules", plugins.OGD),
     "joint": ("gradient_rules", plugins.JOINT),
+    "derpp": ("gradient_rules", plugins.DERPP),
+    "inflora": ("gradient_rules", plugins.INFLORA),
+    "osft": ("gradient_rules", plugins.OSFT),
+    "packnet": ("gradient_rules", plugins.PACKNET),
+    "progressive": ("gradient_rules", plugins.PROGRESSIVE),
+    "copr": ("gradient_rules", plugins.COPR),
+    "fast_slow": ("gradient_rules", plugins.FAST_SLOW),
+    "dft": ("objective", plugins.DFT),
+    "asft": ("objective", plugins.ASFT),
+    "psft": ("objective", plugins.PSFT),
 }
 
 

@@ -47,7 +47,12 @@ WRONG: list[tuple[str, Any, str]] = [
     ("messages", {"messages": [{"role": "user", "content": [{"text": "x"}]}]}, "found a list in 'messages[0].content'"),
     ("messages", {"messages": [{"role": "user", "content": " \n"}]}, "found nothing in 'messages[0].content'"),
     ("messages", {"messages": [USER, {**ASSISTANT, "content": ""}]}, "found nothing in 'messages[1].content'"),
-    ("messages", {"messages": [USER, {**ASSISTANT, "tool_calls": [{"id": 1}]}]}, "found 'tool_calls' in 'messages[1]'"),
+    (
+        "messages",
+        {"messages": [USER, {**ASSISTANT, "tool_calls": [{"id": 1}]}]},
+        "found a call without a name in 'tool_calls'",
+    ),
+    ("messages", {"messages": [{**USER, "tool_calls": [{"name": "f"}]}, ASSISTANT]}, "a turn of user"),
     ("text", {"text": ""}, "found nothing in 'text'"),
     ("text", {"text": 3}, "found a number in 'text'"),
     ("text", {"text": ["a"]}, "found a list in 'text'"),

@@ -43,6 +43,7 @@ def make(folder: Path, model: Path, **changes: Any) -> FederatedSpec:
         "norm_bound": None,
         "too_large": "refuse",
         "trim": 0.2,
+        "noise": None,
         "lr": 0.01,
         "epochs": None,
         "steps": 3,

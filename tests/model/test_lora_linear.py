@@ -19,7 +19,10 @@ def _tensors() -> dict[str, Tensor]:
     return {name: torch.randn(size, generator=generator, dtype=torch.float64) for name, size in sizes.items()}
 
 
-@pytest.mark.parametrize("learns", [("x", "a", "b"), ("a", "b"), ("x",), ("b",)])
+LEARNS = [("x", "a", "b"), ("a", "b"), ("x",), ("b",), ("x", "weight", "bias", "a"), ("weight",)]
+
+
+@pytest.mark.parametrize("learns", LEARNS)
 def test_outputs_and_gradients_are_those_of_the_formula(learns: tuple[str, ...]) -> None:
     one = _tensors()
     for name in learns:

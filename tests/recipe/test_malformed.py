@@ -138,14 +138,17 @@ MALFORMED: dict[str, tuple[str, list[str]]] = {
     "a probe without a kind": (changed(", kind: choice", ""), ["team.yaml:11, probes.facts: 'kind' is missing"]),
     "a probe from nowhere": (changed("path: q.jsonl, ", ""), ["probes.facts: give either 'path' with 'kind'"]),
     "a probe from two places": (changed("kind: choice", "kind: choice, lm_eval: arc"), ["give either 'path'"]),
-    "a generating probe unchecked": (changed("verifier: exact, ", ""), ["'verifier' is needed for kind 'generate'"]),
+    "a generating probe unchecked": (
+        changed("verifier: exact, ", ""),
+        ["'verifier' is needed for the kinds 'generate' and 'episode'"],
+    ),
     "two verifiers": (
         changed("verifier: exact", "verifier: {exact: {}, math: {}}"),
         ["verifier: a verifier has exactly one key", "found exact, math"],
     ),
     "a setting nobody reads": (
         changed("kind: choice", "kind: choice, max_new_tokens: 9"),
-        ["probes.facts: 'max_new_tokens' is read by generate only"],
+        ["probes.facts: 'max_new_tokens' is read by generate, episode only"],
     ),
     "a safe target": (changed("role: target", "role: target, safety: true"), ["'safety: true' needs role 'guard'"]),
     "a safe probe made target": (

@@ -93,7 +93,8 @@ def test_each_academic_plug_in_has_a_row_that_names_its_key_and_its_code(kind: A
         plugin = find_plugin(kind, name)
         if plugin.make.startswith("evertune."):
             row = methods()[plugin.method]
-            assert f"Training.{kind}={name}" in row.keys
+            owner = "Sft" if kind == "objective" else "Training"
+            assert f"{owner}.{kind}={name}" in row.keys
             assert row.standing == plugin.standing
             for field in plugin.options.model_json_schema()["properties"].values():
                 assert field.get("description"), (name, field)

@@ -82,7 +82,7 @@ def test_the_loss_falls_and_the_facts_are_complete(tmp_path, tiny_model, workspa
         values = [0.0, *(each[i] for each in layers.values())]
         assert min(values) - 1e-6 <= facts["interference"][name] <= max(values) + 1e-6
     assert facts["methods"] == ["sft", "lora", "replay", "dedup", "anchored_sft_kl"]
-    assert record["volatile"].keys() == {"time", "seconds", "tokens_per_second"}
+    assert record["volatile"].keys() == {"time", "seconds", "tokens_per_second", "peak_memory_bytes"}
     canonical_json(record)
 
 
