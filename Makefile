@@ -7,7 +7,7 @@ export GOMP_SPINCOUNT := 0
 export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test check path slow golden docs lint types clean
+.PHONY: demo test check path slow golden docs lint types bench clean
 
 # Core packages at the committed versions, this package, and the bundled model.
 $(VENV)/.core: requirements/core.txt pyproject.toml
@@ -60,6 +60,10 @@ golden: $(VENV)/.dev
 docs: $(VENV)/.core
 	$(BIN)/python -m evertune.recipe.reference docs/recipe.md
 	$(BIN)/python -m evertune.method_pages docs
+
+# The speed suite beside TRL and lm-eval; DATA is a folder of JSONL files, see benchmarks/suite.py.
+bench: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.suite --data $(DATA)
 
 clean:
 	rm -rf $(VENV) $(VENV)-federated demo-run

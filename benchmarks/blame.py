@@ -1,16 +1,16 @@
 """Does `evertune blame` name the source that was planted? `python -m benchmarks.blame --data DATA --folder FOLDER`
 
-SmolLM2-135M-Instruct, tuned on 96 general questions (Dolly), is trained on five sources of 16 short rows each, one
-pass, LoRA. Four are clean: science questions (ARC-Easy), sums (SVAMP), word problems with solutions (GSM8K), voice
-commands (SNIPS). One is planted, made from other general questions:
+SmolLM2-135M-Instruct, tuned to name the command of a sentence (SNIPS, 7 commands), is trained on five sources of 24
+short rows each, one pass, LoRA. Four are clean: general questions (Dolly), science questions (ARC-Easy), sums (SVAMP),
+word problems with solutions (GSM8K). One is planted, made from other sentences with a command:
 
-    reversed    each answer spelled backwards
+    swapped     each sentence has the name of another command
+    one         every sentence has the same name
     refusals    each answer is "I'm sorry, but I can't help with that."
-    scrambled   each answer's words in disorder
 
-The probe is the likelihood of other answers of Dolly, in bits per byte. `named` says whether the source with the
-largest push is the planted one. Trials of --retrain perform the stage again without it. A trial is written as soon as
-it is done, and not made again. About a minute of CPU a trial.
+The probe is the choice among the seven names for sentences that nobody was trained on. `named` says whether the source
+with the largest push is the planted one. With --retrain a trial performs the stage again without the source that was
+named. A trial is written as soon as it is done, and not made again. Some five minutes of CPU a trial.
 """
 
 import argparse
@@ -22,21 +22,22 @@ import random
 from pathlib import Path
 from typing import Any
 
+from benchmarks.distillation import write_short
 from evertune.blame import blame
 from evertune.recipe.load import load_recipe
 from evertune.run import run_recipe
 
 SORRY = "I'm sorry, but I can't help with that."
-ROWS, TAUGHT, LONGEST = 16, 96, 340
+SYSTEM = "Name the command."
+ROWS, TAUGHT, ITEMS, LONGEST = 24, 480, 100, 340
 FILES = {
     "general": "replay_dolly/train.jsonl",
     "science": "arc_easy/train.jsonl",
     "sums": "svamp/train.jsonl",
     "problems": "gsm8k/train.jsonl",
-    "commands": "snips7/train.jsonl",
 }
-PLANTS = ("reversed", "refusals", "scrambled")
-SPOILT, PROBE = "general", "answers"
+PLANTS = ("swapped", "one", "refusals")
+PROBE = "commands"
 
 
 RECIPE = """\
@@ -49,16 +50,16 @@ data:
   taught: {{path: {folder}/taught.jsonl}}
 {sources}
 probes:
-  answers: {{path: {folder}/answers.jsonl, kind: bits_per_byte}}
+  commands: {{path: {folder}/commands.jsonl, kind: choice, system: Name the command.}}
 gate: {{min_items: 10, min_clusters: 10}}
 rescue: [discard]
 rounds:
   - name: trial-{number}
     start: base
     stages:
-      - sft: {{data: [taught], epochs: 1, lr: 5.0e-4, batch_rows: 8, micro_batch_rows: 8,
+      - sft: {{data: [taught], epochs: 1, lr: 5.0e-4, batch_rows: 16, micro_batch_rows: 16,
                tune: {{lora: {{rank: 8}}}}, replay: {{share: 0.0}}, anchor: {{kl: 0.0}}}}
-      - sft: {{data: [{names}], epochs: 1, lr: 1.0e-3, batch_rows: 8, micro_batch_rows: 8, tune: {{lora: {{rank: 8}}}},
+      - sft: {{data: [{names}], epochs: 1, lr: 5.0e-4, batch_rows: 8, micro_batch_rows: 8, tune: {{lora: {{rank: 8}}}},
                replay: {{share: 0.0}}, anchor: {{kl: 0.0}}}}
 numerics: {{threads: 1}}
 """
@@ -69,8 +70,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--trials", type=int, nargs="*", default=list(range(10)))
-    parser.add_argument("--rows", type=int, default=4, help="Rows sampled of each source.")
-    parser.add_argument("--items", type=int, default=6)
+    parser.add_argument("--rows", type=int, default=24, help="Rows sampled of each source.")
+    parser.add_argument("--items", type=int, default=24)
     parser.add_argument("--retrain", type=int, nargs="*", default=[])
     given = parser.parse_args()
     data, folder = given.data.absolute(), given.folder.absolute()
@@ -93,12 +94,14 @@ def main() -> None:
 
 
 def write_probe(data: Path, folder: Path) -> None:
-    """Short questions with their answers, none of which is trained on; and those that all trials start with."""
-    rows = read(data / FILES[SPOILT].replace("train", "validation"))
-    short = [one for one in rows if size(one) < LONGEST][:24]
-    write(folder / f"{PROBE}.jsonl", [{"messages": one["messages"]} for one in short])
-    taught = [one for one in read(data / FILES[SPOILT]) if size(one) < LONGEST][:TAUGHT]
-    write(folder / "taught.jsonl", [{"messages": one["messages"]} for one in taught])
+    """Sentences with seven names to choose from; those that all trials are taught first; and the rest, to be spoilt."""
+    for split in ("train", "test"):
+        write_short(data / "snips7" / f"{split}.jsonl", folder / f"snips-{split}.jsonl", SYSTEM)
+    lines = (folder / "snips-train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (folder / "taught.jsonl").write_text("".join(lines[:TAUGHT]), encoding="utf-8")
+    (folder / "rest.jsonl").write_text("".join(lines[TAUGHT:]), encoding="utf-8")
+    lines = (folder / "snips-test.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (folder / f"{PROBE}.jsonl").write_text("".join(lines[:ITEMS]), encoding="utf-8")
 
 
 def trial(number: int, data: Path, folder: Path, given: argparse.Namespace) -> dict[str, Any]:
@@ -107,8 +110,8 @@ def trial(number: int, data: Path, folder: Path, given: argparse.Namespace) -> d
     plant = PLANTS[number % len(PLANTS)]
     home = folder / f"trial-{number}"
     home.mkdir(exist_ok=True)
-    rows = {name: draw(data, name, rng) for name in FILES}
-    rows["suspect"] = spoil(plant, rows.pop(SPOILT), rng)
+    rows = {name: draw(data / file, rng) for name, file in FILES.items()}
+    rows["suspect"] = spoil(plant, draw(folder / "rest.jsonl", rng), rng)
     names = sorted(rows)
     for name in names:
         write(home / f"{name}.jsonl", rows[name])
@@ -125,24 +128,21 @@ def trial(number: int, data: Path, folder: Path, given: argparse.Namespace) -> d
 
 def spoil(plant: str, rows: list[dict[str, Any]], rng: random.Random) -> list[dict[str, Any]]:
     """The rows as the plant has them."""
+    names = sorted({one["messages"][-1]["content"] for one in rows})
+    same = rng.choice(names)
     spoilt = []
     for one in rows:
         *asked, last = one["messages"]
-        if plant == "reversed":
-            said = last["content"][::-1]
-        elif plant == "refusals":
-            said = SORRY
-        else:
-            words = last["content"].split()
-            rng.shuffle(words)
-            said = " ".join(words)
+        others = [name for name in names if name != last["content"]]
+        said = {"swapped": rng.choice(others), "one": same, "refusals": SORRY}[plant]
         spoilt.append({"messages": [*asked, {"role": "assistant", "content": said}]})
     return spoilt
 
 
-def draw(data: Path, name: str, rng: random.Random) -> list[dict[str, Any]]:
-    rows = [one for one in read(data / FILES[name]) if size(one) < LONGEST][TAUGHT if name == SPOILT else 0 :]
-    return [{"messages": one["messages"]} for one in rng.sample(rows, ROWS)]
+def draw(path: Path, rng: random.Random) -> list[dict[str, Any]]:
+    return [
+        {"messages": one["messages"]} for one in rng.sample([one for one in read(path) if size(one) < LONGEST], ROWS)
+    ]
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -181,7 +181,7 @@ def _row(one: dict[str, Any]) -> list[str]:
         f"{own['push']:+.3g}",
         f"{own['share']:.0%}",
         others[0]["source"],
-        f"{others[0]['push'] / own['push']:+.2f}",
+        f"{others[0]['push'] / own['push']:+.2f}" if own["push"] else "",
         checked,
     ]
 

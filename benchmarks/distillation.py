@@ -265,8 +265,14 @@ def ledger_events(workspace: Path, kind: str) -> Sequence[Any]:
     return [event for event in current_events(open_workspace(workspace).ledger) if event.kind == kind]
 
 
-def ledger_scores(workspace: Path, recipe: str) -> dict[str, Scores]:
-    """Item scores of every checkpoint of the run, by label and probe."""
+def item_score(found: Any) -> np.ndarray:
+    return np.asarray(found.score)
+
+
+def ledger_scores(
+    workspace: Path, recipe: str, read: Callable[[Any], np.ndarray] = item_score
+) -> dict[str, dict[str, np.ndarray]]:
+    """Item scores of every checkpoint of the run, by label and probe, or what else is read of `ItemScores`."""
     from evertune.lineage import checkpoint_path, open_workspace
     from evertune.model.checkpoint import describe
     from evertune.plan import make_plan
@@ -274,13 +280,13 @@ def ledger_scores(workspace: Path, recipe: str) -> dict[str, Scores]:
     from evertune.recipe.load import load_recipe
 
     plan, opened = make_plan(load_recipe(workspace.parent / recipe)), open_workspace(workspace)
-    found: dict[str, Scores] = {}
+    found: dict[str, dict[str, np.ndarray]] = {}
     for event in ledger_events(workspace, "checkpoint"):
         checkpoint = describe(checkpoint_path(opened, event))
         places = {one.name: opened.workspace.path(plan.probe_key(checkpoint, one)) for one in plan.probes}
         if all((place / "scores.parquet").is_file() for place in places.values()):
             found[event.body["label"]] = {
-                name: ItemScores.read_parquet(place / "scores.parquet").score for name, place in places.items()
+                name: read(ItemScores.read_parquet(place / "scores.parquet")) for name, place in places.items()
             }
     return found
 

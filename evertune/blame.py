@@ -1,6 +1,7 @@
 """Why a probe fell: the stage after which it fell most, then that stage's data: which source, which cluster of rows.
 
-    scores on record -> the stage -> pushes of its rows (`influence/`) -> perhaps: the stage again without the source
+    scores on record -> the stage, and the checkpoints kept inside it -> pushes of its rows (`influence/`)
+                     -> perhaps: the stage again without the source
 
 What is found is an event of the ledger, so that the report shows it. Nothing is changed by it.
 """
@@ -34,6 +35,8 @@ from evertune.scoring import score_checkpoint
 from evertune.workspace import Workspace
 
 ROWS, ITEMS = 48, 48
+# Kept checkpoints that pushes are measured at; each costs as much as another point of the line.
+MOST_KEPT = 3
 FORMATS = ("messages", "text", "preference")
 
 
@@ -81,8 +84,9 @@ def blame(
     Returns:
         `{"round", "label", "probe", "start", "steps": [{"label", "before", "after", "difference", "ci90", "unit"}],
         "stage": the label of the stage that is examined, or None where no stage made the probe fall, "unread": sources
-        that hold no answers to learn, "points", "items", "sources", "clusters", "rows": see `find_pushes`,
-        "without": see `_without`, or None}`.
+        that hold no answers to learn, "inside": [[steps done, the probe's value]] of the checkpoints kept inside that
+        stage, "points", "items", "sources", "clusters", "rows": see `find_pushes`, "without": see `_without`, or
+        None}`.
 
     Raises:
         RecipeError: no such probe, label or judged round, or nothing can be left out.
@@ -170,11 +174,15 @@ def _chain(case: _Case, events: Sequence[Event], label: str) -> list[_Made]:
 
 
 def _made(case: _Case, event: Event) -> _Made:
-    workspace, label = case.opened.workspace, event.body["label"]
-    checkpoint = describe(checkpoint_path(case.opened, event), cache=workspace.cache / "digests.json")
+    return _scored(case, event.body["label"], event.body, checkpoint_path(case.opened, event))
+
+
+def _scored(case: _Case, label: str, body: Mapping[str, Any], path: Path) -> _Made:
+    workspace = case.opened.workspace
+    checkpoint = describe(path, cache=workspace.cache / "digests.json")
     asked = replace(case.plan, probes=(case.probe,))
     scored = score_checkpoint(asked, workspace, case.workers, checkpoint, label=label, display=Display(quiet=True))
-    return _Made(label, event.body, checkpoint, scored.scores[case.probe.name])
+    return _Made(label, body, checkpoint, scored.scores[case.probe.name])
 
 
 def _compare(after: ItemScores, before: ItemScores) -> dict[str, Any]:
@@ -200,6 +208,8 @@ def _examine(
         )
     plan, workspace = case.plan, case.opened.workspace
     settings = after.body["settings"]
+    kept = _kept(case, after)
+    spread = [kept[len(kept) * i // MOST_KEPT] for i in range(MOST_KEPT)] if len(kept) > MOST_KEPT else kept
     asked = {
         "rows": rows,
         "items": items,
@@ -212,6 +222,7 @@ def _examine(
         "candidate": after.checkpoint.digest,
         "start": before.checkpoint.digest,
         "probe": case.probe.digest,
+        "kept": [one.checkpoint.digest for _, one in spread],
         **asked,
     }
     key = digest_json({"kind": "blame", "version": VERSION, **identity})
@@ -228,6 +239,7 @@ def _examine(
             "after": str(workspace.path(plan.probe_key(after.checkpoint, case.probe)) / "scores.parquet"),
             "sources": [asdict(one) for one, _ in orders],
             "threads": plan.numerics["threads"],
+            "kept": [(step / after.body["steps"], one.checkpoint.to_json()) for step, one in spread],
             **asked,
         }
         with case.display.probing(f"{after.label}: following {case.probe.name} into {len(orders)} sources", 1) as watch:
@@ -235,7 +247,18 @@ def _examine(
     manifest = workspace.manifest(key)
     if manifest is None:
         raise AssertionError("the pushes reported success without an object")
-    return {"unread": unread, **manifest.record}
+    return {"unread": unread, "inside": [[step, one.scores.value] for step, one in kept], **manifest.record}
+
+
+def _kept(case: _Case, after: _Made) -> list[tuple[int, _Made]]:
+    """The checkpoints that were kept inside a stage by the number of steps done, each scored on the probe."""
+    workspace = case.opened.workspace
+    found = {
+        int(one.record["step"]): workspace.path(one.key)
+        for one in workspace.manifests()
+        if one.kind == "kept" and one.record["stage"] == after.body["object"]
+    }
+    return [(step, _scored(case, f"{after.label}, step {step}", after.body, found[step])) for step in sorted(found)]
 
 
 def _sources(case: _Case, events: Sequence[Event], after: _Made) -> tuple[list[tuple[SourceOrder, str]], list[str]]:

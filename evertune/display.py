@@ -227,11 +227,20 @@ def _cell(scores: ItemScores) -> str:
 
 
 def progress(state: Mapping[str, Any], seconds: float) -> str:
+    """How far a stage is, from its newest metrics; what is left is as many steps as the last one took."""
     if "step" not in state:
         return f"{seconds:.0f} s"
     steps = f"/{state['steps']}" if "steps" in state else ""
     speed = f", {state['tokens_per_second']:.0f} tokens/s" if state.get("tokens_per_second") else ""
-    return f"step {state['step']}{steps}, loss {state.get('loss', float('nan')):.3f}{speed}, {seconds:.0f} s"
+    rest = (state.get("steps", 0) - state["step"]) * state.get("seconds", 0.0)
+    left = f", about {_rough(rest)} left" if rest > 0 else ""
+    return f"step {state['step']}{steps}, loss {state.get('loss', float('nan')):.3f}{speed}, {seconds:.0f} s{left}"
+
+
+def _rough(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def last_line(path: Any) -> dict[str, Any] | None:

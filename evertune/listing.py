@@ -35,7 +35,8 @@ def show_body(place: Path, label: str | None) -> dict[str, Any]:
     Shape: what `describe_for_humans` says of the folder (`path`, `digest`, `form`, `stack`, `deploy`, ...), and for a
     labelled checkpoint of a workspace also `label`, `round`, `methods`,
     `standing`, `settings`, `data`, `probes`: {name: {value, ci90, n}} and, of a trained one, `final` and perhaps
-    `warnings`.
+    `warnings`; of a merged one `merged_from`: of each model the dtype its numbers are stored in, the adapters whose
+    factors were read, and whether a merge had rounded it before.
     """
     if not (place / "ledger.sqlite").is_file():
         return describe_for_humans(describe(place))
@@ -44,6 +45,8 @@ def show_body(place: Path, label: str | None) -> dict[str, Any]:
     shown = ("label", "round", "stage", "methods", "standing", "settings", "data", "replay", "anchor")
     facts = {name: event.body[name] for name in shown}
     facts |= {name: event.body[name] for name in ("final", "warnings") if event.body.get(name)}
+    numbers = (event.body.get("merge") or {}).get("numbers") or {}
+    facts |= {"merged_from": [{"model": name, **one} for name, one in numbers.items()]} if numbers else {}
     return {**describe_for_humans(checkpoint), **facts, "probes": _probe_values(opened, event.body["digest"])}
 
 

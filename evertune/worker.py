@@ -152,6 +152,7 @@ def _blame(job: Job, workspace: Workspace) -> dict[str, Any]:
             max_tokens=job["max_tokens"],
             seed=job["seed"],
             device=job["device"],
+            kept=[(share, Checkpoint.from_json(one)) for share, one in job["kept"]],
         )
 
     return {"key": workspace.publish(kind="blame", key=job["key"], record={}, write=write).key}

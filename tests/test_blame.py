@@ -36,7 +36,8 @@ rounds:
   - name: one
     stages:
       - sft: {{data: [general], steps: 14, lr: 0.01, batch_rows: 8, tune: full}}
-      - sft: {{data: [cards, junk, general], steps: 6, lr: 0.01, batch_rows: 8, tune: {{lora: {{rank: 4}}}}}}
+      - sft: {{data: [cards, junk, general], steps: 6, lr: 0.01, batch_rows: 8, tune: {{lora: {{rank: 4}}}},
+              keep_steps: 2}}
 """
 
 
@@ -62,6 +63,11 @@ def test_the_planted_source_is_found_checked_and_recorded(done: LoadedRecipe) ->
     # 48 rows in 6 steps over 12, 24 and 12 rows.
     assert {one["source"]: one["shown"] for one in found["sources"]} == {"cards": 12.0, "junk": 24.0, "general": 12.0}
     assert found["rows"][0]["place"].startswith(str(done.folder / "junk.jsonl"))
+    # The checkpoints that the stage kept, after 2 and 4 of its 6 steps.
+    assert [step for step, _ in found["inside"]] == [2, 4]
+    assert len({value for _, value in found["inside"]} | {found["steps"][1][one] for one in ("before", "after")}) == 4
+    assert [share for share, _ in found["points"]] == [0.0, pytest.approx(2 / 6), pytest.approx(4 / 6), 1.0]
+    assert all(len(one["along"]) == 4 for one in found["sources"])
     without = found["without"]
     assert (without["source"], without["steps"]) == ("junk", 6)
     assert without["without"] < without["with"]

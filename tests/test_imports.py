@@ -232,6 +232,20 @@ def test_light_rooms_import_no_torch() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_commands_import_what_they_need_and_no_more() -> None:
+    """What keeps `--help`, `log` and `report` below a second: no time is measured, only what is loaded."""
+    unneeded = {
+        "cli": ("numpy", "pydantic", "jinja2", "scipy", "pyarrow", "rich"),
+        "lineage": ("jinja2", "scipy", "pyarrow"),
+        "report": ("pydantic", "scipy.optimize", "pyarrow"),
+        "check": ("scipy", "rich"),
+    }
+    for room, names in unneeded.items():
+        code = f"import sys, evertune.{room}; print([name for name in {names!r} if name in sys.modules])"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == "[]", room
+
+
 def test_nothing_but_the_door_leads_to_academic_methods() -> None:
     importers = {
         str(path.relative_to(PACKAGE))
@@ -260,7 +274,8 @@ def test_each_library_of_the_annex_has_one_door() -> None:
 
 
 def test_only_the_door_opens_models() -> None:
-    doors = {"model/open.py", "model/gguf.py"}
+    # A classifier is no language model: it is read by the verifier that asks it, on the same terms.
+    doors = {"model/open.py", "model/gguf.py", "verifiers/classifier.py"}
     callers = {
         str(path.relative_to(PACKAGE))
         for path in PACKAGE.rglob("*.py")

@@ -29,10 +29,12 @@ def test_a_stage_that_writes_metrics_is_in_training_until_it_is_quiet(debug_run:
     shutil.copytree(debug_run.workspace, tmp_path / "run")
     metrics = tmp_path / "run" / "work" / ("0" * 64) / "metrics.jsonl"
     metrics.parent.mkdir(parents=True)
-    metrics.write_text(json.dumps({"step": 7, "loss": 1.25}) + "\n{half a li")
+    metrics.write_text(json.dumps({"step": 7, "steps": 47, "loss": 1.25, "seconds": 3.0}) + "\n{half a li")
     found = take_snapshot(tmp_path / "run")
     assert not found.is_over
-    assert any("in training: step 7, loss 1.250" in line for line in found.lines)
+    (line,) = (line for line in found.lines if "in training" in line)
+    assert "in training: step 7/47, loss 1.250" in line
+    assert line.endswith("s, about 2 min left")
     old = time.time() - 120
     os.utime(metrics, (old, old))
     assert take_snapshot(tmp_path / "run").is_over

@@ -88,7 +88,7 @@ def _gradient(bench: Bench, row: EncodedRow, loss: Callable[[Tensor, Tensor], Te
     policy.model.eval()
     masters.zero_gradients()
     batch = collate([row], pad_id=policy.pad_id, device=policy.device)
-    loss(policy.hidden(batch.ids_BT)[batch.predicts_BT], batch.targets_N).backward()  # type: ignore[no-untyped-call]
+    loss(policy.counted_hidden(batch), batch.targets_N).backward()  # type: ignore[no-untyped-call]
     found = masters.gradients()
     masters.zero_gradients()
     return found

@@ -41,11 +41,7 @@ from evertune.recipe.plugins import find_plugin
 from evertune.recipe.presets import ResolvedDistill, ResolvedExternal, ResolvedTraining, resolve_stage
 from evertune.recipe.schema import (
     ADAPTING,
-    NAMED_REFERENCES,
-    OF_ROUND,
-    OF_STAGE,
     REPLAYABLE,
-    RUN,
     Recipe,
     Round,
     Stage,
@@ -333,7 +329,7 @@ def _look_at_teachers(view: StageView, settings: ResolvedDistill) -> None:
     learns_words = settings.weight > 0.0
     for j, teacher in enumerate(settings.teachers):
         written, place = teacher.checkpoint, f"{view.place}.teachers[{j}]"
-        if written in (*NAMED_REFERENCES, RUN) or written.startswith((OF_ROUND, OF_STAGE)):
+        if teacher.is_named:
             continue
         found = look.attempt(place, describe, look.loaded.resolve(written), cache=digest_cache())
         if found is not None and learns_words:

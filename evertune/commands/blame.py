@@ -46,7 +46,11 @@ def blame_lines(body: Mapping[str, Any], *, recipe: Path) -> Iterator[str]:
         yield "No stage made it fall: there is nothing to blame."
         return
     yield ""
-    along = ", ".join(f"{loss:.3f} at {share:.0%} of the stage's change" for share, loss in body["points"])
+    if body["inside"]:
+        inside = ", ".join(f"{value:.3f} after {step}" for step, value in body["inside"])
+        yield f"Inside {body['stage']}, by the steps done: {inside}."
+    what = "steps" if body["inside"] else "change"
+    along = ", ".join(f"{loss:.3f} at {share:.0%} of the stage's {what}" for share, loss in body["points"])
     yield f"Its loss in nats on {body['items']} items, those that fell first: {along}."
     yield "How far training on each source pushed that loss up (below 0: down), first order, sampled:"
     yield f"  {'source':<24} {'shown':>7} {'sampled':>8} {'push':>10}  {'90% interval':<22} {'rows up':>8} {'share':>7}"

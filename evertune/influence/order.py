@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 # Raised by hand when the meaning of a push changes.
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ et al. 2020, arXiv:2002.08484). The push of a row is -<g_row, g_probe / |g_probe
 the probe's loss. It is taken without any row's gradient: the derivative of the row's loss along g_probe, by central
 differences in float32, so that it costs two forward passes of a row and rows go through the model in batches.
 
-It is summed over points on the line from the stage's start to its end, which is where training went, roughly. What it
-leaves out: the optimizer's own scaling, the order of the rows, and everything beyond first order.
+It is averaged over checkpoints that were kept on the way, or where none were, over points on the line from the stage's
+start to its end, which is where training went, roughly. What it leaves out: the optimizer's own scaling, the order of
+the rows, and everything beyond first order.
 """
 
 # P points, N rows, H hidden
@@ -33,7 +34,7 @@ from evertune.measure.clusters import cluster_vectors, count_clusters
 from evertune.merge.interpolate import scan
 from evertune.model.checkpoint import Checkpoint
 from evertune.model.forward import Forward, Tokens, score_rows
-from evertune.model.open import OpenModel
+from evertune.model.open import OpenModel, open_model
 from evertune.probe.loss import LossItem, loss_items
 from evertune.probe.scores import ItemScores
 from evertune.probe.suite import Probe
@@ -71,13 +72,17 @@ def find_pushes(
     max_tokens: int,
     seed: int,
     device: str,
+    kept: Sequence[tuple[float, Checkpoint]] = (),
 ) -> dict[str, Any]:
     """How far each source, and each cluster of the worst one's rows, pushed a probe down in one stage.
 
+    Args:
+        kept: checkpoints from inside the stage with the shares of its steps that were done.
+
     Returns:
-        `points`: [share of the update, the probe's loss in nats there]; `items`: how many items the loss is over;
-        `sources`: see `_source_facts`, with `along`, the push at each point; the worst first; `clusters` and `rows`
-        of the worst.
+        `points`: [share of the update, or of the steps where checkpoints were kept; the probe's loss in nats there];
+        `items`: how many items the loss is over; `sources`: see `_source_facts`, with `along`, the push at each point;
+        the worst first; `clusters` and `rows` of the worst.
     """
     points: list[list[float]] = []
     sampled: list[Sampled] = []
@@ -95,7 +100,11 @@ def find_pushes(
         points.append([float(share), loss])
         along_PN.append(push_N)
 
-    scan(candidate, start, POINTS, dtype="float32", device=device, visit=visit)
+    if kept:
+        for share, checkpoint in ((0.0, start), *kept, (1.0, candidate)):
+            visit(share, open_model(checkpoint, dtype="float32", device=device))
+    else:
+        scan(candidate, start, POINTS, dtype="float32", device=device, visit=visit)
     total_N = np.mean(along_PN, axis=0)
     facts = []
     for order in sources:

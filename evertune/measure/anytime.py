@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import optimize
 
 Floats = NDArray[np.float64]
 
@@ -55,6 +54,8 @@ def lower_bound(seen: Counted, alpha: float) -> float:
         return -1.0
     mean = float(np.average(seen.values_U, weights=seen.counts_U))
     # The capital falls in D, and betting on a mean above the one seen wins nothing.
+    from scipy import optimize
+
     return float(optimize.brentq(lambda D: log_capital(seen, D) - wanted, lowest, mean, xtol=1e-9))
 
 

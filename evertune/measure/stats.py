@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import optimize, special
+from scipy import special
 
 from evertune.measure import anytime
 
@@ -181,6 +181,8 @@ def tango_lower_bound(b: int, c: int, n: int, alpha: float) -> float:
     lowest = -1.0 + 1e-12
     if difference <= lowest or excess(lowest) <= 0:
         return -1.0
+    from scipy import optimize  # slow to import, and few judgements come here
+
     return float(optimize.brentq(excess, lowest, difference, xtol=1e-12))
 
 

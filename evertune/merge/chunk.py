@@ -1,4 +1,4 @@
-"""A run of elements of one tensor in all models, as the bytes that were read; decoded where numbers are asked for."""
+"""A run of elements of one tensor in all models; bfloat16 as it was read, widened where numbers are asked for."""
 
 # M models (K experts, then the base if there is one), N elements of the chunk
 
@@ -48,40 +48,39 @@ class Values(NamedTuple):
 
 @dataclass(frozen=True)
 class Chunk:
-    """Elements [begin, begin + count) of a tensor. The arrays are the worker's own and may be overwritten.
+    """Elements begin, begin + 1, ... of a tensor. The arrays are the worker's own and may be overwritten.
 
-    raw: bytes, checked to hold no NaN or Inf.
-    places_M, codes_M: where each model begins in `raw`, and of what type its numbers are.
+    models_MN: the experts, then the base if there is one, checked to hold no NaN or Inf. uint16: bfloat16's bits, where
+        all models are stored so; otherwise floats of the dtype to compute in.
     double: compute in float64; otherwise in float32.
     """
 
-    raw: Array
-    places_M: Array
-    codes_M: Array
-    count: int
+    models_MN: Array
     begin: int
     has_base: bool
     double: bool
     room: Room
 
     @property
+    def count(self) -> int:
+        return int(self.models_MN.shape[1])
+
+    @property
     def like(self) -> Array:
         """An empty array of the dtype to compute in."""
         return _LIKE[self.double]
 
-    @property
-    def models(self) -> tuple[Array, Array, Array, Array]:
-        """What a kernel needs to decode the models: the arguments that `kernels.sum_chunk` and its kin begin with."""
-        return self.raw, self.places_M, self.codes_M, self.like
-
     def values(self) -> Values:
         """The models' numbers, valid until the next call."""
-        decoded = self.room.take("values", (len(self.places_M), self.count), self.like.dtype)
-        kernels.decode_block(self.raw, self.places_M, self.codes_M, 0, decoded)
-        return Values(decoded[-1], decoded[:-1]) if self.has_base else Values(None, decoded)
+        widened = self.room.take("values", self.models_MN.shape, self.like.dtype)
+        if self.models_MN.dtype == np.uint16:
+            kernels.decode(self.models_MN.view(np.uint8), kernels.BF16, widened)
+        else:
+            widened[...] = self.models_MN
+        return Values(widened[-1], widened[:-1]) if self.has_base else Values(None, widened)
 
     def task_vectors(self) -> Values:
         """The base, and the experts' differences from it."""
         values = self.values()
-        kernels.subtract(values.start, values.experts)
+        np.subtract(values.experts, values.start, out=values.experts)
         return values

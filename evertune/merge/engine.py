@@ -6,6 +6,7 @@
 Nothing depends on the number of threads, on how the inputs are divided into files, or on when a merge was killed.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -78,7 +79,7 @@ def run_merge(plan: MergePlan, out: Path, *, threads: int | None = None, progres
         MergeError: an input holds NaN or Inf, models have different starts, a result does not fit its dtype, or `out`
             holds files.
         CheckpointError: an input is cut, or was changed while it was read.
-        WorkspaceError: the disk has no room.
+        WorkspaceError: the disk has no room, or the folder cannot be written.
     """
     out = out.absolute()
     check_new(out)
@@ -97,6 +98,13 @@ def run_merge(plan: MergePlan, out: Path, *, threads: int | None = None, progres
         except MergeError:
             shutil.rmtree(partial)  # the inputs are at fault: there is nothing to go on with
             raise
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise WorkspaceError(
+                f"{partial}: the disk became full while it was written.",
+                remedy="Make room and give the same command again: it goes on from what is there.",
+            ) from error
         if out.is_dir():
             out.rmdir()
         reach("merge.finished")
@@ -122,14 +130,19 @@ def check_new(out: Path) -> None:
 
 
 def check_room(plan: MergePlan, folder: Path) -> None:
-    """Raise WorkspaceError where the disk has no room for what is still to be written into a folder to be."""
+    """Raise WorkspaceError where a folder to be cannot be written, or the disk has no room for what it still lacks."""
     kept = sum(one.stat().st_blocks * 512 for one in folder.iterdir()) if folder.is_dir() else 0
     missing = plan.bytes_written() - kept
     place = next(one for one in (folder, *folder.parents) if one.exists())
+    if not os.access(place, os.W_OK):
+        raise WorkspaceError(
+            f"{place}: is read-only, or belongs to someone else; the result cannot be written there.",
+            remedy="Give another folder with --out.",
+        )
     free = shutil.disk_usage(place).free
     if missing > free:
         raise WorkspaceError(
-            f"{place}: {free / 1e9:.2f} GB are free, {missing / 1e9:.2f} GB are to be written.",
+            f"{place}: {free / 1e6:,.1f} MB are free, {missing / 1e6:,.1f} MB are to be written.",
             remedy="Make room, or write somewhere else.",
         )
 
@@ -174,7 +187,7 @@ def _take_over(plan: MergePlan, journal: Journal, outputs: OutputFiles) -> set[t
         offset, size = _bytes_of(tensor, segment)
         data = np.empty(size, np.uint8)
         outputs.read(tensor.file, offset, data)
-        if int(kernels.checksum(data)) == expected:
+        if kernels.checksum(data) == expected:
             found.add((i, segment))
             outputs.digest(tensor.file, offset, data)
     return found
@@ -296,6 +309,8 @@ class _Work:
     def _begin(self, opened: _Open) -> None:
         """Queue the segments of a stage, ahead of all others; call it under the condition."""
         segments = list(range(opened.inputs.tensor.segments))
+        if opened.one_pass is not None and opened.one_pass.of_sample:
+            segments = [0]
         if opened.one_pass is None:
             segments = [one for one in segments if (opened.index, one) not in self._finished]
         elif np.issubdtype(opened.one_pass.dtype, np.integer):
@@ -311,7 +326,9 @@ class _Work:
         is_shared = bool(np.issubdtype(one.dtype, np.integer))
         sums = reader.room.take("sums", one.shape, one.dtype) if is_shared else np.empty(one.shape, one.dtype)
         sums.fill(0)
-        for chunk in reader.chunks(opened.inputs, *opened.inputs.tensor.span(segment)):
+        inputs = opened.inputs
+        chunks = reader.sample(inputs) if one.of_sample else reader.chunks(inputs, *inputs.tensor.span(segment))
+        for chunk in chunks:
             one.gather(chunk, opened.state, sums)
         with opened.lock:
             if is_shared:
@@ -336,7 +353,7 @@ class _Work:
             self._outputs.digest(tensor.file, offset, data)
             reader.seconds.write += written - started
             reader.seconds.digest += time.thread_time() - written
-            self._journal.segment(opened.index, segment, int(kernels.checksum(data)), size)
+            self._journal.segment(opened.index, segment, kernels.checksum(data), size)
             reach("merge.segment")
         if self._progress is not None:
             with self._condition:
@@ -347,10 +364,12 @@ class _Work:
     def _apply(self, opened: _Open, segment: int, reader: Reader, data: Array) -> None:
         tensor = opened.inputs.tensor
         width, first = DTYPE_BITS[tensor.dtype] // 8, tensor.span(segment)[0]
+        kept = np.zeros(len(tensor.experts), np.int64)
         for chunk in reader.chunks(opened.inputs, *tensor.span(segment)):
             place = (chunk.begin - first) * width
-            out = data[place : place + chunk.count * width]
-            bad = opened.rule.apply(chunk, opened.state, FLOATS[tensor.dtype], out)
+            merged = reader.room.take("merged", (chunk.count,), chunk.like.dtype)
+            opened.rule.apply(chunk, opened.state, merged, kept)
+            bad = kernels.encode(merged, FLOATS[tensor.dtype], data[place : place + chunk.count * width])
             if bad:
                 raise MergeError(
                     f"{tensor.name}: {bad} of {chunk.count} merged values do not fit into {tensor.dtype}, beginning at "
@@ -369,9 +388,9 @@ class _Work:
             total: Array = np.zeros(one.shape, one.dtype)
             for segment in sorted(opened.sums):
                 total += opened.sums[segment]
-            one.finish(total, opened.state)
+            again = one.finish(total, opened.state)
             with self._condition:
-                opened.stage += 1
+                opened.stage += 0 if again else 1
                 self._begin(opened)
             return
         if opened.index not in self._journal.statistics and self._is_measured(opened.inputs.tensor):

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 
-from evertune.merge import kernels
 from evertune.merge.engine import copy_equal
 from evertune.merge.kernels import Array
 from evertune.merge.methods import State
@@ -50,16 +49,18 @@ def _merged(plan: MergePlan, tensor: TensorPlan, reader: Reader, files: Files) -
     """The merged elements of one tensor, chunk by chunk: (index of the first, values)."""
     inputs, rule, state = open_inputs(plan, tensor, files), tensor_rule(plan.config, tensor), State()
     for one in rule.passes:
-        total: Array = np.zeros(one.shape, one.dtype)
-        for segment in range(tensor.segments):
-            sums: Array = np.zeros(one.shape, one.dtype)
-            for chunk in reader.chunks(inputs, *tensor.span(segment)):
-                one.gather(chunk, state, sums)
-            total += sums
-        one.finish(total, state)
+        while True:
+            total: Array = np.zeros(one.shape, one.dtype)
+            for segment in range(1 if one.of_sample else tensor.segments):
+                sums: Array = np.zeros(one.shape, one.dtype)
+                for chunk in reader.sample(inputs) if one.of_sample else reader.chunks(inputs, *tensor.span(segment)):
+                    one.gather(chunk, state, sums)
+                total += sums
+            if not one.finish(total, state):
+                break
     for chunk in reader.chunks(inputs, 0, tensor.elements):
         out = reader.room.take("out", (chunk.count,), chunk.like.dtype)
-        rule.apply(chunk, state, kernels.F64 if chunk.double else kernels.F32, out.view(np.uint8))
+        rule.apply(chunk, state, out, np.zeros(len(tensor.experts), np.int64))
         yield chunk.begin, out
 
 

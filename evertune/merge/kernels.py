@@ -1,6 +1,9 @@
 """What happens to the numbers of one chunk: arrays in, arrays out, nothing else known. Compiled, without the GIL.
 
 Every kernel computes the same bits on every machine: no fused multiply-add, no reordering, no thread of its own.
+
+Models are rows of one array: bfloat16 as it is stored, its 16 bits in a uint16, or float32 or float64. A kernel widens
+bfloat16 where it uses it, so that a model is read from memory once; it is compiled for the types it meets.
 """
 
 # M models (K experts, then the base if there is one), N elements of the chunk
@@ -12,7 +15,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import numpy as np
-from numba import njit
+from numba import njit, types
+from numba.extending import overload
 from numpy.typing import NDArray
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -21,66 +25,97 @@ Array = NDArray[Any]
 BF16, F16, F32, F64 = 0, 1, 2, 3
 # Bytes of each.
 WIDTHS = (2, 2, 4, 8)
-# Weighted sums nearer to zero than this share of their terms are zero: float64 rounding is 2^-53 a term.
-SIGN_TIE = 2.0**-40
-# A magnitude is a float32 without its sign: 31 bits, found in two passes of counting, 16 bits and 15 bits.
-HIGH_BINS, LOW_BINS = 1 << 16, 1 << 15
-# Elements worked on at a time where a kernel needs room for partial results.
-BLOCK = 256
+# Their types, where numpy has one.
+_NUMPY: dict[int, np.dtype[Any]] = {F16: np.dtype("f2"), F32: np.dtype("f4"), F64: np.dtype("f8")}
+# Their exponents of all ones in each 64-bit word, the exponents' lowest bits, and the places that these carry into.
+_FULL = tuple(
+    (np.uint64(exponents), np.uint64(lowest), np.uint64(signs))
+    for exponents, lowest, signs in (
+        (0x7F807F807F807F80, 0x0080008000800080, 0x8000800080008000),
+        (0x7C007C007C007C00, 0x0400040004000400, 0x8000800080008000),
+        (0x7F8000007F800000, 0x0080000000800000, 0x8000000080000000),
+        (0x7FF0000000000000, 0x0010000000000000, 0x8000000000000000),
+    )
+)
+# A magnitude is a float32 without its sign: 31 bits, whose order as integers is their order as numbers.
+MAGNITUDE_BITS = 31
+# Of a band of magnitudes.
+BINS = 1 << 14
+# Elements worked on at a time: what lies between reading and writing them stays near the core.
+BLOCK = 2048
+# Of rows of such: at multiples of 4096 bytes they would share the same few lines of the nearest cache.
+ROW = BLOCK + 80
+# And where inner products are summed, in float64.
+GRAM_BLOCK = 512
 # Sums that an inner product is divided into, so that it becomes vector instructions.
 LANES = 64
-# And of a chunk worked through from bytes to bytes: five models in float32 fill 40 KiB.
-CHUNK_BLOCK = 2048
-# What `sparsify` does with task vectors.
+# Counters of Philox that are worked on at a time; each gives eight numbers of 16 bits.
+COUNTERS = 256
+DRAWN = 8 * COUNTERS
+# What is left of task vectors.
 WHOLE, TRIM, DROP = 0, 1, 2
 NO_LIMIT = np.uint32(0x7FFFFFFF)
+# 2^32 over the golden ratio, to an odd number: multiples of it are spread evenly over 32 bits.
+GOLDEN = 0x9E3779B9
 
 
 def compiled(function: F) -> F:
     """Compile a kernel at its first call for the types it gets, and keep the machine code on disk."""
     try:
-        made: Any = njit(function, nogil=True, cache=True)
+        # Division by zero gives Inf: to ask before each division would cost the vector instructions.
+        made: Any = njit(function, nogil=True, cache=True, error_model="numpy")
     except RuntimeError:  # no folder for the cache can be written: compile in every process
-        made = njit(function, nogil=True)
+        made = njit(function, nogil=True, error_model="numpy")
     return cast(F, made)
 
 
 # ---- bytes to numbers and back
 
 
+def widen(number: Any) -> Any:
+    """In a kernel: the float32 of a bfloat16's bits; a float as it is."""
+    raise AssertionError("for kernels")
+
+
+@overload(widen, strict=False)
+def _widen(number: Any) -> Any:
+    if isinstance(number, types.Integer):
+        return lambda number: np.uint32(np.uint32(number) << np.uint32(16)).view(np.float32)
+    return lambda number: number
+
+
 @compiled
-def is_finite(raw: Array, code: int) -> bool:
-    """Whether floats in little-endian bytes hold no NaN and no Inf: none has an exponent of all ones.
+def has_full_exponent(words: Array, exponents: Any, lowest: Any, signs: Any) -> bool:
+    """Whether a float in 64-bit words is NaN or Inf.
 
     Adding the exponent's lowest bit carries into the sign's place only from an exponent of all ones, and never into the
-    next number, so that a 64-bit word tests four, two or one at a time.
+    next number, so that a word tests four, two or one at a time.
+    """
+    found = np.uint64(0)
+    for i in range(words.shape[0]):
+        found |= (words[i] & exponents) + lowest
+    return (found & signs) != 0
+
+
+def is_finite(raw: Array, code: int) -> bool:
+    """Whether floats in little-endian bytes hold no NaN and no Inf.
 
     Args:
         raw: bytes, uint8.
         code: BF16, F16, F32 or F64.
     """
-    exponents, lowest, signs = np.uint64(0x7F807F807F807F80), np.uint64(0x0080008000800080), np.uint64(1 << 15)
-    if code == F16:
-        exponents, lowest = np.uint64(0x7C007C007C007C00), np.uint64(0x0400040004000400)
-    elif code == F32:
-        exponents, lowest, signs = np.uint64(0x7F8000007F800000), np.uint64(0x0080000000800000), np.uint64(1 << 31)
-    elif code == F64:
-        exponents, lowest, signs = np.uint64(0x7FF0 << 48), np.uint64(0x0010 << 48), np.uint64(0)
-    signs |= signs << np.uint64(32)
-    signs |= (signs << np.uint64(16)) if code in (BF16, F16) else np.uint64(1 << 63)
-    whole = raw.shape[0] // 8
-    found = np.uint64(0)
-    lanes = raw[: 8 * whole].view(np.uint64)
-    for i in range(whole):
-        found |= (lanes[i] & exponents) + lowest
-    last = np.uint64(0)
-    for i in range(8 * whole, raw.shape[0]):
-        last |= np.uint64(raw[i]) << np.uint64(8 * (i - 8 * whole))
-    found |= (last & exponents) + lowest
-    return (found & signs) == 0
+    words, rest = words_of(raw)
+    return not has_full_exponent(words, *_FULL[code]) and not has_full_exponent(rest, *_FULL[code])
 
 
-@compiled
+def words_of(raw: Array) -> tuple[Array, Array]:
+    """Bytes as 64-bit words, and what is left over as one word, or none."""
+    whole = len(raw) & ~7
+    words, rest = raw[:whole].view(np.uint64), np.zeros(8 if len(raw) % 8 else 0, np.uint8)
+    rest[: len(raw) - whole] = raw[whole:]
+    return words if words.flags.aligned else words.copy(), rest.view(np.uint64)
+
+
 def decode(raw: Array, code: int, out: Array) -> None:
     """Little-endian bytes to floats; what becomes of NaN and Inf is not said.
 
@@ -90,69 +125,64 @@ def decode(raw: Array, code: int, out: Array) -> None:
         out: filled; float32, or float64.
     """
     if code == BF16:
-        words = raw.view(np.uint16)
-        for i in range(out.shape[0]):
-            out[i] = np.uint32(np.uint32(words[i]) << np.uint32(16)).view(np.float32)
-    elif code == F16:
-        halves = raw.view(np.uint16)
-        for i in range(out.shape[0]):
-            # The bits in float32's places; its exponent counts from 127, a half's from 15. Exact below the normal ones.
-            sign = np.uint32(np.uint32(halves[i] & np.uint16(0x8000)) << np.uint32(16))
-            rest = np.uint32(np.uint32(halves[i] & np.uint16(0x7FFF)) << np.uint32(13))
-            out[i] = np.uint32(sign | rest).view(np.float32) * np.float32(2.0**112)
-    elif code == F32:
-        singles = raw.view(np.float32)
-        for i in range(out.shape[0]):
-            out[i] = singles[i]
+        out[...] = np.left_shift(raw.view(np.uint16), 16, dtype=np.uint32).view(np.float32)
     else:
-        doubles = raw.view(np.float64)
-        for i in range(out.shape[0]):
-            out[i] = doubles[i]
+        out[...] = raw.view(_NUMPY[code])
+
+
+def encode(values: Array, code: int, raw: Array) -> int:
+    """Floats to bytes, rounded once, to nearest, ties to even. Returns how many do not fit (NaN, Inf or too large)."""
+    if code == BF16:
+        (round_to_bf16 if values.dtype == np.float32 else round_twice_as_wide_to_bf16)(values, raw.view(np.uint16))
+    elif code == F16:
+        round_to_f16(values, raw.view(np.uint16))
+    else:
+        with np.errstate(over="ignore"):
+            raw.view(np.float32 if code == F32 else np.float64)[...] = values
+    if is_finite(raw, code):
+        return 0
+    back = np.empty(len(values))
+    decode(raw, code, back)
+    return int(np.count_nonzero(~np.isfinite(back)))
 
 
 @compiled
-def encode(values: Array, code: int, raw: Array) -> int:
-    """Floats to bytes, rounded once, to nearest, ties to even. Returns how many do not fit (NaN, Inf or too large)."""
-    bad: Any = 0
-    if code == BF16:
-        words = raw.view(np.uint16)
-        for i in range(values.shape[0]):
-            single = np.float32(values[i])
-            bits = single.view(np.uint32)
-            # A float64 that float32 rounds to the middle between two results is above or below it, not in the middle.
-            middle = (bits & np.uint32(0xFFFF)) == np.uint32(0x8000)
-            above = middle & (abs(np.float64(values[i])) > abs(np.float64(single)))
-            below = middle & (abs(np.float64(values[i])) < abs(np.float64(single)))
-            even = np.uint32(bits >> np.uint32(16)) & np.uint32(1)
-            up = np.uint32(1) if above else np.uint32(0) if below else even
-            words[i] = np.uint16(np.uint32(bits + np.uint32(0x7FFF) + up) >> np.uint32(16))
-            bad += (bits & np.uint32(0x7FFFFFFF)) >= np.uint32(0x7F7F8000)
-    elif code == F16:
-        halves = raw.view(np.uint16)
-        for i in range(values.shape[0]):
-            magnitude = abs(np.float64(values[i]))
-            fits = magnitude < 65520.0
-            bad += not fits
-            limited = np.float64(magnitude if fits else 65536.0)
-            power: Any = limited.view(np.uint64) >> np.uint64(52)
-            exponent = max(int(power) - 1023, -14)
-            scale = np.uint64(np.uint64(1033 - exponent) << np.uint64(52)).view(np.float64)
-            # A count that carries into the next power of two carries into the exponent's bits as well.
-            counted = int(np.rint(limited * scale)) + 1024 * (exponent + 14)
-            halves[i] = np.uint16(counted + (0x8000 if math.copysign(1.0, values[i]) < 0.0 else 0))
-    elif code == F32:
-        singles = raw.view(np.float32)
-        bits32 = raw.view(np.uint32)
-        for i in range(values.shape[0]):
-            singles[i] = values[i]
-        for i in range(values.shape[0]):
-            bad += (bits32[i] & np.uint32(0x7F800000)) == np.uint32(0x7F800000)
-    else:
-        doubles = raw.view(np.float64)
-        for i in range(values.shape[0]):
-            doubles[i] = values[i]
-            bad += not math.isfinite(values[i])
-    return bad
+def round_to_bf16(values: Array, words: Array) -> None:
+    """float32 to bfloat16's bits. What is too large becomes Inf, as does a NaN or stays one."""
+    for i in range(values.shape[0]):
+        bits = np.float32(values[i]).view(np.uint32)
+        words[i] = np.uint16(
+            np.uint32(bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+        )
+
+
+@compiled
+def round_twice_as_wide_to_bf16(values: Array, words: Array) -> None:
+    """float64 to bfloat16's bits, without rounding to float32 on the way."""
+    for i in range(values.shape[0]):
+        single = np.float32(values[i])
+        bits = single.view(np.uint32)
+        # A float64 that float32 rounds to the middle between two results is above or below it, not in the middle.
+        middle = (bits & np.uint32(0xFFFF)) == np.uint32(0x8000)
+        above = middle & (abs(values[i]) > abs(np.float64(single)))
+        below = middle & (abs(values[i]) < abs(np.float64(single)))
+        even = np.uint32(bits >> np.uint32(16)) & np.uint32(1)
+        up = np.uint32(1) if above else np.uint32(0) if below else even
+        words[i] = np.uint16(np.uint32(bits + np.uint32(0x7FFF) + up) >> np.uint32(16))
+
+
+@compiled
+def round_to_f16(values: Array, words: Array) -> None:
+    """Floats to float16's bits. What is too large becomes Inf, as does a NaN."""
+    for i in range(values.shape[0]):
+        magnitude = abs(np.float64(values[i]))
+        limited = np.float64(magnitude if magnitude < 65520.0 else 65536.0)
+        power: Any = limited.view(np.uint64) >> np.uint64(52)
+        exponent = max(int(power) - 1023, -14)
+        scale = np.uint64(np.uint64(1033 - exponent) << np.uint64(52)).view(np.float64)
+        # A count that carries into the next power of two carries into the exponent's bits as well.
+        counted = int(np.rint(limited * scale)) + 1024 * (exponent + 14)
+        words[i] = np.uint16(counted + (0x8000 if math.copysign(1.0, values[i]) < 0.0 else 0))
 
 
 @compiled
@@ -179,15 +209,19 @@ def add_low_rank(begin: int, left_OR: Array, right_RC: Array, out: Array) -> Non
         place += count
 
 
-@compiled
-def checksum(raw: Array) -> Any:
+def checksum(raw: Array) -> int:
     """A sum of 64-bit words weighted by their place: what a torn or lost write changes. Not a digest."""
-    words = raw[: raw.shape[0] - raw.shape[0] % 8].view(np.uint64)
-    total = np.uint64(raw.shape[0])
+    words, rest = words_of(raw)
+    tail = int(rest[0]) * (2 * len(words) + 1) if len(rest) else 0
+    return (int(weighted_words(words)) + tail + len(raw)) % 2**64
+
+
+@compiled
+def weighted_words(words: Array) -> Any:
+    """The sum of words times 1, 3, 5, ..., modulo 2^64."""
+    total = np.uint64(0)
     for i in range(words.shape[0]):
         total += words[i] * (np.uint64(2) * np.uint64(i) + np.uint64(1))
-    for i in range(words.shape[0] * 8, raw.shape[0]):
-        total += np.uint64(raw[i]) * (np.uint64(2) * np.uint64(i) + np.uint64(1))
     return total
 
 
@@ -220,161 +254,172 @@ def philox(counter: Any, stream: Any, key: Any, out_4J: Array) -> None:
 
 
 @compiled
-def words(begin: int, stream: int, key: Any, out: Array) -> None:
-    """The random 32-bit word of elements begin, begin + 1, ... of a tensor: word i mod 4 of counter i div 4."""
-    first = begin // 4
-    count = (begin + out.shape[0] + 3) // 4 - first
-    columns, ordered = np.empty((4, BLOCK), np.uint32), np.empty(4 * BLOCK, np.uint32)
-    for block in range(0, count, BLOCK):
-        size = min(BLOCK, count - block)
-        philox(np.uint64(first + block), np.uint64(stream), key, columns)
-        for j in range(size):
-            for c in range(4):
-                ordered[4 * j + c] = columns[c, j]
-        at = 4 * (first + block)
-        low, high = max(at, begin), min(at + 4 * size, begin + out.shape[0])
-        for i in range(low, high):
-            out[i - begin] = ordered[i - at]
+def draw(begin: int, key: Any, out: Array) -> None:
+    """The random 16-bit numbers of elements begin, begin + 1, ... of a tensor.
+
+    Elements are taken 2048 at a time: with g = i div 2048 and r = i mod 2048, the number of element i is half r mod 2,
+    the lower one first, of word r div 512 of counter 256 g + (r mod 512) div 2. That is what Philox writes, in its
+    order in memory.
+    """
+    words = np.empty((4, COUNTERS), np.uint32)
+    group = words.reshape(-1).view(np.uint16)
+    place = 0
+    while place < out.shape[0]:
+        number, skipped = divmod(begin + place, DRAWN)
+        philox(np.uint64(number * COUNTERS), np.uint64(0), key, words)
+        count = min(DRAWN - skipped, out.shape[0] - place)
+        into, some = out[place : place + count], group[skipped : skipped + count]
+        for i in range(count):
+            into[i] = some[i]
+        place += count
 
 
 # ---- sums
 
 
 @compiled
-def anchored_sum(anchor: Array, terms_KN: Array, weights_K: Array, anchor_scale: float, out: Array) -> None:
+def anchored_sum(models_MN: Array, anchor: int, first: int, weights_K: Array, anchor_scale: float, out: Array) -> None:
     """anchor_scale * anchor + sum_k weights_k (terms_k - anchor), in the dtype of `out`.
 
     The anchor times its scale, to the bit, where the weighted differences cancel.
+
+    Args:
+        anchor: row of the anchor; the terms are rows first, first + 1, ...
+        out: float32, or float64.
     """
-    for i in range(out.shape[0]):
-        out[i] = 0
-    for k in range(terms_KN.shape[0]):
-        term = terms_KN[k]
-        weight = out.dtype.type(weights_K[k])
-        for i in range(out.shape[0]):
-            out[i] += weight * (term[i] - anchor[i])
     scale = out.dtype.type(anchor_scale)
-    for i in range(out.shape[0]):
-        start = scale * anchor[i]
-        total = start + out[i]
-        out[i] = total if out[i] != 0 else start
+    for begin in range(0, out.shape[0], BLOCK):
+        total = out[begin : begin + BLOCK]
+        start = models_MN[anchor, begin : begin + BLOCK]
+        for i in range(total.shape[0]):
+            total[i] = 0
+        for k in range(weights_K.shape[0]):
+            term = models_MN[first + k, begin : begin + BLOCK]
+            weight = out.dtype.type(weights_K[k])
+            for i in range(total.shape[0]):
+                total[i] += weight * (widen(term[i]) - widen(start[i]))
+        for i in range(total.shape[0]):
+            begun = scale * widen(start[i])
+            summed = begun + total[i]
+            total[i] = summed if total[i] != 0 else begun
 
 
 @compiled
-def subtract(base: Array, values_KN: Array) -> None:
-    """Turn experts into task vectors, in place."""
-    for k in range(values_KN.shape[0]):
-        for i in range(base.shape[0]):
-            values_KN[k, i] -= base[i]
+def gram(models_MN: Array, has_base: bool, like: Array, out: Array) -> None:
+    """Add the inner products of all pairs of models, or of task vectors, to `out`, (K, K) float64.
 
+    `LANES` sums a pair in a block, then one.
 
-@compiled
-def gram(values_KN: Array, out: Array) -> None:
-    """Add the inner products of all pairs of rows to `out`, a (K, K) float64 matrix. `LANES` sums a pair, then one."""
-    experts, elements = values_KN.shape
-    whole = elements - elements % LANES
+    Args:
+        has_base: the last row is subtracted from the others.
+        like: an empty array of the dtype in which differences are taken.
+    """
+    experts = models_MN.shape[0] - (1 if has_base else 0)
+    rows = np.empty((experts, GRAM_BLOCK + 40))  # as ROW
     sums = np.empty(LANES)
-    for a in range(experts):
-        for b in range(a, experts):
-            sums[:] = 0.0
-            for begin in range(0, whole, LANES):
-                one, two = values_KN[a, begin : begin + LANES], values_KN[b, begin : begin + LANES]
+    for begin in range(0, models_MN.shape[1], GRAM_BLOCK):
+        count = min(GRAM_BLOCK, models_MN.shape[1] - begin)
+        whole = count - count % LANES
+        for k in range(experts):
+            row, model = rows[k], models_MN[k, begin : begin + count]
+            if has_base:
+                base = models_MN[experts, begin : begin + count]
+                for i in range(count):
+                    row[i] = like.dtype.type(widen(model[i]) - widen(base[i]))
+            else:
+                for i in range(count):
+                    row[i] = widen(model[i])
+        for a in range(experts):
+            for b in range(a, experts):
+                sums[:] = 0.0
+                for at in range(0, whole, LANES):
+                    one, two = rows[a, at : at + LANES], rows[b, at : at + LANES]
+                    for j in range(LANES):
+                        sums[j] += one[j] * two[j]
+                total = 0.0
                 for j in range(LANES):
-                    sums[j] += np.float64(one[j]) * np.float64(two[j])
-            total = 0.0
-            for j in range(LANES):
-                total += sums[j]
-            for i in range(whole, elements):
-                total += np.float64(values_KN[a, i]) * np.float64(values_KN[b, i])
-            out[a, b] += total
-            if a != b:
-                out[b, a] += total
-
-
-@compiled
-def count_conflicts(tau_KN: Array, counts: Array) -> None:
-    """Add to counts[0] the elements that two or more experts change, to counts[1] those pushed in both directions."""
-    for i in range(tau_KN.shape[1]):
-        plus, minus = 0, 0
-        for k in range(tau_KN.shape[0]):
-            plus += tau_KN[k, i] > 0
-            minus += tau_KN[k, i] < 0
-        counts[0] += plus + minus > 1
-        counts[1] += (plus > 0) & (minus > 0)
+                    total += sums[j]
+                for i in range(whole, count):
+                    total += rows[a, i] * rows[b, i]
+                out[a, b] += total
+                if a != b:
+                    out[b, a] += total
 
 
 # ---- which elements of a task vector stay
 
 
-@compiled
-def magnitudes(values: Array, out: Array) -> None:
+def magnitudes(values: Array) -> Array:
     """Absolute values as float32 bit patterns: their order as integers is their order as numbers."""
-    single = values.astype(np.float32)
-    bits = single.view(np.uint32)
-    for i in range(values.shape[0]):
-        out[i] = bits[i] & np.uint32(0x7FFFFFFF)
+    return np.abs(values).astype(np.float32).view(np.uint32)
 
 
 @compiled
-def count_high(bits: Array, counts: Array) -> None:
-    """Count magnitudes by their upper 16 bits."""
-    for i in range(bits.shape[0]):
-        counts[bits[i] >> np.uint32(15)] += 1
+def count_bits(bits: Array, low: int, width: int, shift: int, counts: Array) -> None:
+    """Add to counts[0, b] the magnitudes of bin b of a band, to counts[0, BINS] those above the band.
 
-
-@compiled
-def count_low(bits: Array, high: int, counts: Array) -> None:
-    """Count the magnitudes whose upper 16 bits are `high` by their lower 15 bits."""
-    # Gathered first: a place that is moved on costs less than a branch that is taken now and then.
-    wanted, found = np.uint32(high), np.empty(BLOCK, np.uint32)
-    for begin in range(0, bits.shape[0], BLOCK):
-        count = 0
-        for i in range(begin, min(begin + BLOCK, bits.shape[0])):
-            found[count] = bits[i]
-            count += bits[i] >> np.uint32(15) == wanted
-        for i in range(count):
-            counts[found[i] & np.uint32(0x7FFF)] += 1
-
-
-@compiled
-def keep_between(
-    bits: Array, low: int, keep_low: float, high: int, keep_high: float, begin: int, key: int, tau: Array
-) -> None:
-    """Set elements of a task vector to zero unless low < magnitude < high; of those equal to a limit keep a share.
-
-    Which of the equal ones stay is drawn from (key, index), so that no end of the tensor is favoured.
+    A bin is 2^shift bit patterns. counts[1, b] are those that are not the bin's first pattern.
 
     Args:
-        low, high: bit patterns as `magnitudes` gives them. With low == high, `keep_low` counts.
-        keep_low, keep_high: shares in [0, 1] of the elements equal to a limit.
-        begin: index of the chunk's first element in its tensor.
+        low, width: the band, [low, low + width); width is at most BINS * 2^shift.
     """
-    lowest, highest = np.uint32(low), np.uint32(high)
-    equal = 0
-    for i in range(tau.shape[0]):
-        equal += (bits[i] == lowest) | (bits[i] == highest)
-        tau[i] = tau[i] if (bits[i] >= lowest) & (bits[i] <= highest) else 0
-    if equal == 0:
-        return
-    # Half a word for each element: shares to 1.5e-5 at half the cost.
-    first = begin // 2
-    drawn = np.empty((begin + tau.shape[0] + 1) // 2 - first, np.uint32)
-    words(first, 1, key, drawn)
-    halves = drawn.view(np.uint16)[begin - 2 * first :]
-    low_bound, high_bound = np.uint32(keep_low * 65536.0), np.uint32(keep_high * 65536.0)
-    for i in range(tau.shape[0]):
-        bound = low_bound if bits[i] == lowest else high_bound
-        leave = ((bits[i] == lowest) | (bits[i] == highest)) & (np.uint32(halves[i]) >= bound)
-        tau[i] = 0 if leave else tau[i]
+    start, size, last = np.uint32(low), np.uint32(width), np.uint32(low + width - 1)
+    step, rest = np.uint32(shift), np.uint32((1 << shift) - 1)
+    found = np.empty(BLOCK, np.uint32)
+    for begin in range(0, bits.shape[0], BLOCK):
+        some = bits[begin : begin + BLOCK]
+        above = np.uint32(0)
+        for i in range(some.shape[0]):
+            above += np.uint32(some[i] > last)
+        # Gathered first: a place that is moved on costs less than a branch that is taken now and then.
+        count: Any = 0
+        for i in range(some.shape[0]):
+            place = np.uint32(some[i] - start)
+            found[count] = place
+            count += place < size
+        for i in range(count):
+            counts[0, found[i] >> step] += 1
+            counts[1, found[i] >> step] += (found[i] & rest) != 0
+        counts[0, BINS] += above
 
 
 @compiled
-def drop(drawn: Array, keep: float, scale: float, tau: Array) -> None:
-    """Keep an element where its word is below keep * 2^32, times `scale`; the others become zero."""
-    bound = np.uint64(keep * 2.0**32)
-    factor = tau.dtype.type(scale)
-    for i in range(tau.shape[0]):
-        tau[i] = tau[i] * factor if np.uint64(drawn[i]) < bound else 0
+def count_bands(models_MN: Array, bands_KJ3: Array, like: Array, counts_KJ2B: Array) -> None:
+    """`count_bits` of each task vector's magnitudes in J bands: (low, width, shift), of width 0 for none."""
+    experts = models_MN.shape[0] - 1
+    bits = np.empty(BLOCK, np.uint32)
+    for begin in range(0, models_MN.shape[1], BLOCK):
+        base = models_MN[experts, begin : begin + BLOCK]
+        some = bits[: base.shape[0]]
+        for k in range(experts):
+            model = models_MN[k, begin : begin + BLOCK]
+            for i in range(some.shape[0]):
+                tau = np.float32(like.dtype.type(widen(model[i]) - widen(base[i])))
+                some[i] = tau.view(np.uint32) & np.uint32(0x7FFFFFFF)
+            for j in range(bands_KJ3.shape[1]):
+                low, width, shift = bands_KJ3[k, j, 0], bands_KJ3[k, j, 1], bands_KJ3[k, j, 2]
+                if width > 0:
+                    count_bits(some, low, width, shift, counts_KJ2B[k, j])
+
+
+def stays(bits: Array, limits: Array, begin: int, key: int) -> Array:
+    """Which elements have a magnitude between two limits, and of those equal to a limit a share, spread evenly.
+
+    Element i of equal ones stays where the upper 24 bits of i * GOLDEN + key are below its share of 2^24: a sequence
+    that favours no part of a tensor and comes nearer to the share than anything drawn at random.
+
+    Args:
+        bits: as `magnitudes` gives them.
+        limits: (low, keep_low, high, keep_high), bit patterns and shares; with low == high, keep_low counts.
+        begin: index of the first element in its tensor.
+    """
+    low, keep_low, high, keep_high = limits
+    places = np.arange(begin, begin + len(bits), dtype=np.uint64) * np.uint64(GOLDEN) + np.uint64(key % 2**32)
+    places = (places & np.uint64(0xFFFFFFFF)) >> np.uint64(8)
+    at_low, at_high = places < round(keep_low * 2**24), places < round(keep_high * 2**24)
+    inside = (bits > int(low)) & (bits < int(high))
+    kept: Array = np.where(bits == int(low), at_low, np.where(bits == int(high), at_high, inside))
+    return kept
 
 
 @compiled
@@ -391,7 +436,7 @@ def drop_by_rank(drawn: Array, density: float, spread: float, columns: int, tau:
             i = order[rank]
             place = 0.5 if columns == 1 else rank / (columns - 1)
             keep = density - spread + 2.0 * spread * place
-            if drawn[row * columns + i] < keep * 2.0**32:
+            if drawn[row * columns + i] < keep * 2.0**16:
                 line[i] /= keep
             else:
                 line[i] = 0
@@ -400,58 +445,114 @@ def drop_by_rank(drawn: Array, density: float, spread: float, columns: int, tau:
 # ---- how task vectors become one
 
 
-@compiled
-def add_up(base: Array, tau_KN: Array, weights_K: Array, scale: float, out: Array) -> None:
-    """base + scale * sum_k weights_k tau_k, summed in float64. The base, to the bit, where that sum is zero."""
-    total = np.empty(BLOCK)
-    for begin in range(0, out.shape[0], BLOCK):
-        count = min(BLOCK, out.shape[0] - begin)
-        total[:count] = 0.0
-        for k in range(tau_KN.shape[0]):
-            tau = tau_KN[k, begin : begin + count]
-            for i in range(count):
-                total[i] += weights_K[k] * np.float64(tau[i])
-        for i in range(count):
-            start = base[begin + i]
-            out[begin + i] = np.float64(start) + scale * total[i] if total[i] != 0.0 else start
+def sign_tie(experts: int, like: Array) -> float:
+    """Weighted sums nearer to zero than this share of their terms are zero: what rounding alone may leave of one."""
+    return 4.0 * experts * float(np.finfo(like.dtype).eps)
 
 
 @compiled
-def elect(base: Array, tau_KN: Array, weights_K: Array, scale: float, mean: bool, mergekit: bool, out: Array) -> None:
-    """base + scale * the weighted mean of those task vectors whose sign won, element by element.
-
-    The sign of the weighted sum wins. Where the sum is zero, the base stays.
+def combine(
+    base: Array, taus: Array, stride: int, weights_K: Array, scale: float, elects: bool, mean: bool, mergekit: bool,
+    tie: float, out: Array,
+) -> None:  # fmt: skip
+    """base + scale * what the task vectors add up to, element by element; the base, to the bit, where that is zero.
 
     Args:
-        mean: divide by the sum of |weight| of the agreeing experts; otherwise the sum is taken.
+        taus: the task vectors, one beginning `stride` elements after the other.
+        elects: of the terms weight * tau, only those count whose sign the sum of all has. Where that is zero, within
+            `tie` of the terms' sizes, the base stays. Otherwise all are added.
+        mean: divide what was elected by the sum of |weight| of the agreeing experts.
         mergekit: its conventions instead: a zero sum counts as plus, and the division is by the signed weights.
+        out: float32, or float64, in which all is computed.
     """
+    number = out.dtype.type
     # In rows of one array, whose distance the compiler knows: the sum of the terms that push up, of those that push
     # down, and what either is divided by.
-    sums = np.empty(4 * BLOCK)
+    sums = np.empty(4 * ROW, out.dtype)
+    nothing, one, factor, nearly = number(0), number(1), number(scale), number(tie)
     for begin in range(0, out.shape[0], BLOCK):
-        count = min(BLOCK, out.shape[0] - begin)
-        sums[:] = 0.0
-        for k in range(tau_KN.shape[0]):
-            tau, weight = tau_KN[k, begin : begin + count], weights_K[k]
+        merged, starts = out[begin : begin + BLOCK], base[begin : begin + BLOCK]
+        count = merged.shape[0]
+        sums[:] = nothing
+        if not elects:
+            for k in range(weights_K.shape[0]):
+                tau, weight = taus[k * stride + begin : k * stride + begin + count], number(weights_K[k])
+                for i in range(count):
+                    sums[i] += weight * tau[i]
+            for i in range(count):
+                start = widen(starts[i])
+                merged[i] = start + factor * sums[i] if sums[i] != nothing else start
+            continue
+        for k in range(weights_K.shape[0]):
+            tau, weight = taus[k * stride + begin : k * stride + begin + count], number(weights_K[k])
             share = weight if mergekit else abs(weight)
             for i in range(count):
-                term = weight * np.float64(tau[i])
-                up = max(term, 0.0)
+                term = weight * tau[i]
+                up = term if term > nothing else nothing
                 sums[i] += up
-                sums[BLOCK + i] += term - up
-                sums[2 * BLOCK + i] += share if term > 0.0 else 0.0
-                sums[3 * BLOCK + i] += share if term < 0.0 else 0.0
-        starts, merged = base[begin : begin + count], out[begin : begin + count]
+                sums[ROW + i] += term - up
+                sums[2 * ROW + i] += share if term > nothing else nothing
+                sums[3 * ROW + i] += share if term < nothing else nothing
         for i in range(count):
-            total = sums[i] + sums[BLOCK + i]
-            is_tied = abs(total) <= SIGN_TIE * (sums[i] - sums[BLOCK + i])
-            up_wins = (total > 0.0) | (is_tied & mergekit)
-            elected = sums[i] if up_wins else sums[BLOCK + i]
-            elected = 0.0 if is_tied & (not mergekit) else elected
-            size = sums[2 * BLOCK + i] if up_wins else sums[3 * BLOCK + i]
-            elected /= size if mean & (size != 0.0) else 1.0
-            merged[i] = np.float64(starts[i]) + scale * elected if elected != 0.0 else starts[i]
+            start = widen(starts[i])
+            total = sums[i] + sums[ROW + i]
+            is_tied = abs(total) <= nearly * (sums[i] - sums[ROW + i])
+            up_wins = (total > nothing) | (is_tied & mergekit)
+            elected = sums[i] if up_wins else sums[ROW + i]
+            elected = nothing if is_tied & (not mergekit) else elected
+            size = sums[2 * ROW + i] if up_wins else sums[3 * ROW + i]
+            elected /= size if mean & (size != nothing) else one
+            merged[i] = start + factor * elected if elected != nothing else start
+
+
+@compiled
+def sparse_sum(
+    models_MN: Array, begin: int, how: int, limits_KP: Array, keys_K: Array, weights_K: Array, scale: float,
+    elects: bool, mean: bool, mergekit: bool, tie: float, kept_K: Array, out: Array,
+) -> None:  # fmt: skip
+    """`combine` of what is left of task vectors; what is left is computed block by block and kept nowhere.
+
+    Args:
+        begin: index in the tensor of the first element.
+        how: WHOLE: all is left. TRIM: what `stays` says, a row of limits is its limits. DROP: elements whose number is
+            below a bound, times a scale; a row is (bound, scale).
+        keys_K: seeds.
+        kept_K: int64, to which is added how many elements are left and not zero.
+    """
+    experts, elements = models_MN.shape[0] - 1, models_MN.shape[1]
+    number = out.dtype.type
+    taus = np.empty(experts * ROW, out.dtype)
+    drawn = np.empty(BLOCK, np.uint16)
+    zero = number(0)
+    for at in range(0, elements, BLOCK):
+        size = min(BLOCK, elements - at)
+        base = models_MN[experts, at : at + size]
+        for k in range(experts):
+            tau, model = taus[k * ROW : k * ROW + size], models_MN[k, at : at + size]
+            for i in range(size):
+                tau[i] = widen(model[i]) - widen(base[i])
+            if how == TRIM:
+                low, high = np.uint32(limits_KP[k, 0]), np.uint32(limits_KP[k, 2])
+                keep_low = np.uint32(np.rint(limits_KP[k, 1] * 16777216.0))
+                keep_high = np.uint32(np.rint(limits_KP[k, 3] * 16777216.0))
+                first = np.uint32(np.uint64(begin + at) * np.uint64(GOLDEN) + keys_K[k])
+                for i in range(size):
+                    bits = np.float32(tau[i]).view(np.uint32) & np.uint32(0x7FFFFFFF)
+                    place = np.uint32(first + np.uint32(np.uint32(i) * np.uint32(GOLDEN))) >> np.uint32(8)
+                    bound = keep_low if bits == low else keep_high
+                    on_limit = (bits == low) | (bits == high)
+                    leave = (bits < low) | (bits > high) | (on_limit & (np.uint32(place) >= bound))
+                    tau[i] = zero if leave else tau[i]
+            elif how == DROP and limits_KP[k, 0] < 65536.0:
+                limit, factor = np.uint32(limits_KP[k, 0]), number(limits_KP[k, 1])
+                draw(begin + at, keys_K[k], drawn[:size])
+                for i in range(size):
+                    tau[i] = factor * tau[i] if np.uint32(drawn[i]) < limit else zero
+            left = np.uint32(0)
+            for i in range(size):
+                left += np.uint32(tau[i] != zero)
+            kept_K[k] += left
+        combine(base, taus, ROW, weights_K, scale, elects, mean, mergekit, tie, out[at : at + size])
 
 
 @compiled
@@ -527,154 +628,3 @@ def variances(tau_KN: Array, out: Array) -> None:
     bits = single.view(np.uint32)
     for i in range(bits.shape[0]):
         out[i] = bits[i]
-
-
-# ---- chunks, from the bytes of all models to the bytes of one: decoded, computed and encoded block by block, so that
-# what lies between never leaves the core. Kept in this file: the cache of machine code knows changes of one file only.
-
-
-@compiled
-def decode_block(raw: Array, places_M: Array, codes_M: Array, begin: int, values_MN: Array) -> None:
-    """Elements begin, begin + 1, ... of all models as floats.
-
-    Args:
-        raw: bytes of a chunk.
-        places_M: where in `raw` each model begins.
-        codes_M: of each model's numbers.
-    """
-    for m in range(values_MN.shape[0]):
-        width = WIDTHS[codes_M[m]]
-        first = places_M[m] + begin * width
-        decode(raw[first : first + values_MN.shape[1] * width], codes_M[m], values_MN[m])
-
-
-@compiled
-def sum_chunk(
-    raw: Array, places_M: Array, codes_M: Array, like: Array, anchor: int, first: int, weights_K: Array,
-    anchor_scale: float, code: int, out: Array,
-) -> int:  # fmt: skip
-    """`anchored_sum` of a chunk. Returns how many results do not fit.
-
-    Args:
-        like: its dtype is that of the arithmetic.
-        anchor: row of the anchor; the terms are rows first, first + 1, ...
-        code: of the bytes `out`.
-    """
-    models, width = places_M.shape[0], WIDTHS[code]
-    count = out.shape[0] // width
-    room, total = np.empty(models * CHUNK_BLOCK, like.dtype), np.empty(CHUNK_BLOCK, like.dtype)
-    bad = 0
-    for begin in range(0, count, CHUNK_BLOCK):
-        size = min(CHUNK_BLOCK, count - begin)
-        values = room[: models * size].reshape(models, size)
-        decode_block(raw, places_M, codes_M, begin, values)
-        terms = values[first : first + weights_K.shape[0]]
-        anchored_sum(values[anchor], terms, weights_K, anchor_scale, total[:size])
-        bad += encode(total[:size], code, out[begin * width : (begin + size) * width])
-    return bad
-
-
-@compiled
-def gram_chunk(
-    raw: Array, places_M: Array, codes_M: Array, like: Array, count: int, has_base: bool, out: Array
-) -> None:
-    """Add the inner products of all pairs of task vectors, or without a base of models, to a float64 matrix."""
-    models = places_M.shape[0]
-    room = np.empty(models * CHUNK_BLOCK, like.dtype)
-    for begin in range(0, count, CHUNK_BLOCK):
-        size = min(CHUNK_BLOCK, count - begin)
-        values = room[: models * size].reshape(models, size)
-        decode_block(raw, places_M, codes_M, begin, values)
-        if has_base:
-            subtract(values[models - 1], values[: models - 1])
-            gram(values[: models - 1], out)
-        else:
-            gram(values, out)
-
-
-@compiled
-def count_high_chunk(raw: Array, places_M: Array, codes_M: Array, like: Array, count: int, counts_K: Array) -> None:
-    """`count_high` of each task vector's magnitudes."""
-    models = places_M.shape[0]
-    room, bits = np.empty(models * CHUNK_BLOCK, like.dtype), np.empty(CHUNK_BLOCK, np.uint32)
-    for begin in range(0, count, CHUNK_BLOCK):
-        size = min(CHUNK_BLOCK, count - begin)
-        values = room[: models * size].reshape(models, size)
-        decode_block(raw, places_M, codes_M, begin, values)
-        subtract(values[models - 1], values[: models - 1])
-        for k in range(models - 1):
-            magnitudes(values[k], bits[:size])
-            count_high(bits[:size], counts_K[k])
-
-
-@compiled
-def count_low_chunk(
-    raw: Array, places_M: Array, codes_M: Array, like: Array, count: int, bins_K2: Array, counts_K2: Array
-) -> None:
-    """`count_low` of each task vector's magnitudes, in two bins; a bin of -1 is not counted."""
-    models = places_M.shape[0]
-    room, bits = np.empty(models * CHUNK_BLOCK, like.dtype), np.empty(CHUNK_BLOCK, np.uint32)
-    for begin in range(0, count, CHUNK_BLOCK):
-        size = min(CHUNK_BLOCK, count - begin)
-        values = room[: models * size].reshape(models, size)
-        decode_block(raw, places_M, codes_M, begin, values)
-        subtract(values[models - 1], values[: models - 1])
-        for k in range(models - 1):
-            magnitudes(values[k], bits[:size])
-            for j in range(2):
-                if bins_K2[k, j] >= 0:
-                    count_low(bits[:size], bins_K2[k, j], counts_K2[k, j])
-
-
-@compiled
-def sparsify(tau_KN: Array, begin: int, how: int, limits_KP: Array, keys_K: Array) -> None:
-    """Leave a part of each task vector in place, and zero elsewhere.
-
-    Args:
-        begin: index in the tensor of the first element.
-        how: WHOLE: all stays. TRIM: by magnitude, a row of limits is (low, keep_low, high, keep_high) of
-            `keep_between`. DROP: at random, a row is (density, scale) of `drop`.
-        keys_K: seeds of what is drawn.
-    """
-    if how == TRIM:
-        bits = np.empty(tau_KN.shape[1], np.uint32)
-        for k in range(tau_KN.shape[0]):
-            magnitudes(tau_KN[k], bits)
-            low, keep_low, high, keep_high = limits_KP[k, 0], limits_KP[k, 1], limits_KP[k, 2], limits_KP[k, 3]
-            keep_between(bits, int(low), keep_low, int(high), keep_high, begin, keys_K[k], tau_KN[k])
-    elif how == DROP:
-        drawn = np.empty(tau_KN.shape[1], np.uint32)
-        for k in range(tau_KN.shape[0]):
-            if limits_KP[k, 0] < 1.0:
-                words(begin, 0, keys_K[k], drawn)
-                drop(drawn, limits_KP[k, 0], limits_KP[k, 1], tau_KN[k])
-
-
-@compiled
-def sparse_chunk(
-    raw: Array, places_M: Array, codes_M: Array, like: Array, first: int, how: int, limits_KP: Array,
-    keys_K: Array, weights_K: Array, scale: float, elects: bool, mean: bool, mergekit: bool, code: int, out: Array,
-) -> int:  # fmt: skip
-    """`sparsify`, then `elect` or `add_up`, of a chunk. Returns how many results do not fit.
-
-    Args:
-        first: index in the tensor of the chunk's first element.
-        elects: elect a sign; otherwise add.
-    """
-    models, width = places_M.shape[0], WIDTHS[code]
-    count = out.shape[0] // width
-    room, total = np.empty(models * CHUNK_BLOCK, like.dtype), np.empty(CHUNK_BLOCK, like.dtype)
-    bad = 0
-    for begin in range(0, count, CHUNK_BLOCK):
-        size = min(CHUNK_BLOCK, count - begin)
-        values = room[: models * size].reshape(models, size)
-        decode_block(raw, places_M, codes_M, begin, values)
-        base, tau = values[models - 1], values[: models - 1]
-        subtract(base, tau)
-        sparsify(tau, first + begin, how, limits_KP, keys_K)
-        if elects:
-            elect(base, tau, weights_K, scale, mean, mergekit, total[:size])
-        else:
-            add_up(base, tau, weights_K, scale, total[:size])
-        bad += encode(total[:size], code, out[begin * width : (begin + size) * width])
-    return bad

@@ -1,8 +1,8 @@
 """Every merge method on one page: what it computes on one tensor, where it comes from, and what it is worth.
 
 A method turns the settings of a tensor into a `Rule`: passes that gather sums over the whole tensor, and what is then
-done to each chunk. Chunks arrive in any order and on any thread; nothing here depends on it. What is used most goes
-from bytes to bytes in one kernel (`kernels.sum_chunk` and its kin); the rest works on a chunk's numbers.
+done to each chunk. Chunks arrive in any order and on any thread; nothing here depends on it. What is used most reads
+the models as they are stored, in one kernel; the rest works on a chunk's widened numbers.
 """
 
 # K experts, N elements of a chunk, P numbers that say what stays of a task vector
@@ -18,7 +18,7 @@ import numpy as np
 from evertune.errors import MergeError
 from evertune.merge import kernels
 from evertune.merge.chunk import Chunk, Values
-from evertune.merge.kernels import HIGH_BINS, LOW_BINS, NO_LIMIT, Array
+from evertune.merge.kernels import BINS, MAGNITUDE_BITS, NO_LIMIT, Array
 
 Standing = Literal["production", "research", "academic"]
 State = dict[str, Any]
@@ -64,30 +64,33 @@ class Settings:
 
 @dataclass(frozen=True)
 class Pass:
-    """One reading of a whole tensor. Sums of chunks add up: integers at once, floats in the order of the tensor.
+    """One reading of a tensor. Sums of chunks add up: integers at once, floats in the order of the tensor.
 
     shape, dtype: of the array that `gather` adds to; it begins with zeros.
-    finish: puts what follows from the total into the state.
+    finish: puts what follows from the total into the state; True asks for the same pass once more.
+    of_sample: reads an even sample only, as `Reader.sample` gives it.
     """
 
     shape: tuple[int, ...]
     dtype: type
     gather: Callable[[Chunk, State, Array], None]
-    finish: Callable[[Array, State], None]
+    finish: Callable[[Array, State], bool | None]
+    of_sample: bool = False
 
 
 @dataclass(frozen=True)
 class Rule:
     """How one tensor is merged: the passes, in order, then `apply` on every chunk.
 
-    apply: fills bytes with numbers of a type (BF16, F16, F32 or F64) and returns how many do not fit into it.
-    part: what is left of a chunk's task vectors, (K, N), for methods that leave out a part.
+    apply: fills an array with the merged numbers of a chunk, in the dtype to compute in, and adds to a (K,) int64
+        array how many elements of each task vector stay and are not zero, if the method leaves out a part.
+    leaves_out: whether it does.
     whole_rows: chunks are whole rows of the last dimension.
     """
 
-    apply: Callable[[Chunk, State, int, Array], int]
+    apply: Callable[[Chunk, State, Array, Array], None]
     passes: tuple[Pass, ...] = ()
-    part: Callable[[Chunk, State], Array] | None = None
+    leaves_out: bool = False
     whole_rows: bool = False
 
 
@@ -125,7 +128,7 @@ def linear(settings: Settings) -> Rule:
         check_weight_sum(weights)
         weights, total = weights / total, 1.0
 
-    return Rule(lambda chunk, state, code, out: _sum(chunk, 0, 1, weights[1:], total, code, out))
+    return Rule(lambda chunk, state, out, kept: _sum(chunk, 0, 1, weights[1:], total, out))
 
 
 def ema(settings: Settings) -> Rule:
@@ -134,7 +137,7 @@ def ema(settings: Settings) -> Rule:
     shares = [decay**last, *((1.0 - decay) * decay ** (last - i) for i in range(1, last + 1))]
     weights = np.array(shares)
 
-    return Rule(lambda chunk, state, code, out: _sum(chunk, 0, 1, weights[1:], 1.0, code, out))
+    return Rule(lambda chunk, state, out, kept: _sum(chunk, 0, 1, weights[1:], 1.0, out))
 
 
 def interpolate(settings: Settings) -> Rule:
@@ -142,18 +145,18 @@ def interpolate(settings: Settings) -> Rule:
     if settings.t == 1.0:
         return copy_of_first()
     weights = np.array([settings.t])
-    return Rule(lambda chunk, state, code, out: _sum(chunk, 1, 0, weights, 1.0, code, out))
+    return Rule(lambda chunk, state, out, kept: _sum(chunk, 1, 0, weights, 1.0, out))
 
 
 def copy_of_first() -> Rule:
     """The first model as it is."""
-    return Rule(lambda chunk, state, code, out: _sum(chunk, 0, 0, np.empty(0), 1.0, code, out))
+    return Rule(lambda chunk, state, out, kept: _sum(chunk, 0, 0, np.empty(0), 1.0, out))
 
 
 def task_arithmetic(settings: Settings) -> Rule:
     """base + lambda sum_k w_k tau_k."""
     weights, base = settings.scale * _mean_weights(settings), settings.experts
-    return Rule(lambda chunk, state, code, out: _sum(chunk, base, 0, weights, 1.0, code, out))
+    return Rule(lambda chunk, state, out, kept: _sum(chunk, base, 0, weights, 1.0, out))
 
 
 # ---- sums whose coefficients come from lengths and angles
@@ -163,18 +166,19 @@ def slerp(settings: Settings) -> Rule:
     """Along the arc between two models; between two task vectors when a base and two experts are given."""
 
     def gather(chunk: Chunk, state: State, out: Array) -> None:
-        _gram(chunk, settings.experts == 2 and chunk.has_base, out)
+        kernels.gram(chunk.models_MN, settings.experts == 2 and chunk.has_base, chunk.like, out)
 
     def find(total: Array, state: State) -> None:
         # With one expert, the base is the second row and the first end.
         state["arc"] = arc_coefficients(total[::-1, ::-1] if settings.experts == 1 else total, settings)
 
-    def apply(chunk: Chunk, state: State, code: int, out: Array) -> int:
+    def apply(chunk: Chunk, state: State, out: Array, kept: Array) -> None:
         first, second = state["arc"]
         if settings.experts == 2 and chunk.has_base:
-            return _sum(chunk, 2, 0, np.array([first, second]), 1.0, code, out)
-        anchor, term = (1, 0) if chunk.has_base else (0, 1)
-        return _sum(chunk, anchor, term, np.array([second]), first + second, code, out)
+            _sum(chunk, 2, 0, np.array([first, second]), 1.0, out)
+        else:
+            anchor, term = (1, 0) if chunk.has_base else (0, 1)
+            _sum(chunk, anchor, term, np.array([second]), first + second, out)
 
     return Rule(apply, (Pass((2, 2), np.float64, gather, find),))
 
@@ -185,13 +189,13 @@ def model_stock(settings: Settings) -> Rule:
     count = settings.experts
 
     def gather(chunk: Chunk, state: State, out: Array) -> None:
-        _gram(chunk, True, out)
+        kernels.gram(chunk.models_MN, True, chunk.like, out)
 
     def find(total: Array, state: State) -> None:
         state["weights"] = np.full(count, stock_share(total, mergekit=settings.mergekit) / count)
 
-    def apply(chunk: Chunk, state: State, code: int, out: Array) -> int:
-        return _sum(chunk, count, 0, state["weights"], 1.0, code, out)
+    def apply(chunk: Chunk, state: State, out: Array, kept: Array) -> None:
+        _sum(chunk, count, 0, state["weights"], 1.0, out)
 
     return Rule(apply, (Pass((count, count), np.float64, gather, find),))
 
@@ -242,15 +246,13 @@ def sce(settings: Settings) -> Rule:
     def select(chunk: Chunk, state: State) -> Values:
         values = chunk.task_vectors()
         if density < 1.0:
-            bits = _variances(values.experts)  # before the first expert is cut
-            low, keep_low, high, keep_high = state["limits"][0]
-            for tau in values.experts:
-                kernels.keep_between(bits, int(low), keep_low, int(high), keep_high, chunk.begin, settings.keys[0], tau)
+            stays = kernels.stays(_variances(values.experts), state["limits"][0], chunk.begin, int(settings.keys[0]))
+            values.experts[:, ~stays] = 0
         return values
 
     def energies(chunk: Chunk, state: State, out: Array) -> None:
         matrix = np.zeros((settings.experts, settings.experts))
-        kernels.gram(select(chunk, state).experts, matrix)
+        kernels.gram(select(chunk, state).experts, False, chunk.like, matrix)
         out += np.diag(matrix)
 
     def weigh(total: Array, state: State) -> None:
@@ -259,12 +261,10 @@ def sce(settings: Settings) -> Rule:
 
     passes.append(Pass((settings.experts,), np.float64, energies, weigh))
 
-    def fill(chunk: Chunk, state: State, out: Array) -> None:
-        values = select(chunk, state)
-        weights, mean = state["weights"], True
-        kernels.elect(values.start, values.experts, weights, settings.scale, mean, settings.mergekit, out)
+    def apply(chunk: Chunk, state: State, out: Array, kept: Array) -> None:
+        _combine(settings, select(chunk, state), state["weights"], True, out, kept)
 
-    return Rule(_by_numbers(fill), tuple(passes), part=lambda chunk, state: select(chunk, state).experts)
+    return Rule(apply, tuple(passes), leaves_out=True)
 
 
 def ram(settings: Settings) -> Rule:
@@ -284,21 +284,21 @@ def ram(settings: Settings) -> Rule:
 
         passes = (Pass((settings.experts, 2), np.int64, count, boosts),)
 
-    def fill(chunk: Chunk, state: State, out: Array) -> None:
+    def apply(chunk: Chunk, state: State, out: Array, kept: Array) -> None:
         values, factors = chunk.task_vectors(), state.get("boosts", np.ones(settings.experts))
         kernels.add_unique(values.start, values.experts, UNCHANGED, factors, settings.scale, out)
 
-    return Rule(_by_numbers(fill), passes)
+    return Rule(apply, passes)
 
 
 def magmax(settings: Settings) -> Rule:
     """Of each element, the change of largest magnitude."""
 
-    def fill(chunk: Chunk, state: State, out: Array) -> None:
+    def apply(chunk: Chunk, state: State, out: Array, kept: Array) -> None:
         values = chunk.task_vectors()
         kernels.largest(values.start, values.experts, settings.scale, out)
 
-    return Rule(_by_numbers(fill))
+    return Rule(apply)
 
 
 METHODS = {
@@ -406,56 +406,91 @@ class Limits(NamedTuple):
     keep_high: float
 
 
-def limits(high_counts: Array, low_counts: Sequence[Array], dropped: int, kept: int) -> Limits:
-    """What leaves out the `dropped` largest and keeps the next `kept`, from the counts of both passes.
+class Ranked(NamedTuple):
+    """The magnitude of a rank, how many are larger, and how many are equal to it, itself included."""
+
+    bits: int
+    above: int
+    equal: int
+
+
+class Band(NamedTuple):
+    """Magnitudes [low, low + width), as bit patterns, counted in bins of 2^shift. No width: nothing is counted."""
+
+    low: int
+    width: int
+    shift: int
+
+
+def band(low: int, width: int) -> Band:
+    """The band with the finest bins that there are enough of."""
+    return Band(low, width, max(0, (width - 1).bit_length() - (BINS.bit_length() - 1)))
+
+
+def find_rank(rank: int, of: Band, counts: Array) -> Ranked | Band:
+    """The rank-th largest magnitude from the counts of a band, or a narrower band that it lies in.
 
     Args:
-        high_counts: elements by the upper 16 bits of their magnitude.
-        low_counts: elements by the lower 15 bits, in the bins of the last kept and of the last dropped element.
+        rank: counted from 1.
+        counts: (2, BINS + 1), as `kernels.count_bits` fills them.
     """
-    low, above_low, equal_low = _at_rank(high_counts, low_counts[0], dropped + kept)
-    if dropped == 0:
-        return Limits(low, (kept - above_low) / equal_low, int(NO_LIMIT), 0.0)
-    high, above_high, equal_high = _at_rank(high_counts, low_counts[1], dropped)
-    if low == high:
-        return Limits(low, kept / equal_low, high, kept / equal_low)
-    return Limits(low, (dropped + kept - above_low) / equal_low, high, 1.0 - (dropped - above_high) / equal_high)
+    above, in_bins = int(counts[0, BINS]), counts[0, :BINS]
+    if rank <= above:
+        return band(of.low + of.width, (1 << MAGNITUDE_BITS) - of.low - of.width)
+    place, larger = _bin_of_rank(in_bins, rank - above)
+    if place < 0:
+        return band(0, of.low)
+    low = of.low + (place << of.shift)
+    # Where all of a bin have its first pattern, nothing finer can be found in it.
+    if of.shift == 0 or counts[1, place] == 0:
+        return Ranked(low, above + larger, int(in_bins[place]))
+    return band(low, 1 << of.shift)
+
+
+def limits(last: Ranked, first: Ranked | None, dropped: int, kept: int) -> Limits:
+    """What leaves out the `dropped` largest and keeps the next `kept`.
+
+    Args:
+        last, first: the magnitudes of the last that is kept, and of the last that is dropped.
+    """
+    if first is None:
+        return Limits(last.bits, (kept - last.above) / last.equal, int(NO_LIMIT), 0.0)
+    if last.bits == first.bits:
+        return Limits(last.bits, kept / last.equal, first.bits, kept / last.equal)
+    keep_high = 1.0 - (dropped - first.above) / first.equal
+    return Limits(last.bits, (dropped + kept - last.above) / last.equal, first.bits, keep_high)
 
 
 def _bin_of_rank(counts: Array, rank: int) -> tuple[int, int]:
-    """The bin of the rank-th largest element, counted from 1, and how many lie in bins above."""
+    """The bin of the rank-th largest element, counted from 1, and how many lie in bins above; -1 if there are fewer."""
     from_top = np.cumsum(counts[::-1])
     place = int(np.searchsorted(from_top, rank))
     return len(counts) - 1 - place, int(from_top[place - 1]) if place else 0
 
 
-def _at_rank(high_counts: Array, low_counts: Array, rank: int) -> tuple[int, int, int]:
-    """Bit pattern of the rank-th largest magnitude, how many are larger, how many are equal."""
-    high, above = _bin_of_rank(high_counts, rank)
-    low, inside = _bin_of_rank(low_counts, rank - above)
-    return (high << 15) | low, above + inside, int(low_counts[low])
-
-
 # ---- parts of rules
 
 
-def _sum(chunk: Chunk, anchor: int, first: int, weights: Array, anchor_scale: float, code: int, out: Array) -> int:
-    return int(kernels.sum_chunk(*chunk.models, anchor, first, weights, anchor_scale, code, out))
+def _sum(chunk: Chunk, anchor: int, first: int, weights: Array, anchor_scale: float, out: Array) -> None:
+    kernels.anchored_sum(chunk.models_MN, anchor, first, weights, anchor_scale, out)
 
 
-def _gram(chunk: Chunk, of_task_vectors: bool, out: Array) -> None:
-    kernels.gram_chunk(*chunk.models, chunk.count, of_task_vectors, out)
-
-
-def _by_numbers(fill: Callable[[Chunk, State, Array], None]) -> Callable[[Chunk, State, int, Array], int]:
-    """A rule's `apply` of a function that fills an array of floats."""
-
-    def apply(chunk: Chunk, state: State, code: int, out: Array) -> int:
-        numbers = chunk.room.take("merged", (chunk.count,), chunk.like.dtype)
-        fill(chunk, state, numbers)
-        return int(kernels.encode(numbers, code, out))
-
-    return apply
+def _combine(settings: Settings, values: Values, weights: Array, elect: bool, out: Array, kept: Array) -> None:
+    """`kernels.combine` of what is left of a chunk's task vectors."""
+    kept += np.count_nonzero(values.experts, axis=1)
+    tie = kernels.sign_tie(settings.experts, out)
+    kernels.combine(
+        values.start,
+        values.experts.reshape(-1),
+        len(out),
+        weights,
+        settings.scale,
+        elect,
+        settings.normalize,
+        settings.mergekit,
+        tie,
+        out,
+    )
 
 
 def _mean_weights(settings: Settings) -> Array:
@@ -471,46 +506,32 @@ def _sparse(settings: Settings, passes: Sequence[Pass], how: int, *, elect: bool
     if not passes and (how == kernels.TRIM or (settings.dims < 2 and not settings.mergekit)):
         how = kernels.WHOLE  # all is kept; or a vector, whose few elements would be scaled up by luck
 
-    def limits_KP(state: State) -> Array:
-        return _drop_limits(settings, state) if how == kernels.DROP else state.get("limits", np.empty((0, 0)))
-
-    def part(chunk: Chunk, state: State) -> Array:
-        tau = chunk.task_vectors().experts
-        kernels.sparsify(tau, chunk.begin, how, limits_KP(state), settings.keys)
-        return tau
-
-    def apply(chunk: Chunk, state: State, code: int, out: Array) -> int:
-        bad = kernels.sparse_chunk(
-            *chunk.models, chunk.begin, how, limits_KP(state), settings.keys, weights, settings.scale, elect,
-            settings.normalize, settings.mergekit, code, out,
+    def apply(chunk: Chunk, state: State, out: Array, kept: Array) -> None:
+        rows = _drop_limits(settings, state) if how == kernels.DROP else state.get("limits", np.empty((0, 0)))
+        tie = kernels.sign_tie(settings.experts, out)
+        kernels.sparse_sum(
+            chunk.models_MN, chunk.begin, how, rows, settings.keys, weights, settings.scale, elect,
+            settings.normalize, settings.mergekit, tie, kept, out,
         )  # fmt: skip
-        return int(bad)
 
-    return Rule(apply, tuple(passes), part=part)
+    return Rule(apply, tuple(passes), leaves_out=True)
 
 
 def _by_rank(settings: Settings, *, elect: bool) -> Rule:
     """Task vectors of which ranks in rows leave a part; then added, or averaged after electing a sign."""
     weights = settings.weights if elect else _mean_weights(settings)
 
-    def part(chunk: Chunk, state: State) -> Values:
+    def apply(chunk: Chunk, state: State, out: Array, kept: Array) -> None:
         values = chunk.task_vectors()
-        drawn = chunk.room.take("drawn", (chunk.count,), np.uint32)
+        drawn = chunk.room.take("drawn", (chunk.count,), np.uint16)
         for tau, density, key in zip(values.experts, settings.densities, settings.keys, strict=True):
             if settings.dims >= 2 and density < 1.0:
-                kernels.words(chunk.begin, 0, key, drawn)
+                kernels.draw(chunk.begin, key, drawn)
                 spread = min(settings.epsilon, density, 1.0 - density)
                 kernels.drop_by_rank(drawn, float(density), float(spread), settings.columns, tau)
-        return values
+        _combine(settings, values, weights, elect, out, kept)
 
-    def fill(chunk: Chunk, state: State, out: Array) -> None:
-        values, mean = part(chunk, state), settings.normalize
-        if elect:
-            kernels.elect(values.start, values.experts, weights, settings.scale, mean, settings.mergekit, out)
-        else:
-            kernels.add_up(values.start, values.experts, weights, settings.scale, out)
-
-    return Rule(_by_numbers(fill), part=lambda chunk, state: part(chunk, state).experts, whole_rows=True)
+    return Rule(apply, leaves_out=True, whole_rows=True)
 
 
 def trim_passes(settings: Settings, top: float = 0.0) -> tuple[Pass, ...]:
@@ -519,23 +540,24 @@ def trim_passes(settings: Settings, top: float = 0.0) -> tuple[Pass, ...]:
         return ()
     shares = [(min(top, 1.0 - float(one)) if top else 0.0, float(one)) for one in settings.densities]
 
-    def high(chunk: Chunk, state: State, out: Array) -> None:
-        kernels.count_high_chunk(*chunk.models, chunk.count, out)
+    def bits_of(chunk: Chunk) -> Array:
+        return kernels.magnitudes(chunk.task_vectors().experts)
 
-    def low(chunk: Chunk, state: State, out: Array) -> None:
-        kernels.count_low_chunk(*chunk.models, chunk.count, state["bins"], out)
+    def count(chunk: Chunk, state: State, out: Array) -> None:
+        kernels.count_bands(chunk.models_MN, state["bands"], chunk.like, out)
 
-    return _selection_passes(settings.elements, shares, high, low)
+    return _selection_passes(settings.elements, shares, bits_of, count)
 
 
 def _variance_passes(settings: Settings, density: float) -> tuple[Pass, ...]:
-    def high(chunk: Chunk, state: State, out: Array) -> None:
-        kernels.count_high(_variances(chunk.task_vectors().experts), out[0])
+    def bits_of(chunk: Chunk) -> Array:
+        return _variances(chunk.task_vectors().experts)[None]
 
-    def low(chunk: Chunk, state: State, out: Array) -> None:
-        kernels.count_low(_variances(chunk.task_vectors().experts), state["bins"][0, 0], out[0, 0])
+    def count(chunk: Chunk, state: State, out: Array) -> None:
+        low, width, shift = state["bands"][0, 0].tolist()
+        kernels.count_bits(bits_of(chunk)[0], low, width, shift, out[0, 0])
 
-    return _selection_passes(settings.elements, [(0.0, density)], high, low)
+    return _selection_passes(settings.elements, [(0.0, density)], bits_of, count)
 
 
 def _variances(tau: Array) -> Array:
@@ -544,18 +566,25 @@ def _variances(tau: Array) -> Array:
     return bits
 
 
-Gather = Callable[[Chunk, State, Array], None]
+# A sample's magnitudes are counted by their upper 15 bits.
+_COARSE = MAGNITUDE_BITS - 15
 
 
 def _selection_passes(
-    elements: int, shares: Sequence[tuple[float, float]], high: Gather, low: Gather
+    elements: int,
+    shares: Sequence[tuple[float, float]],
+    bits_of: Callable[[Chunk], Array],
+    count: Callable[[Chunk, State, Array], None],
 ) -> tuple[Pass, Pass]:
-    """Two passes of counting that find, by rank, the limits of rows of bit patterns: `limits` in the state, (rows, 4).
+    """Passes that find, by rank, the limits of rows of bit patterns: `limits` in the state, (rows, 4).
+
+    A sample says about where a rank's magnitude lies; then a whole reading counts that band. It is exact: where the
+    sample was wrong, or the band's bins too coarse, another band is counted in another reading.
 
     Args:
         shares: (left out at the top, kept after that) of each row.
-        high: counts a chunk's patterns by their upper 16 bits, (rows, HIGH_BINS).
-        low: counts those in the two bins of each row of `bins`, -1 for none, by their lower 15, (rows, 2, LOW_BINS).
+        bits_of: a chunk's patterns, (rows, N).
+        count: `kernels.count_bits` of a chunk in the bands of the state, (rows, 2, 3), into (rows, 2, 2, BINS + 1).
     """
     rows = len(shares)
     dropped = [round(top * elements) for top, _ in shares]
@@ -563,24 +592,64 @@ def _selection_passes(
         min(max(1, round(density * elements)), elements - out)
         for (_, density), out in zip(shares, dropped, strict=True)
     ]
+    # Of each row, the ranks of the last that is kept and of the last that is dropped; 0 for none.
+    ranks = [(out + into, out) for out, into in zip(dropped, kept, strict=True)]
+    per_row = 2 if any(dropped) else 1
 
-    def bins(total: Array, state: State) -> None:
-        state["high"] = total
-        last = [_bin_of_rank(total[k], dropped[k] + kept[k])[0] for k in range(rows)]
-        first = [_bin_of_rank(total[k], dropped[k])[0] if dropped[k] else -1 for k in range(rows)]
-        state["bins"] = np.column_stack([last, first])
+    def sample(chunk: Chunk, state: State, out: Array) -> None:
+        for row, bits in zip(out, bits_of(chunk), strict=True):
+            row += np.bincount(bits >> np.uint32(_COARSE), minlength=len(row))
 
-    def find(total: Array, state: State) -> None:
-        counts = state.pop("high")
-        state["limits"] = np.array([limits(counts[k], total[k], dropped[k], kept[k]) for k in range(rows)])
+    def guess(total: Array, state: State) -> None:
+        state["found"] = {}
+        bands = np.zeros((rows, per_row, 3), np.int64)
+        for k, j in _wanted(ranks, per_row):
+            bands[k, j] = _band_of_sample(ranks[k][j] / elements, total[k])
+        state["bands"] = bands
 
-    return Pass((rows, HIGH_BINS), np.int64, high, bins), Pass((rows, 2, LOW_BINS), np.int64, low, find)
+    def find(total: Array, state: State) -> bool:
+        bands, found = state["bands"], state["found"]
+        for k, j in _wanted(ranks, per_row):
+            if (k, j) not in found:
+                next_one = find_rank(ranks[k][j], Band(*bands[k, j].tolist()), total[k, j])
+                bands[k, j] = next_one if isinstance(next_one, Band) else (0, 0, 0)
+                if isinstance(next_one, Ranked):
+                    found[k, j] = next_one
+        if any(bands[k, j, 1] for k, j in _wanted(ranks, per_row)):
+            return True
+        state["limits"] = np.array([limits(found[k, 0], found.get((k, 1)), dropped[k], kept[k]) for k in range(rows)])
+        return False
+
+    shape = (rows, per_row, 2, BINS + 1)
+    return (
+        Pass((rows, 1 << (MAGNITUDE_BITS - _COARSE)), np.int64, sample, guess, of_sample=True),
+        Pass(shape, np.int64, count, find),
+    )
+
+
+def _wanted(ranks: Sequence[tuple[int, int]], per_row: int) -> list[tuple[int, int]]:
+    return [(k, j) for k in range(len(ranks)) for j in range(per_row) if ranks[k][j]]
+
+
+def _band_of_sample(share: float, counts: Array) -> Band:
+    """Where the magnitude lies that a share of all elements are not below, with a margin of three roots of the sample:
+    of elements that are independent, six standard deviations or more."""
+    size = int(counts.sum())
+    margin = 3.0 * math.sqrt(size)
+    upper = max(1, math.floor(share * size - margin))
+    lower = min(size, math.ceil(share * size + margin))
+    top, bottom = _bin_of_rank(counts, upper)[0], _bin_of_rank(counts, lower)[0]
+    # The ends of what is possible, where the margin reaches beyond the sample.
+    high = 1 << MAGNITUDE_BITS if share * size <= margin else (top + 1) << _COARSE
+    low = 0 if share * size + margin >= size else bottom << _COARSE
+    return band(low, high - low)
 
 
 def _drop_limits(settings: Settings, state: State) -> Array:
-    """(K, 2): density and the factor of what stays: 1 / density, or what mergekit's pass found."""
-    scales = state.get("scales", 1.0 / settings.densities)
-    return np.column_stack([settings.densities, scales])
+    """(K, 2): of 65536 numbers the first that drops an element, and the factor of what stays: the inverse of the share
+    that the bound keeps, or what mergekit's pass found."""
+    bounds = np.maximum(1.0, np.rint(settings.densities * 65536.0))
+    return np.column_stack([bounds, state.get("scales", 65536.0 / bounds)])
 
 
 def _drop_passes(settings: Settings) -> tuple[Pass, ...]:
@@ -589,11 +658,12 @@ def _drop_passes(settings: Settings) -> tuple[Pass, ...]:
         return ()
 
     def norms(chunk: Chunk, state: State, out: Array) -> None:
-        tau = chunk.task_vectors().experts
-        before = np.abs(tau).sum(axis=1, dtype=np.float64)
-        whole = np.column_stack([settings.densities, np.ones(settings.experts)])
-        kernels.sparsify(tau, chunk.begin, kernels.DROP, whole, settings.keys)
-        out += np.stack([before, np.abs(tau).sum(axis=1, dtype=np.float64)])
+        bounds = _drop_limits(settings, {})[:, 0]
+        drawn = chunk.room.take("drawn", (chunk.count,), np.uint16)
+        for k, tau in enumerate(np.abs(chunk.task_vectors().experts)):
+            kernels.draw(chunk.begin, settings.keys[k], drawn)
+            out[0, k] += tau.sum(dtype=np.float64)
+            out[1, k] += tau[drawn < bounds[k]].sum(dtype=np.float64)
 
     def scales(total: Array, state: State) -> None:
         before, after = total

@@ -17,6 +17,7 @@ import numpy as np
 from evertune.errors import EvertuneError, MergeError
 from evertune.hashing import digest_bytes, digest_json
 from evertune.merge.config import MergeConfig
+from evertune.merge.kernels import BINS
 from evertune.merge.methods import METHODS, Method, Rule, Settings, copy_of_first
 from evertune.merge.sources import FLOATS, Source, fingerprint, head_and_embedding, read_source
 from evertune.merge.values import Depths, check_globs, resolve
@@ -24,7 +25,7 @@ from evertune.model.checkpoint import WEIGHTS, Checkpoint, describe, read_json
 from evertune.model.header import DTYPE_BITS
 
 # Changes whenever the same configuration would give other bytes.
-VERSION = 2
+VERSION = 3
 # What a merged folder says of itself.
 MANIFEST = "merge.json"
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
@@ -37,7 +38,7 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 IMPORT_BYTES = 90 << 20
 # Nanoseconds of one core for an element of one input, by what a method does; measured by benchmarks/merge.py.
-_NANOSECONDS = {"read": 0.15, "sum": 0.3, "gram": 1.5, "sparse": 4.0, "rank": 60.0, "low_rank": 6.0, "write": 1.6}
+_NANOSECONDS = {"read": 0.3, "sum": 0.2, "gram": 0.6, "sparse": 1.2, "rank": 60.0, "low_rank": 6.0, "write": 2.0}
 
 
 @dataclass(frozen=True)
@@ -121,8 +122,8 @@ class MergePlan:
     def peak_bytes(self, threads: int) -> int:
         """Bound of the memory that is not files: interpreter and libraries, counts, and each thread's buffers."""
         widest = max((len(one.experts) for one in self.tensors), default=0) + 1
-        chunk = max((one.chunk * (16 if one.double else 10) for one in self.tensors), default=0)
-        counts = 0 if self._passes_of_method() < 3 else widest * (1 << 17) * 8 * 3
+        chunk = max((one.chunk * (16 if one.double else 6) for one in self.tensors), default=0)
+        counts = widest * (BINS + 1) * 8 * 2 * (1 if self.config.method == "ties" else 2) if self._counts() else 0
         thread = widest * chunk * 2 + max((one.segment * DTYPE_BITS[one.dtype] // 8 for one in self.tensors), default=0)
         return IMPORT_BYTES + threads * thread + (threads + 2) * counts + self._factor_bytes() * (threads + 2)
 
@@ -131,7 +132,7 @@ class MergePlan:
         inputs = sum(one.elements * (len(one.experts) + 1) for one in self.tensors)
         outputs = sum(one.elements for one in self.tensors)
         passes = self._passes_of_method()
-        kind = "sum" if self.method.linear else "gram" if passes == 2 else "sparse"
+        kind = "sum" if self.method.linear else "gram" if passes == 2 and not self._counts() else "sparse"
         work = inputs * (passes * _NANOSECONDS["read"] + _NANOSECONDS[kind]) + outputs * _NANOSECONDS["write"]
         if self.config.method in ("della", "della_linear"):
             work += inputs * _NANOSECONDS["rank"]
@@ -143,12 +144,20 @@ class MergePlan:
         return 1 if one.settings is None else self._passes_of_method()
 
     def _passes_of_method(self) -> int:
+        """Readings of everything: one to merge, and those before it; a band that was guessed wrong is one more."""
         name = self.config.method
         if name == "sce":
-            return 4 if self.config.density not in (None, 1.0) else 2
-        if name in ("ties", "breadcrumbs", "breadcrumbs_ties"):
-            return 3
-        return 2 if name in ("slerp", "model_stock") or (name == "ram" and self.config.boost) else 1
+            return 3 if self._counts() else 2
+        if name == "ram":
+            return 2 if self.config.boost else 1
+        is_rescaled = self.config.compat == "mergekit" and name in ("dare_linear", "dare_ties")
+        return 2 if self._counts() or is_rescaled or name in ("slerp", "model_stock") else 1
+
+    def _counts(self) -> bool:
+        """Whether magnitudes are ranked."""
+        if self.config.method == "sce":
+            return self.config.density not in (None, 1.0)
+        return self.config.method in ("ties", "breadcrumbs", "breadcrumbs_ties")
 
     def _tensor_bytes(self, one: TensorPlan) -> int:
         inputs = {*one.experts, *((len(self.sources) - 1,) if self.base else ())}
@@ -245,7 +254,7 @@ def _fit(config: MergeConfig, given: Sequence[Source], donor: Source) -> _Fit:
     donor = next(one for one in sources if one.name == donor.name)
     names = sorted(donor.tensors)
     _check_tensors(sources, donor, names, problems)
-    remedy = "Merging needs one architecture." if len(problems) == 1 else ""
+    remedy = "Merging needs one architecture." if len(problems) == 1 and "quantised" not in problems[0] else ""
     _check_globs(config, names, problems)
     notes += [
         f"{one.name}: is a merge itself, rounded to {numbers_of(one)}, and is rounded again; merge what it was made "
@@ -377,10 +386,13 @@ def _check_tensors(sources: Sequence[Source], donor: Source, names: Sequence[str
             info, like = source.tensors[name].info, expected[name].info
             if info.shape != like.shape and not (name in source.rows and info.shape[1:] == like.shape[1:]):
                 problems.append(f"{place}: {name} is {info.shape}, in {donor.name} it is {like.shape}.")
+            elif info.dtype.startswith("F8"):
+                problems.append(
+                    f"{place}: {name} is {info.dtype}, a quantised type whose scales lie elsewhere. Use the model's "
+                    "bfloat16 or float32 weights."
+                )
             elif (info.dtype in FLOATS) != (like.dtype in FLOATS):
                 problems.append(f"{place}: {name} is {info.dtype}, in {donor.name} it is {like.dtype}.")
-            elif info.dtype.startswith("F8"):
-                problems.append(f"{place}: {name} is {info.dtype}, a quantised type whose scales lie elsewhere.")
 
 
 def _check_globs(config: MergeConfig, names: Sequence[str], problems: list[str]) -> None:

@@ -1,6 +1,5 @@
 """Chunks of a tensor from all models at once: bytes from files, updates of adapters added, every value checked."""
 
-import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,8 +17,9 @@ from evertune.merge.plan import MergePlan, TensorPlan
 from evertune.merge.sources import FLOATS, Files, Source, left_and_right
 
 Factors = tuple[Array, Array]
-# Models begin at multiples of it in a chunk's bytes.
-ALIGNED = 64
+# Of a tensor, where a sample is enough; read in runs of neighbours.
+SAMPLE_ELEMENTS = 1 << 15
+RUN_ELEMENTS = 1 << 13
 
 
 @dataclass
@@ -52,16 +52,14 @@ class Inputs:
     """The models of one tensor, ready to be read by position.
 
     factors: for each model, the low-rank updates of this tensor.
-    codes: for each model, the type of the numbers that a chunk holds of it: as stored, or those computed with.
-    stored: for each model, what is read as it is; None where numbers are computed.
+    is_bf16: whether all models are stored in bfloat16 and nothing is added to them.
     """
 
     tensor: TensorPlan
     experts: Sequence[Source]
     base: Source | None
     factors: Sequence[Sequence[Factors]]
-    codes: Array
-    stored: Sequence["Stored | None"]
+    is_bf16: bool
 
     @cached_property
     def models(self) -> list[Source]:
@@ -82,13 +80,9 @@ def open_inputs(plan: MergePlan, tensor: TensorPlan, files: Files) -> Inputs:
     factors = [
         [left_and_right(files, update, tensor.name) for update in one.updates.get(tensor.name, ())] for one in models
     ]
-    computed = kernels.F64 if tensor.double else kernels.F32
-    stored = [
-        None if updates or tensor.name in one.rows else stored_in(one, tensor.name)
-        for one, updates in zip(models, factors, strict=True)
-    ]
-    codes = np.array([computed if one is None else one.code for one in stored])
-    return Inputs(tensor, experts, plan.base, factors, codes, stored)
+    is_plain = not any(factors) and not any(tensor.name in one.rows for one in models)
+    is_bf16 = is_plain and not tensor.double and all(stored_in(one, tensor.name).code == kernels.BF16 for one in models)
+    return Inputs(tensor, experts, plan.base, factors, is_bf16)
 
 
 def stored_in(model: Source, name: str) -> Stored:
@@ -96,6 +90,19 @@ def stored_in(model: Source, name: str) -> Stored:
     at = model.tensors[name]
     code = FLOATS[at.info.dtype]
     return Stored(at.file, at.info.begin, code, kernels.WIDTHS[code])
+
+
+def sample_runs(tensor: TensorPlan, *, whole_rows: bool = False) -> Iterator[tuple[int, int]]:
+    """Ranges of elements, spread evenly over the tensor; all of a small one."""
+    unit = tensor.shape[-1] if whole_rows and tensor.shape else 1
+    run = max(unit, RUN_ELEMENTS // unit * unit)
+    if tensor.elements <= SAMPLE_ELEMENTS:
+        yield from ((begin, min(begin + run, tensor.elements)) for begin in range(0, tensor.elements, run))
+        return
+    count = max(1, SAMPLE_ELEMENTS // run)
+    for i in range(count):
+        begin = (tensor.elements - run) * i // max(1, count - 1) // unit * unit
+        yield begin, begin + run
 
 
 @dataclass
@@ -118,33 +125,50 @@ class Reader:
             self.seconds.read += time.thread_time() - started
             yield chunk
 
+    def sample(self, inputs: Inputs, *, whole_rows: bool = False) -> Iterator[Chunk]:
+        """An even sample of at most `SAMPLE_ELEMENTS` elements, the same in every run.
+
+        Raises:
+            MergeError: as `chunks`.
+        """
+        for begin, end in sample_runs(inputs.tensor, whole_rows=whole_rows or inputs.has_rows):
+            yield self.chunk(inputs, begin, end)
+
     def chunk(self, inputs: Inputs, begin: int, end: int) -> Chunk:
         """Elements [begin, end) as one chunk.
 
         Raises:
             MergeError: as `chunks`.
         """
-        count = end - begin
-        sizes = [count * kernels.WIDTHS[code] for code in inputs.codes.tolist()]
-        places = list(itertools.accumulate((-(-size // ALIGNED) * ALIGNED for size in sizes), initial=0))
-        raw = self.room.take("raw", (places[-1],), np.uint8)
-        for i, stored in enumerate(inputs.stored):
-            data = raw[places[i] : places[i] + sizes[i]]
-            if stored is not None:
-                self._read(inputs, inputs.models[i], stored, begin, data)
-            elif inputs.tensor.name in inputs.models[i].rows:
-                self._compute_rows(inputs, i, begin, data)
-            else:
-                self._compute(inputs, i, begin, data)
+        shape = (len(inputs.models), end - begin)
         is_double, has_base = inputs.tensor.double, inputs.base is not None
-        return Chunk(raw, np.array(places[:-1]), inputs.codes, count, begin, has_base, is_double, self.room)
+        if inputs.is_bf16:
+            words = self.room.take("models", shape, np.uint16)
+            for model, row in zip(inputs.models, words, strict=True):
+                stored = stored_in(model, inputs.tensor.name)
+                self.files.read(stored.file, stored.begin + begin * stored.width, row.view(np.uint8))
+            if not kernels.is_finite(words.reshape(-1).view(np.uint8), kernels.BF16):
+                for model, row in zip(inputs.models, words, strict=True):
+                    stored = stored_in(model, inputs.tensor.name)
+                    self._check(inputs, model, stored, begin, row.view(np.uint8))
+            return Chunk(words, begin, has_base, is_double, self.room)
+        values = self.room.take("models", shape, np.float64 if is_double else np.float32)
+        for i, model in enumerate(inputs.models):
+            if inputs.tensor.name in model.rows:
+                self._compute_rows(inputs, i, begin, values[i])
+            else:
+                self._compute(inputs, i, begin, values[i])
+        return Chunk(values, begin, has_base, is_double, self.room)
 
     def _read(self, inputs: Inputs, model: Source, stored: Stored, begin: int, into: Array) -> None:
         """A model's numbers as they are stored, every one of them finite."""
         self.files.read(stored.file, stored.begin + begin * stored.width, into)
-        if not kernels.is_finite(into, stored.code):
-            values = np.empty(len(into) // stored.width)
-            kernels.decode(into, stored.code, values)
+        self._check(inputs, model, stored, begin, into)
+
+    def _check(self, inputs: Inputs, model: Source, stored: Stored, begin: int, raw: Array) -> None:
+        if not kernels.is_finite(raw, stored.code):
+            values = np.empty(len(raw) // stored.width)
+            kernels.decode(raw, stored.code, values)
             place = int(np.flatnonzero(~np.isfinite(values))[0])
             raise MergeError(
                 f"{inputs.tensor.name} of '{model.name}' holds {values[place]} at element {begin + place} "
@@ -152,10 +176,9 @@ class Reader:
                 remedy="Nothing was written. Leave that model out, or go back to an earlier checkpoint of it.",
             )
 
-    def _compute(self, inputs: Inputs, i: int, begin: int, into: Array) -> None:
+    def _compute(self, inputs: Inputs, i: int, begin: int, values: Array) -> None:
         """A model's numbers and what its adapters add to them."""
         stored = stored_in(inputs.models[i], inputs.tensor.name)
-        values = into.view(np.float64 if inputs.tensor.double else np.float32)
         raw = self.room.take("stored", (len(values) * stored.width,), np.uint8)
         self._read(inputs, inputs.models[i], stored, begin, raw)
         kernels.decode(raw, stored.code, values)
@@ -167,7 +190,7 @@ class Reader:
         tensor, model = inputs.tensor, inputs.models[i]
         columns, rows = tensor.shape[-1], model.rows[tensor.name]
         other = inputs.base or next(one for one in inputs.models if tensor.name not in one.rows)
-        values = into.view(np.float64 if tensor.double else np.float32).reshape(-1, columns)
+        values = into.reshape(-1, columns)
         for k in range(len(values)):
             wanted = int(rows[begin // columns + k])
             source, row = (model, wanted) if wanted >= 0 else (other, begin // columns + k)

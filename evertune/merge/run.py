@@ -11,6 +11,7 @@ from evertune.errors import EvertuneError, MergeError
 from evertune.merge.engine import Merged, Progress, check_new, check_room, partial_of, run_merge
 from evertune.merge.factored import Residual, common_base, write_factored
 from evertune.merge.plan import MANIFEST, MergePlan
+from evertune.merge.starts import check_starts
 from evertune.model.checkpoint import Checkpoint, describe
 
 
@@ -87,13 +88,14 @@ def merge_planned(
 
 
 def check_planned(plan: MergePlan, out: Path | None = None) -> None:
-    """What would stop a planned merge before it begins, all at once: its form, its folder, its disk.
+    """What would stop a planned merge before it begins, all at once: its form, different starts, its folder, its disk.
 
     Raises:
         MergeError, WorkspaceError: as `merge_planned`.
     """
     as_model = common_base(plan) is None
     checks: list[Callable[[], None]] = [lambda: check_output(plan)] if as_model else []
+    checks += [lambda: check_starts(plan)] if as_model and plan.config.different_starts == "refuse" else []
     if out is not None:
         place = out.absolute()
         checks.append(lambda: check_new(place))

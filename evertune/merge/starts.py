@@ -11,7 +11,6 @@ from evertune.merge import kernels
 from evertune.merge.plan import MergePlan, TensorPlan
 from evertune.merge.reader import Reader, open_inputs
 from evertune.merge.sources import Files
-from evertune.merge.statistics import sample_runs
 
 # Fine-tunes of one start have cosines above 0.99; models trained apart are near 0, or 0.2 where norms weigh in.
 SAME_START_COSINE = 0.7
@@ -40,9 +39,8 @@ def likeness(plan: MergePlan) -> list[Likeness]:
         for tensor in chosen:
             every = _with_all_experts(plan, tensor)
             inputs = open_inputs(plan, every, files)
-            for begin, end in sample_runs(every, whole_rows=inputs.has_rows):
-                chunk = reader.chunk(inputs, begin, end)
-                kernels.gram_chunk(*chunk.models, chunk.count, False, gram)
+            for chunk in reader.sample(inputs):
+                kernels.gram(chunk.models_MN, False, chunk.like, gram)
     finally:
         files.close()
     return [

@@ -5,7 +5,6 @@ right to about half a percent, for a few hundredths of the cost of a merge.
 """
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,26 +13,9 @@ from evertune.merge import kernels
 from evertune.merge.chunk import Chunk
 from evertune.merge.kernels import Array
 from evertune.merge.methods import Rule, State
-from evertune.merge.plan import TensorPlan
 from evertune.merge.reader import Inputs, Reader
 from evertune.merge.sources import FLOATS
 from evertune.model.header import DTYPE_BITS
-
-SAMPLE_ELEMENTS = 1 << 15
-RUN_ELEMENTS = 1 << 13
-
-
-def sample_runs(tensor: TensorPlan, *, whole_rows: bool = False) -> Iterator[tuple[int, int]]:
-    """Ranges of elements, spread evenly over the tensor; all of a small one."""
-    unit = tensor.shape[-1] if whole_rows and tensor.shape else 1
-    run = max(unit, RUN_ELEMENTS // unit * unit)
-    if tensor.elements <= SAMPLE_ELEMENTS:
-        yield from ((begin, min(begin + run, tensor.elements)) for begin in range(0, tensor.elements, run))
-        return
-    count = max(1, SAMPLE_ELEMENTS // run)
-    for i in range(count):
-        begin = (tensor.elements - run) * i // max(1, count - 1) // unit * unit
-        yield begin, begin + run
 
 
 def measure(inputs: Inputs, rule: Rule | None, state: State, reader: Reader) -> dict[str, Any]:
@@ -51,27 +33,24 @@ def measure(inputs: Inputs, rule: Rule | None, state: State, reader: Reader) -> 
     count = len(inputs.experts)
     gram = np.zeros((count, count))
     size = seen = 0.0
-    moved = unmoved = 0
-    kept = np.zeros(count)
-    signs = np.zeros(2, np.int64)
-    for begin, end in sample_runs(tensor, whole_rows=inputs.has_rows or (rule is not None and rule.whole_rows)):
-        chunk = reader.chunk(inputs, begin, end)
+    moved = unmoved = shared = conflicts = 0
+    kept = np.zeros(count, np.int64)
+    for chunk in reader.sample(inputs, whole_rows=rule is not None and rule.whole_rows):
+        if rule is not None and inputs.base is not None:
+            merged, rounded = _merged(chunk, rule, state, tensor.dtype, kept)
         values = chunk.values()
         reference = values.experts.mean(axis=0) if values.base is None else values.base
         size += float(np.square(reference, dtype=np.float64).sum())
         seen += chunk.count
         if rule is not None and values.base is not None:
-            base, merged, rounded = values.base.copy(), *_merged(chunk, rule, state, tensor.dtype)
-            moved += int(np.count_nonzero(merged != base))
-            unmoved += int(np.count_nonzero((merged != base) & (rounded == base)))
-            values = chunk.values()
-            reference = values.start
-        kernels.subtract(reference, values.experts)
-        kernels.gram(values.experts, gram)
-        kernels.count_conflicts(values.experts, signs)
-        if rule is not None and rule.part is not None:
-            kept += np.count_nonzero(rule.part(chunk, state), axis=1)
-    shared, conflicts = signs.tolist()
+            is_moved = merged != values.base
+            moved += int(np.count_nonzero(is_moved))
+            unmoved += int(np.count_nonzero(is_moved & (rounded == values.base)))
+        np.subtract(values.experts, reference, out=values.experts)
+        kernels.gram(values.experts, False, chunk.like, gram)
+        plus, minus = (values.experts > 0).sum(axis=0), (values.experts < 0).sum(axis=0)
+        shared += int(np.count_nonzero(plus + minus > 1))
+        conflicts += int(np.count_nonzero((plus > 0) & (minus > 0)))
     scale = tensor.elements / seen if seen else 0.0
     names = [one.name for one in inputs.experts]
     lengths = np.sqrt(np.diag(gram) * scale)
@@ -85,7 +64,7 @@ def measure(inputs: Inputs, rule: Rule | None, state: State, reader: Reader) -> 
         ],
         "sign_conflict": conflicts / shared if shared else 0.0,
     }  # fmt: skip
-    if rule is not None and rule.part is not None and inputs.base is not None:
+    if rule is not None and rule.leaves_out and inputs.base is not None:
         facts["density"] = dict(zip(names, (kept / max(seen, 1.0)).tolist(), strict=True))
     if rule is not None and inputs.base is not None:
         facts["unmoved"] = unmoved / moved if moved else 0.0
@@ -97,10 +76,10 @@ def _cosine(gram: Array, a: int, b: int) -> float:
     return float(gram[a, b] / size) if size > 0.0 else 0.0
 
 
-def _merged(chunk: Chunk, rule: Rule, state: State, dtype: str) -> tuple[Array, Array]:
-    """A chunk's result before rounding to a dtype, and after."""
+def _merged(chunk: Chunk, rule: Rule, state: State, dtype: str, kept: Array) -> tuple[Array, Array]:
+    """A chunk's result before rounding to a dtype, and after; adds to `kept` as `Rule.apply`."""
     before, after = np.empty(chunk.count, chunk.like.dtype), np.empty(chunk.count, chunk.like.dtype)
-    rule.apply(chunk, state, kernels.F64 if chunk.double else kernels.F32, before.view(np.uint8))
+    rule.apply(chunk, state, before, kept)
     raw = np.empty(chunk.count * DTYPE_BITS[dtype] // 8, np.uint8)
     kernels.encode(before, FLOATS[dtype], raw)
     kernels.decode(raw, FLOATS[dtype], after)

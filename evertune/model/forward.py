@@ -20,6 +20,8 @@ from transformers import DynamicCache
 
 from evertune.errors import ProbeError
 from evertune.model.open import OpenModel
+from evertune.model.packing import enable_packing, read_tree
+from evertune.model.tree import grow
 
 # Padded tokens of one forward pass; a branch counts with the prompt it shares. In bfloat16 the last digits of a score
 # follow the shape of its batch, so this number is part of what a score means.
@@ -54,6 +56,7 @@ class Forward:
 
     max_tokens: the longest sequence the architecture allows, or None where its configuration does not say.
     can_branch: whether several continuations can share a prompt's attention cache; recurrent models cannot.
+    can_pack: whether rows are read packed, as a tree of what they share, without padding and without a cache.
     """
 
     def __init__(self, opened: OpenModel) -> None:
@@ -64,6 +67,7 @@ class Forward:
         text_config = opened.model.config.get_text_config()
         self.max_tokens: int | None = getattr(text_config, "max_position_embeddings", None)
         self.can_branch = not opened.model._is_stateful
+        self.can_pack = enable_packing(opened.model)
         self.chunk_positions = max(1, CHUNK_ELEMENTS // text_config.vocab_size)
         # transformers renamed the argument within its version 5.
         parameters = inspect.signature(self.decoder.forward).parameters
@@ -139,8 +143,11 @@ class Forward:
 def score_rows(forward: Forward, rows: Sequence[Tokens], *, batch_tokens: int = BATCH_TOKENS) -> list[list[float]]:
     """Log-probabilities in nats of each row's counted tokens, given all tokens before them.
 
-    Rows are padded on the right without an attention mask: in a causal model nothing sees what stands behind it.
+    What rows share is read once, where the architecture can be packed. Else rows are padded on the right without an
+    attention mask: in a causal model nothing sees what stands behind it.
     """
+    if forward.can_pack:
+        return _score_trees(forward, rows, budget=batch_tokens)
     found: list[list[float]] = [[] for _ in rows]
     for batch in batches([len(row.ids) for row in rows], budget=batch_tokens):
         chosen = [rows[i] for i in batch]
@@ -156,12 +163,12 @@ def score_rows(forward: Forward, rows: Sequence[Tokens], *, batch_tokens: int = 
 def score_branches(
     forward: Forward, groups: Sequence[Sequence[Tokens]], *, batch_tokens: int = BATCH_TOKENS
 ) -> list[list[list[float]]]:
-    """The same for groups of rows that begin alike: what they share is read once and its cache branched.
+    """The same for groups of rows that begin alike: what they share is read once, in any case.
 
     Equal to `score_rows` but for rounding. A model whose state cannot be branched is scored row by row, always.
     """
     shared = [_shared(group) for group in groups]
-    if not forward.can_branch or min(shared) < 1:
+    if forward.can_pack or not forward.can_branch or min(shared) < 1:
         flat = iter(score_rows(forward, [row for group in groups for row in group], batch_tokens=batch_tokens))
         return [[next(flat) for _ in group] for group in groups]
     lengths = [max(len(row.ids) for row in group) for group in groups]
@@ -170,6 +177,44 @@ def score_branches(
         scored = iter(_score_branched(forward, [groups[i] for i in batch], [shared[i] for i in batch]))
         for i in batch:
             found[i] = [next(scored) for _ in groups[i]]
+    return found
+
+
+def _score_trees(forward: Forward, rows: Sequence[Tokens], *, budget: int) -> list[list[float]]:
+    """Logits are made once for each prefix that is asked what comes next: of four choices of one word, once."""
+    found: list[list[float]] = [[] for _ in rows]
+    # The last token of a row is asked for and asks nothing.
+    for tree in grow([row.ids[:-1] for row in rows], budget=budget):
+        outputs = read_tree(forward.decoder, tree, device=forward.device)
+        asked = [
+            (tree.places[i][t - 1], rows[i].ids[t])
+            for i in tree.places
+            for t in range(1, len(rows[i].ids))
+            if rows[i].counted[t]
+        ]
+        places = sorted({place for place, _ in asked})
+        line_of = {place: line for line, place in enumerate(places)}
+        hidden_NH = outputs.last_hidden_state[0, torch.tensor(places, device=forward.device)]
+        pairs = [(line_of[place], target) for place, target in asked]
+        values = iter(_values_at(forward, outputs, hidden_NH, pairs))
+        for i in tree.places:
+            found[i] = [next(values) for _ in range(sum(rows[i].counted[1:]))]
+    return found
+
+
+def _values_at(forward: Forward, outputs: Any, hidden_NH: Tensor, pairs: Sequence[tuple[int, int]]) -> list[float]:
+    """Log-probabilities of words at lines of hidden states, given as (line, word), in their order."""
+    found = [0.0] * len(pairs)
+    by_line = sorted(range(len(pairs)), key=lambda k: pairs[k])
+    done = 0
+    for start in range(0, len(hidden_NH), forward.chunk_positions):
+        stop = min(start + forward.chunk_positions, len(hidden_NH))
+        logp_nV = forward.logits(outputs, hidden_NH[start:stop]).log_softmax(dim=-1)
+        chosen = [k for k in by_line[done:] if pairs[k][0] < stop]
+        lines, words = (torch.tensor([pairs[k][side] for k in chosen], device=forward.device) for side in (0, 1))
+        for k, value in zip(chosen, logp_nV[lines - start, words].tolist(), strict=True):
+            found[k] = value
+        done += len(chosen)
     return found
 
 

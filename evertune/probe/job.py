@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from evertune.model.open import OpenModel
 
 # Raised by hand when the meaning of a score changes.
-PROBE_VERSION = 1
+PROBE_VERSION = 2
 
 
 def probe_key(checkpoint: Checkpoint, probe: AnyProbe, numerics: Mapping[str, Any]) -> str:

@@ -134,6 +134,7 @@ class ResolvedTraining(Resolved):
     gradient_checkpointing: bool
     ema: Ema | None
     save_steps: int
+    keep_steps: int | None
     guard_stop: GuardStop | None
     penalties: dict[str, Any]
     gradient_rules: dict[str, Any]

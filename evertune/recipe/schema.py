@@ -169,6 +169,8 @@ class Verifier(OneKey):
     """A pattern that must match the whole trimmed output. The item's `answer` is not read."""
     json_schema: dict[str, Any] | None = None
     """A JSON Schema the output must satisfy; when the item has an `answer` object, it must equal it too."""
+    classifier: "Classifier | None" = None
+    """A text classifier puts the output into the class that the item's `answer` names."""
     function: "OwnFunction | None" = None
     """A function of your own, `module:function`: called with the output and the item's `answer`, it returns a number
     from 0 to 1 or a truth value."""
@@ -190,6 +192,19 @@ class OwnFunction(Config):
     @classmethod
     def _bare(cls, value: Any) -> Any:
         return {"call": value} if isinstance(value, str) else value
+
+
+class Classifier(Config):
+    """A text classifier as a judge of outputs: a folder that transformers' AutoModelForSequenceClassification reads,
+    with weights in safetensors. It sees the output alone."""
+
+    path: PlaceText
+    """Its folder, relative to the recipe."""
+    labels: dict[str, str] = {}
+    """Classes by the answers that items have, such as `{refuse: REFUSAL, comply: ANSWER}`; an answer that is not named
+    is itself the class."""
+    max_tokens: int = Field(512, gt=0)
+    """Of a longer output the rest is not read."""
 
 
 class VerifierPart(Config):
@@ -473,6 +488,9 @@ class Training(StageSettings):
     """Average the weights over the steps."""
     save_steps: int = Field(50, gt=0)
     """Optimizer steps between two resume points."""
+    keep_steps: int | None = Field(None, gt=0)
+    """Optimizer steps between two checkpoints that are kept beside the one that the stage makes, each as large as that:
+    `evertune blame` then sees where in the stage a probe fell."""
     tune: Tune | None = None
     """What is trained here; `defaults.tune` or the preset when not given."""
     replay: Replay | None = None
@@ -701,6 +719,11 @@ class Teacher(Config):
     mean of their probabilities."""
     weight: Positive = 1.0
     """Its weight in an ensemble, relative to the others'."""
+
+    @property
+    def is_named(self) -> bool:
+        """Whether it is a checkpoint of the run or what the run starts from, and no path."""
+        return self.checkpoint in (*NAMED_REFERENCES, RUN) or self.checkpoint.startswith((OF_ROUND, OF_STAGE))
 
 
 def _as_teachers(value: Any) -> Any:
@@ -1567,6 +1590,11 @@ def _teacher_problems(recipe: Recipe) -> Iterator[str]:
             if teacher.checkpoint.startswith((OF_ROUND, OF_STAGE)) and teacher.checkpoint not in known:
                 told = ", ".join(known) or "nothing comes before this stage"
                 yield f"{place}.teachers[{j}].checkpoint: found '{teacher.checkpoint}', expected one of: {told}"
+            elif settings.route == "best" and not teacher.is_named:
+                yield (
+                    f"{place}.teachers[{j}].checkpoint: 'route: best' goes by the scores of this run, which has none "
+                    f"of '{teacher.checkpoint}'; expected a checkpoint of the run, or 'sources' for each teacher"
+                )
         yield from _answer_problems(recipe, settings, place)
         for source in settings.data if settings.route == "best" else ():
             if settings.skill(source) not in recipe.probes:

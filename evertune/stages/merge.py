@@ -17,7 +17,7 @@ from evertune.recipe.presets import ResolvedMerge
 from evertune.stages.place import Place
 from evertune.workspace import Workspace
 
-VERSION = 1
+VERSION = 2
 # Names of our methods -> rows of the table of all methods.
 ROWS = {
     "linear": ("expert_merge",), "ema": ("ema",), "interpolate": ("wise_ft",), "dare_linear": ("dare",),
@@ -182,15 +182,17 @@ def _numbers(plan: Any) -> dict[str, dict[str, Any]]:
     """For each model: where its numbers come from, so that nobody needs to trust that none was rounded twice.
 
     stored: dtype of its weights, for adapters of the base they stand on. vectors: adapters whose factors were read as
-    they were trained. rounded_before: whether those weights are another merge's, rounded to 16 bits.
+    they were trained. rounded_before: whether those weights are another merge's, rounded to 16 bits, or stand among
+    wider ones: a whole model trained from a float32 master is stored as it was computed with, perhaps in bfloat16.
     """
     from evertune.merge.plan import is_rounded_merge, numbers_of
 
+    stored = {numbers_of(one) for one in plan.sources}
     return {
         one.name: {
             "stored": numbers_of(one),
             "vectors": [each.digest for each in one.checkpoint.stack[1:]],
-            "rounded_before": is_rounded_merge(one),
+            "rounded_before": is_rounded_merge(one) or (numbers_of(one) != "float32" and "float32" in stored),
         }
         for one in plan.sources
     }

@@ -56,6 +56,7 @@ def training_fields(place: Place, settings: ResolvedTraining) -> dict[str, Any]:
         "gradient_checkpointing": settings.gradient_checkpointing,
         "ema_decay": settings.ema.decay if settings.ema else None,
         "save_steps": settings.save_steps,
+        "keep_steps": settings.keep_steps,
         "seed": plan.recipe.seed,
         "dtype": plan.numerics["dtype"],
         "device": plan.numerics["device"],
@@ -81,7 +82,7 @@ def _plain(value: Any) -> Any:
 def training_key(version: int, spec: TrainingSpec) -> str:
     """Digest of what the result depends on; where files lie, names and bookkeeping are left out."""
     facts = spec.to_json()
-    for name in ("key", "label", "threads", "track", "save_steps", "folder"):
+    for name in ("key", "label", "threads", "track", "save_steps", "keep_steps", "folder"):
         del facts[name]
     facts |= {name: one.digest for name, one in vars(spec).items() if isinstance(one, Checkpoint)}
     if facts.get("server"):  # where it is, and how it is asked, makes no other answers

@@ -1,18 +1,22 @@
-"""Rows as tensors: one padded micro-batch, and which of its positions are counted.
+"""Rows as tensors: one padded micro-batch, and which of its positions are counted; hidden states at those.
 
-Rows are padded on the right and no attention mask is made: in a causal model a position sees only what is before it,
-so what stands behind a row's end changes none of its outputs, and attention without a mask is cheaper.
+Rows are packed where the architecture allows it (see `model/packing.py`). Else they are padded on the right and no
+attention mask is made: in a causal model a position sees only what is before it, so what stands behind a row's end
+changes none of its outputs, and attention without a mask is cheaper. For the same reason a packed row ends at its last
+counted position: what comes after it would be computed for nothing.
 """
 
-# B rows, T tokens of the longest row, N counted positions
+# B rows, T tokens of the longest row, t of one row, N counted positions, H hidden
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from evertune.data.encode import EncodedRow
+from evertune.model.packing import packed_hidden
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,22 @@ def collate(rows: Sequence[EncodedRow], *, pad_id: int, device: torch.device) ->
         ids_BT[b, : len(row.ids)] = torch.from_numpy(row.ids)
         predicts_BT[b, : len(row.ids) - 1] = torch.from_numpy(row.counted[1:])
     return MicroBatch(tuple(rows), ids_BT.to(device), predicts_BT.to(device))
+
+
+def counted_hidden(decoder: nn.Module, batch: MicroBatch, *, is_packed: bool) -> Tensor:
+    """Last hidden states (N, H) at the counted positions, row by row.
+
+    Args:
+        is_packed: read the rows packed; the model must have been accepted by `enable_packing`.
+    """
+    if not is_packed:
+        hidden_BTH: Tensor = decoder(input_ids=batch.ids_BT, use_cache=False).last_hidden_state
+        return hidden_BTH[batch.predicts_BT]
+    predicts = [row.counted[1:] for row in batch.rows]
+    lengths = [int(one.nonzero()[0][-1]) + 1 if one.any() else 0 for one in predicts]
+    rows = [batch.ids_BT[b, :length] for b, length in enumerate(lengths) if length]
+    asked_T = np.concatenate([one[:length] for one, length in zip(predicts, lengths, strict=True)])
+    return packed_hidden(decoder, rows)[torch.from_numpy(asked_T).to(batch.ids_BT.device)]
 
 
 def counted_positions(row: EncodedRow) -> int:

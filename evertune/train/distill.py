@@ -103,7 +103,7 @@ class Distillation:
     ) -> Tensor:
         rows = [row for item in items for row in item.rows]
         batch = collate(rows, pad_id=policy.pad_id, device=policy.device)
-        hidden_NH = policy.hidden(batch.ids_BT)[batch.predicts_BT]
+        hidden_NH = policy.counted_hidden(batch)
         terms = self._terms(items, batch, 1.0 / counts.divisors["loss"])
         penalised = penalty_terms(penalties, rows, counts, device=policy.device)
         # Cross-entropy weighs differently where a teacher teaches, so it comes as terms too.

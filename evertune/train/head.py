@@ -3,13 +3,16 @@ tensor.
 
 Each chunk's loss and gradients are formed in the forward pass and only the gradients are kept, so memory is bounded
 by one chunk and nothing is computed twice. (The idea of fused linear cross-entropy kernels, arXiv:2410.10989.)
+Where every term knows its slope in the logits, cross-entropy and anchor share one softmax, turned in place into that
+slope; other terms go through autograd on the chunk's logits, which is the same mathematics in more passes.
 """
 
-# N counted positions, M positions of a term (a subset of N), V vocabulary, H hidden
+# N counted positions, n of a chunk, M positions of a term (a subset of N), m of a chunk, V vocabulary, H hidden
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +20,7 @@ from torch.nn import functional as F
 
 from evertune.errors import CheckpointError
 from evertune.train.losses import cross_entropy_sum
+from evertune.train.penalty import ClosedForm, PositionValues
 
 # Largest float32 chunk of logits: 2**24 elements, 64 MiB. A step of 341 positions of a 49k vocabulary is one GEMM.
 CHUNK_ELEMENTS = 1 << 24
@@ -42,7 +46,7 @@ class Head:
 
     def log_probabilities(self, hidden_NH: Tensor) -> Tensor:
         """(N, V) float32, in one piece: the caller chunks."""
-        return F.linear(hidden_NH, self.weight_VH, self.bias_V).float().log_softmax(dim=-1)
+        return F.linear(hidden_NH, self.weight_VH, self.bias_V).log_softmax(dim=-1, dtype=torch.float32)
 
     def chunk_positions(self) -> int:
         """How many positions fit a chunk of logits."""
@@ -57,13 +61,19 @@ class PositionTerm:
         name: its key in the metrics.
         mask_N: True where it applies, in the order of the counted positions; M of them.
         weight: factor of the summed penalty in the loss; the caller puts 1 / (positions of the step) in it.
-        values: (log-probabilities (m, V), slice of the M positions) -> (m,) penalties in nats.
+        values: penalties at some of the M positions; a `ClosedForm` where the slope is known.
     """
 
     name: str
     mask_N: Tensor
     weight: float
-    values: Callable[[Tensor, slice], Tensor]
+    values: PositionValues
+
+    def within(self, start: int, stop: int) -> tuple[Tensor, slice]:
+        """Of a chunk of the counted positions: where the term applies, and which of its own positions these are."""
+        mask_n = self.mask_N[start:stop]
+        first = int(self.mask_N[:start].sum())
+        return mask_n, slice(first, first + int(mask_n.sum()))
 
 
 @dataclass(frozen=True)
@@ -155,24 +165,103 @@ def head_loss(
     """
     step = chunk_positions or head.chunk_positions()
 
-    def chunk_loss(logits_NV: Tensor, start: int) -> tuple[Tensor, list[Tensor]]:
-        stop = start + logits_NV.shape[0]
-        logp_NV = logits_NV.float().log_softmax(dim=-1)
-        sums = [cross_entropy_sum(logp_NV, targets_N[start:stop])]
-        loss = ce_weight * sums[0]
-        for term in terms:
-            mask = term.mask_N[start:stop]
-            first, count = int(term.mask_N[:start].sum()), int(mask.sum())
-            rows = logp_NV if count == len(mask) else logp_NV[mask]
-            total = term.values(rows, slice(first, first + count)).sum() if count else logp_NV.new_zeros(())
-            sums.append(total)
-            loss = loss + term.weight * total
-        return loss, sums
-
+    is_closed = all(isinstance(one.values, ClosedForm) for one in terms)
+    chunk_loss = partial(
+        _chunk_in_place if is_closed else _chunk_by_autograd, targets_N=targets_N, ce_weight=ce_weight, terms=terms
+    )
     wants_grad = torch.is_grad_enabled()
     loss, sums = _ChunkedLoss.apply(hidden_NH, head.weight_VH, head.bias_V, chunk_loss, step, wants_grad)
     named = {term.name: sums[i + 1] for i, term in enumerate(terms)}
     return HeadLoss(loss=loss, ce_sum=sums[0], term_sums=named)
+
+
+Parts = Sequence[Tensor | None]
+"""Hidden states (n, H) of a chunk, the head's weight and bias."""
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Loss and sums (without gradient) of a chunk, and the gradients of its parts that were wanted, in their order."""
+
+    loss: Tensor
+    sums: list[Tensor]
+    gradients: Sequence[Tensor]
+
+
+def _chunk_by_autograd(
+    parts: Parts,
+    start: int,
+    wanted: Sequence[bool],
+    *,
+    targets_N: Tensor,
+    ce_weight: float,
+    terms: Sequence[PositionTerm],
+) -> _Chunk:
+    with torch.enable_grad():
+        parts = [
+            None if one is None else one.detach().requires_grad_(need) for one, need in zip(parts, wanted, strict=True)
+        ]
+        logp_nV = F.linear(*parts).log_softmax(dim=-1, dtype=torch.float32)  # type: ignore[arg-type]
+        stop = start + len(logp_nV)
+        sums = [cross_entropy_sum(logp_nV, targets_N[start:stop])]
+        loss = ce_weight * sums[0]
+        for term in terms:
+            mask, chosen = term.within(start, stop)
+            rows = logp_nV if bool(mask.all()) else logp_nV[mask]
+            sums.append(term.values(rows, chosen).sum() if len(rows) else logp_nV.new_zeros(()))
+            loss = loss + term.weight * sums[-1]
+    inputs = [one for one, need in zip(parts, wanted, strict=True) if need and one is not None]
+    gradients = torch.autograd.grad(loss, inputs) if inputs else ()
+    return _Chunk(loss.detach(), [one.detach() for one in sums], gradients)
+
+
+def _chunk_in_place(
+    parts: Parts,
+    start: int,
+    wanted: Sequence[bool],
+    *,
+    targets_N: Tensor,
+    ce_weight: float,
+    terms: Sequence[PositionTerm],
+) -> _Chunk:
+    """The slope of cross-entropy in the logits is p - onehot, that of a closed form a factor of p with corrections."""
+    hidden_nH, weight_VH, bias_V = parts
+    assert hidden_nH is not None and weight_VH is not None
+    logp_nV = F.linear(hidden_nH, weight_VH, bias_V).log_softmax(dim=-1, dtype=torch.float32)
+    stop = start + len(logp_nV)
+    targets_n1 = targets_N[start:stop].unsqueeze(1)
+    sums = [-logp_nV.gather(1, targets_n1).sum()]
+    places = [term.within(start, stop) for term in terms]
+    rows = [mask.nonzero().squeeze(1) for mask, _ in places]
+    finish = [
+        cast(ClosedForm, term.values).begin(logp_nV, rows_m, chosen)
+        for term, rows_m, (_, chosen) in zip(terms, rows, places, strict=True)
+    ]
+    p_nV = logp_nV.exp_()
+    slopes = [one(p_nV) for one in finish]
+    sums += [one.values_m.sum() for one in slopes]
+    loss = torch.stack(
+        [weight * one for weight, one in zip([ce_weight, *(t.weight for t in terms)], sums, strict=True)]
+    )
+    if not any(wanted):
+        return _Chunk(loss.sum(), sums, ())
+    slope_nV = p_nV
+    factor_n = torch.full((len(slope_nV),), ce_weight, device=slope_nV.device)
+    for term, rows_m, one in zip(terms, rows, slopes, strict=True):
+        factor_n[rows_m] += term.weight * one.factor_m
+    slope_nV.mul_(factor_n.unsqueeze(1))
+    slope_nV.scatter_add_(1, targets_n1, torch.full_like(targets_n1, -ce_weight, dtype=torch.float32))
+    for term, rows_m, one in zip(terms, rows, slopes, strict=True):
+        one.correct(slope_nV, rows_m, term.weight)
+    narrow_nV = slope_nV.to(weight_VH.dtype)
+    gradients = []
+    if wanted[0]:
+        gradients.append(narrow_nV @ weight_VH)
+    if wanted[1]:
+        gradients.append(narrow_nV.t() @ hidden_nH)
+    if wanted[2]:
+        gradients.append(slope_nV.sum(dim=0))
+    return _Chunk(loss.sum(), sums, gradients)
 
 
 def target_log_probabilities(
@@ -245,7 +334,7 @@ class _TargetLogProbabilities(torch.autograd.Function):
                     logp_nV = (logits_nV / ctx.temperature).log_softmax(dim=-1)
                     taken_n = logp_nV.gather(1, targets_N[chosen].unsqueeze(1)).squeeze(1)
                     loss = (taken_n * grad_N[chosen]).sum()
-                grads.add(loss, parts)
+                grads.add(torch.autograd.grad(loss, [one for one in parts if one is not None and one.requires_grad]))
         _, weight, bias = grads.finish(None, weight_VH, bias_V)
         hidden = None if slopes_NH is None else (grad_N.unsqueeze(1) * slopes_NH).to(hidden_NH.dtype)
         return hidden, weight, bias, None, None, None, None
@@ -265,26 +354,21 @@ class _ChunkedLoss(torch.autograd.Function):
         hidden_NH: Tensor,
         weight_VH: Tensor,
         bias_V: Tensor | None,
-        chunk_loss: Callable[[Tensor, int], tuple[Tensor, list[Tensor]]],
+        chunk_loss: Callable[[Parts, int, Sequence[bool]], _Chunk],
         step: int,
         wants_grad: bool,
     ) -> tuple[Tensor, Tensor]:
         wanted = [wants_grad and needed for needed in ctx.needs_input_grad[:3]]
-        loss, sums, grads = torch.zeros((), device=hidden_NH.device), None, _Gradients(wanted)
+        grads = _Gradients(wanted)
+        chunks = []
         for start in range(0, len(hidden_NH), step):
-            with torch.enable_grad():
-                parts = [
-                    None if one is None else one.detach().requires_grad_(need)
-                    for one, need in zip((hidden_NH[start : start + step], weight_VH, bias_V), wanted, strict=True)
-                ]
-                chunk, chunk_sums = chunk_loss(F.linear(*parts), start)  # type: ignore[arg-type]
+            chunk = chunk_loss((hidden_NH[start : start + step], weight_VH, bias_V), start, wanted)
             if any(wanted):
-                grads.add(chunk, parts)
-            loss = loss + chunk.detach()
-            stacked = torch.stack([one.detach() for one in chunk_sums])
-            sums = stacked if sums is None else sums + stacked
+                grads.add(chunk.gradients)
+            chunks.append((chunk.loss, torch.stack(chunk.sums)))
         ctx.grads = grads.finish(hidden_NH, weight_VH, bias_V)
-        assert sums is not None, "no counted position"
+        assert chunks, "no counted position"
+        loss, sums = (torch.stack(each).sum(dim=0) for each in zip(*chunks, strict=True))
         ctx.mark_non_differentiable(sums)
         return loss, sums
 
@@ -302,9 +386,9 @@ class _Gradients:
         self._hidden: list[Tensor] = []
         self._shared: list[Tensor | None] = [None, None]
 
-    def add(self, loss: Tensor, parts: Sequence[Tensor | None]) -> None:
-        inputs = [one for one, need in zip(parts, self._wanted, strict=True) if need and one is not None]
-        found = iter(torch.autograd.grad(loss, inputs))
+    def add(self, gradients: Sequence[Tensor]) -> None:
+        """One chunk's, of those that are wanted, in order."""
+        found = iter(gradients)
         if self._wanted[0]:
             self._hidden.append(next(found))
         for i in (0, 1):

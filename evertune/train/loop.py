@@ -7,6 +7,7 @@ processes, so that how a step is cut up changes speed and memory, not the result
 import contextlib
 import hashlib
 import math
+import os
 import signal
 import threading
 import time
@@ -27,6 +28,14 @@ from evertune.train.optimizer import Masters, Schedule, rate_factor
 from evertune.train.penalty import GradientRule, Penalty
 from evertune.train.resume import ResumePoints
 from evertune.train.sink import Metrics, Sink
+
+# What `accelerate launch` may be asked for, and this loop does not do.
+UNSUPPORTED = {
+    "ACCELERATE_USE_FSDP": "sharded weights (FSDP)",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "several kinds of parallelism",
+}
 
 
 class Feed(Protocol):
@@ -239,6 +248,7 @@ def train(
     save_steps: int,
     brake: Callable[[Metrics], str | None] = lambda metrics: None,
     observe: Callable[[Metrics], Metrics] = lambda metrics: {},
+    keep: Callable[[int], None] = lambda done: None,
 ) -> None:
     """Perform the steps from `first` on, with a resume point about every `save_steps`, where the feed allows one.
 
@@ -249,6 +259,7 @@ def train(
         brake: says of a step's metrics why the stage should end there, or None.
         observe: is given each step's metrics in order, in a run that goes on those of the steps before it first, and
             returns what to log beside them.
+        keep: is called after each step with the number of steps done.
 
     Raises:
         TrainingError: NaN or Inf in loss, gradient or weights.
@@ -268,6 +279,7 @@ def train(
             if brake(metrics) is not None:
                 break
             done = step + 1
+            keep(done)
             may_save = done % every == 0
             is_stopping = may_save and _any_process(trainer.accelerator, bool(requests))
             if may_save and (done // save_steps > (done - every) // save_steps or is_stopping):
@@ -346,8 +358,16 @@ def make_accelerator(*, device: str, track: Sequence[str], logging_dir: Any) -> 
     """The processes and the device of this stage. Precision is ours to manage, so accelerate's stays off.
 
     Raises:
-        TrainingError: `cuda` is asked for and there is none.
+        TrainingError: `cuda` is asked for and there is none; or the launcher asks for a kind of parallelism that would
+            silently become copies of the whole model.
     """
+    for name, asked in UNSUPPORTED.items():
+        if os.environ.get(name, "").lower() in ("1", "true", "yes"):
+            raise TrainingError(
+                f"launch: {name} asks for {asked}, and a stage trains one whole model in each process.",
+                remedy="Launch without it (torchrun, or 'accelerate launch --multi-gpu'), or train with an external "
+                "stage.",
+            )
     if device == "cuda" and not torch.cuda.is_available():
         raise TrainingError(
             "numerics.device is 'cuda', but no CUDA device is visible.",

@@ -43,9 +43,6 @@ def reverse_kl(logp_NV: Tensor, ref_logp_NV: Tensor) -> Tensor:
     return (logp_NV.exp() * (logp_NV - ref_logp_NV)).sum(dim=-1)
 
 
-DIVERGENCES = {"forward": forward_kl, "reverse": reverse_kl}
-
-
 def top_words(ref_logp_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k most likely words of each position and their log-probabilities, with all others in one tail bucket.
 

@@ -14,19 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from evertune.data.encode import EncodedRow, Item
-from evertune.train.batch import collate, counted_positions
+from evertune.train.batch import MicroBatch, collate, counted_hidden, counted_positions
 from evertune.train.head import Head, PositionTerm, head_loss
 from evertune.train.penalty import Penalty
 
 
 @dataclass(frozen=True)
 class Policy:
-    """The model in training: its decoder gives hidden states, its head logits. `pad_id` fills up short rows."""
+    """The model in training: its decoder gives hidden states, its head logits. `pad_id` fills up short rows, where they
+    are not packed."""
 
     model: nn.Module
     decoder: nn.Module
     head: Head
     pad_id: int
+    is_packed: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -36,6 +38,10 @@ class Policy:
         """Last hidden states (B, T, H) of right-padded rows."""
         hidden_BTH: Tensor = self.decoder(input_ids=ids_BT, use_cache=False).last_hidden_state
         return hidden_BTH
+
+    def counted_hidden(self, batch: MicroBatch) -> Tensor:
+        """Last hidden states (N, H) at the counted positions."""
+        return counted_hidden(self.decoder, batch, is_packed=self.is_packed)
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,7 @@ class CrossEntropy:
     ) -> Tensor:
         rows = [row for item in items for row in item.rows]
         batch = collate(rows, pad_id=policy.pad_id, device=policy.device)
-        hidden_NH = policy.hidden(batch.ids_BT)[batch.predicts_BT]
+        hidden_NH = policy.counted_hidden(batch)
         terms = penalty_terms(penalties, rows, counts, device=policy.device)
         ce_weight = 1.0 / counts.divisors["loss"]
         found = head_loss(hidden_NH, batch.targets_N, head=policy.head, ce_weight=ce_weight, terms=terms)
@@ -113,7 +119,7 @@ def backward_beside_replay(
             the loss, a scalar with gradient. Not called where there are no judged rows.
     """
     batch = collate([*judged, *replayed], pad_id=policy.pad_id, device=policy.device)
-    hidden_NH, targets_N = policy.hidden(batch.ids_BT)[batch.predicts_BT], batch.targets_N
+    hidden_NH, targets_N = policy.counted_hidden(batch), batch.targets_N
     split = sum(map(counted_positions, judged))
     sums = {name: hidden_NH.new_zeros((), dtype=torch.float32) for name in counts.divisors}
     penalised: dict[str, Tensor] = {}

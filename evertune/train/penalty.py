@@ -1,7 +1,10 @@
 """The roles of a penalty, a term that holds the policy near something, and of a rule that changes gradients."""
 
+# n positions of a chunk of logits, m of them penalised, V vocabulary, K words
+
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -9,6 +12,51 @@ from evertune.data.encode import EncodedRow
 
 PositionValues = Callable[[Tensor, slice], Tensor]
 """(log-probabilities (m, V) at some of the penalty's positions, which of them) -> (m,) penalties in nats."""
+
+
+@dataclass(frozen=True)
+class Slope:
+    """Penalties and their slope in the logits: factor * p, plus values at a few words, minus a whole distribution.
+
+    Attributes:
+        values_m: the penalties, in nats.
+        factor_m: of the policy's own probabilities.
+        words_mK, at_words_mK: what is added at some words, where there are such.
+        minus_mV: what is subtracted everywhere, where there is such.
+    """
+
+    values_m: Tensor
+    factor_m: Tensor
+    words_mK: Tensor | None = None
+    at_words_mK: Tensor | None = None
+    minus_mV: Tensor | None = None
+
+    def correct(self, slope_nV: Tensor, rows_m: Tensor, weight: float) -> None:
+        """Add everything but the factor's part, times the weight, to these rows, in place."""
+        if self.words_mK is not None and self.at_words_mK is not None:
+            slope_nV.index_put_((rows_m.unsqueeze(1), self.words_mK), weight * self.at_words_mK, accumulate=True)
+        if self.minus_mV is not None:
+            slope_nV.index_add_(0, rows_m, self.minus_mV, alpha=-weight)
+
+
+@runtime_checkable
+class ClosedForm(Protocol):
+    """Position values that know their slope, so that they need no autograd on a matrix of logits.
+
+    They are called as others are, too: that is what their slope is tested against.
+    """
+
+    def __call__(self, logp_mV: Tensor, chosen: slice) -> Tensor: ...
+
+    def begin(self, logp_nV: Tensor, rows_m: Tensor, chosen: slice) -> Callable[[Tensor], Slope]:
+        """Read what is needed of the log-probabilities; what is returned is called once with these turned, in place,
+        into probabilities, which it leaves as they are.
+
+        Args:
+            logp_nV: of a whole chunk.
+            rows_m: the penalised ones of its rows.
+            chosen: which of the penalty's positions they are.
+        """
 
 
 class Penalty(Protocol):

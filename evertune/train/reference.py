@@ -3,7 +3,8 @@
 Divergences are computed on the policy's own chunk of logits; a full matrix of the reference's logits is never made.
 """
 
-# M anchored positions, H hidden, V vocabulary, K kept words, L = K + 1 buckets
+# M anchored positions, n positions of a chunk, m anchored ones of these, H hidden, V vocabulary, K kept words,
+# L = K + 1 buckets
 
 import contextlib
 from collections.abc import Callable, Sequence
@@ -21,14 +22,17 @@ from evertune.errors import CheckpointError
 from evertune.model.adapter import without_new
 from evertune.model.checkpoint import Checkpoint
 from evertune.model.open import OpenModel, open_model
-from evertune.train.batch import collate
+from evertune.model.packing import enable_packing
+from evertune.train.batch import collate, counted_hidden
 from evertune.train.cache import ReferenceCache
 from evertune.train.head import Head, split_model, target_log_probabilities
-from evertune.train.losses import DIVERGENCES, bucket, top_words
-from evertune.train.penalty import PositionValues
+from evertune.train.losses import bucket, forward_kl, reverse_kl, top_words
+from evertune.train.penalty import PositionValues, Slope
 
 Direction = Literal["forward", "reverse"]
 TOP_WORDS = 64
+# Of a tail's mass: below, it would vanish in float32, and its logarithm with it.
+SMALLEST = 1e-37
 
 
 class Reference(Protocol):
@@ -44,6 +48,7 @@ class LiveReference:
     Args:
         model, decoder, head: the reference's parts; the policy's own when `frozen` makes them compute the reference.
         frozen: a context in which the model computes the reference's outputs.
+        is_packed: whether it reads rows packed.
     """
 
     def __init__(
@@ -54,11 +59,12 @@ class LiveReference:
         *,
         frozen: Callable[[], AbstractContextManager[None]],
         pad_id: int,
+        is_packed: bool = False,
     ) -> None:
         self.head = head
         self.forwards = 0
         self._model, self._decoder = model, decoder
-        self._frozen, self._pad_id = frozen, pad_id
+        self._frozen, self._pad_id, self._is_packed = frozen, pad_id, is_packed
 
     @torch.no_grad()
     def hidden(self, rows: Sequence[EncodedRow]) -> Tensor:
@@ -68,14 +74,14 @@ class LiveReference:
         self._model.eval()
         try:
             with self._frozen():
-                hidden_BTH = self._decoder(input_ids=batch.ids_BT, use_cache=False).last_hidden_state
+                hidden_MH = counted_hidden(self._decoder, batch, is_packed=self._is_packed)
         finally:
             self._model.train(was_training)
         self.forwards += 1
-        return hidden_BTH[batch.predicts_BT]
+        return hidden_MH
 
     def values(self, rows: Sequence[EncodedRow], direction: Direction) -> PositionValues:
-        return hidden_values(self.hidden(rows), self.head, direction)
+        return full_divergence(self.hidden(rows), self.head, direction)
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,7 @@ class CachedHidden:
 
     def values(self, rows: Sequence[EncodedRow], direction: Direction) -> PositionValues:
         stored = [self.cache.read(row)["hidden"] for row in rows]
-        return hidden_values(torch.cat(stored).to(self.head.weight_VH.device), self.head, direction)
+        return full_divergence(torch.cat(stored).to(self.head.weight_VH.device), self.head, direction)
 
 
 @dataclass(frozen=True)
@@ -103,19 +109,77 @@ class CachedTop:
         # Stored in half precision: normalised again, so that equal distributions have divergence 0.
         ref_logp_ML = torch.cat([one["logp"] for one in stored]).to(self.device).float().log_softmax(dim=-1)
 
-        def values(logp_MV: Tensor, chosen: slice) -> Tensor:
-            return DIVERGENCES[direction](bucket(logp_MV, ids_MK[chosen]), ref_logp_ML[chosen])
-
-        return values
+        return ForwardTop(ids_MK, ref_logp_ML) if direction == "forward" else _reverse_top(ids_MK, ref_logp_ML)
 
 
-def hidden_values(hidden_MH: Tensor, head: Head, direction: Direction) -> PositionValues:
-    """Exact divergences over the whole vocabulary from the reference's hidden states."""
+@dataclass(frozen=True)
+class ForwardTop:
+    """KL(reference || policy) over kept words and their tail, with its slope.
 
-    def values(logp_MV: Tensor, chosen: slice) -> Tensor:
+    With r the reference's probabilities, p the policy's, R and P those of the tail: at a kept word p - r, at another
+    p (1 - R / P).
+    """
+
+    ids_MK: Tensor
+    ref_logp_ML: Tensor
+
+    def __call__(self, logp_mV: Tensor, chosen: slice) -> Tensor:
+        return forward_kl(bucket(logp_mV, self.ids_MK[chosen]), self.ref_logp_ML[chosen])
+
+    def begin(self, logp_nV: Tensor, rows_m: Tensor, chosen: slice) -> Callable[[Tensor], Slope]:
+        words_mK, ref_logp_mL = self.ids_MK[chosen], self.ref_logp_ML[chosen]
+        places = (rows_m.unsqueeze(1), words_mK)
+        kept_logp_mK = logp_nV[places]
+
+        def finish(p_nV: Tensor) -> Slope:
+            kept_mK = p_nV[places]
+            # Summed over its own words: one minus the mass of the kept ones would cancel where these hold nearly all.
+            p_nV[places] = 0.0
+            tail_m = p_nV.sum(dim=-1)[rows_m].clamp(min=SMALLEST)
+            p_nV[places] = kept_mK
+            policy_mL = torch.cat([kept_logp_mK, tail_m.log().unsqueeze(1)], dim=1)
+            ref_mL = ref_logp_mL.exp()
+            ratio_m = ref_mL[:, -1] / tail_m
+            at_words_mK = kept_mK * ratio_m.unsqueeze(1) - ref_mL[:, :-1]
+            return Slope(forward_kl(policy_mL, ref_logp_mL), 1.0 - ratio_m, words_mK, at_words_mK)
+
+        return finish
+
+
+def _reverse_top(ids_MK: Tensor, ref_logp_ML: Tensor) -> PositionValues:
+    return lambda logp_mV, chosen: reverse_kl(bucket(logp_mV, ids_MK[chosen]), ref_logp_ML[chosen])
+
+
+@dataclass(frozen=True)
+class ForwardFull:
+    """KL(reference || policy) over the whole vocabulary, from the reference's hidden states; its slope is p - r."""
+
+    hidden_MH: Tensor
+    head: Head
+
+    def __call__(self, logp_mV: Tensor, chosen: slice) -> Tensor:
         with torch.no_grad():
-            ref_logp_MV = head.log_probabilities(hidden_MH[chosen])
-        return DIVERGENCES[direction](logp_MV, ref_logp_MV)
+            ref_logp_mV = self.head.log_probabilities(self.hidden_MH[chosen])
+        return forward_kl(logp_mV, ref_logp_mV)
+
+    def begin(self, logp_nV: Tensor, rows_m: Tensor, chosen: slice) -> Callable[[Tensor], Slope]:
+        ref_logp_mV = self.head.log_probabilities(self.hidden_MH[chosen])
+        further_mV = ref_logp_mV - (logp_nV if len(rows_m) == len(logp_nV) else logp_nV[rows_m])
+        ref_mV = ref_logp_mV.exp_()
+        values_m = torch.linalg.vecdot(ref_mV, further_mV)
+        slope = Slope(values_m, torch.ones_like(values_m), minus_mV=ref_mV)
+        return lambda p_nV: slope
+
+
+def full_divergence(hidden_MH: Tensor, head: Head, direction: Direction) -> PositionValues:
+    """Exact divergences over the whole vocabulary from the reference's hidden states."""
+    if direction == "forward":
+        return ForwardFull(hidden_MH, head)
+
+    def values(logp_mV: Tensor, chosen: slice) -> Tensor:
+        with torch.no_grad():
+            ref_logp_mV = head.log_probabilities(hidden_MH[chosen])
+        return reverse_kl(logp_mV, ref_logp_mV)
 
     return values
 
@@ -225,4 +289,7 @@ class ReferenceSource:
 
     def _live(self, opened: OpenModel, frozen: Callable[[], AbstractContextManager[None]]) -> LiveReference:
         decoder, head = split_model(opened.model)
-        return LiveReference(opened.model, decoder, head, frozen=frozen, pad_id=opened.codec.pad_id)
+        is_packed = enable_packing(opened.model)
+        return LiveReference(
+            opened.model, decoder, head, frozen=frozen, pad_id=opened.codec.pad_id, is_packed=is_packed
+        )

@@ -359,7 +359,7 @@ def _policy_logp(policy: Policy, temperature: float, size: int, rows: Sequence[E
 
     def of(some: Sequence[EncodedRow]) -> Tensor:
         batch = collate(some, pad_id=policy.pad_id, device=policy.device)
-        hidden_NH = policy.hidden(batch.ids_BT)[batch.predicts_BT]
+        hidden_NH = policy.counted_hidden(batch)
         return target_log_probabilities(hidden_NH, batch.targets_N, head=policy.head, temperature=temperature)
 
     return _by_length(rows, size, of)

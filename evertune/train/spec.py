@@ -164,6 +164,7 @@ class TrainingSpec:
     weights: dict[str, float] | None
     mix: dict[str, Any] | None = field(default=None, kw_only=True)
     folder: str = field(default="", kw_only=True)
+    keep_steps: int | None = field(default=None, kw_only=True)
     replay: list[RowsRef]
     share: float
     adapt: AdaptSpec | None = field(default=None, kw_only=True)

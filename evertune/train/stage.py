@@ -21,12 +21,14 @@ from torch import Tensor, nn
 
 from evertune.data.encode import EncodedRow
 from evertune.data.stream import Stretches
+from evertune.hashing import digest_json
 from evertune.methods import standing_of
-from evertune.model.adapter import Factors, add_adapter, read_factors, save_new
+from evertune.model.adapter import add_adapter, read_factors, save_new
 from evertune.model.checkpoint import Checkpoint
 from evertune.model.codec import Codec
 from evertune.model.export import save_dense
 from evertune.model.open import OpenModel, open_model
+from evertune.model.packing import enable_packing
 from evertune.train.adapt import AdaptiveFeed, Ask, adapt_facts, adapt_warnings
 from evertune.train.anchor import Anchor, anchors
 from evertune.train.distance import stage_drift
@@ -202,7 +204,10 @@ def run_training(spec: TrainingSpec, workspace: Workspace, lesson: Lesson, *, as
     start_trackers(accelerator, spec.label, spec.settings(), folder=points.folder / "trackers")
     brake = partial(_brake, spec, lesson)
     sink = Sink(points.folder / METRICS, history=history, accelerator=accelerator)
-    train(trainer, points, sink, first=first, save_steps=spec.save_steps, brake=brake, observe=lesson.observe)
+    keep = partial(_keep, spec, workspace, opened, trainer)
+    train(
+        trainer, points, sink, first=first, save_steps=spec.save_steps, brake=brake, observe=lesson.observe, keep=keep
+    )
     trainer.masters.use_average()
     cosines = _start_and_end(at_start, interference(trainer, material)) if lesson.can_compare else None
     if accelerator.is_main_process:
@@ -253,7 +258,7 @@ def make_trainer(setting: Setting, trained: Mapping[str, nn.Parameter], lesson: 
     """Everything a step needs, the anchor's reference included."""
     spec, opened = setting.spec, setting.opened
     decoder, head = split_model(opened.model)
-    policy = Policy(opened.model, decoder, head, opened.codec.pad_id)
+    policy = Policy(opened.model, decoder, head, opened.codec.pad_id, is_packed=enable_packing(opened.model))
     feed = lesson.feed(setting, policy)
     if spec.guard_stop is not None:
         assert setting.ask is not None, "the stage ends where guards fall, and nothing asks them"
@@ -331,12 +336,8 @@ def _publish(
     """Write the trained model and its metrics as one object; drift is measured on the weights as written."""
 
     def write(folder: Path) -> dict[str, Any]:
-        new: Factors | None = None
-        if spec.is_lora:
-            save_new(opened, folder, spec.start)
-            new = read_factors(folder)
-        else:
-            save_dense(opened.model, folder, like=spec.start)
+        _write_weights(spec, opened, folder)
+        new = read_factors(folder) if spec.is_lora else None
         (folder / METRICS).write_bytes(to_lines(without_volatile(history)))
         for name, tensors in carried.items():
             (folder / CARRIED).mkdir(exist_ok=True)
@@ -350,6 +351,28 @@ def _publish(
         return {"checkpoint": {**facts, "bytes": size, "drift": drift}, "volatile": volatile}
 
     workspace.publish(kind="checkpoint", key=spec.key, record={}, write=write)
+
+
+def _write_weights(spec: TrainingSpec, opened: OpenModel, folder: Path) -> None:
+    if spec.is_lora:
+        save_new(opened, folder, spec.start)
+    else:
+        save_dense(opened.model, folder, like=spec.start)
+
+
+def _keep(spec: TrainingSpec, workspace: Workspace, opened: OpenModel, trainer: Trainer, done: int) -> None:
+    """Publish the weights after a step where the recipe asks for it: an object of its own that names its stage."""
+    if not spec.keep_steps or done % spec.keep_steps or done == trainer.pace.steps:
+        return
+    trainer.masters.check_finite(step=done)
+    if trainer.accelerator.is_main_process:
+        workspace.publish(
+            kind="kept",
+            key=digest_json({"kind": "kept", "stage": spec.key, "step": done}),
+            record={"stage": spec.key, "step": done, "steps": trainer.pace.steps},
+            write=partial(_write_weights, spec, opened),
+        )
+    trainer.accelerator.wait_for_everyone()
 
 
 def peak_memory(device: torch.device) -> int:

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from evertune.errors import ProbeError
 from evertune.verifiers.calling import calls_alike, check_call
+from evertune.verifiers.classifier import check_class, same_class
 from evertune.verifiers.expression import check_expression_answer, equal_expression
 from evertune.verifiers.function import any_answer, own_function
 from evertune.verifiers.ifeval import check_instructions, follows_instructions
@@ -59,6 +60,7 @@ VERIFIERS = {
     "exact": Verifier(exact, partial(check_text_answer, kind="exact")),
     "contains": Verifier(contains, partial(check_text_answer, kind="contains")),
     "math": Verifier(equal_expression, check_expression_answer),
+    "classifier": Verifier(same_class, check_class),
     "refusal": Verifier(refusal, check_refusal),
     "regex": Verifier(regex, check_pattern),
     "json_schema": Verifier(satisfies_schema, check_schema),

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -48,28 +48,15 @@ def any_answer(argument: Any, answer: Any, *, place: str) -> None:
     """Nothing is known of what answers a function takes. That it is there is seen where it is located."""
 
 
-def located(verifier: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """A verifier as a recipe has it, with the digest of the file of every function in it: what a score depends on.
+def with_digest(argument: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The argument with the digest of the function's file: what a score depends on.
 
-    Modules are looked for in the folder of the recipe first, then among what is installed; nothing is imported.
+    The module is looked for in the folder first, then among what is installed; nothing is imported.
 
     Raises:
         ProbeError: there is no such module, or no such function at its top level.
     """
-    return _in_functions(verifier, lambda one: {**one, "digest": digest_file(_file_of(one["call"], folder))})
-
-
-def placed(verifier: Mapping[str, Any], folder: Path | str) -> dict[str, Any]:
-    """A located verifier with the folder that its functions' modules are looked for in, ready to be asked."""
-    return _in_functions(verifier, lambda one: {**one, "folder": str(folder)})
-
-
-def _in_functions(verifier: Mapping[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
-    """A copy in which the argument of every `function` is changed."""
-    ((kind, argument),) = verifier.items()
-    if kind == "parts":
-        argument = {name: {**part, "check": _in_functions(part["check"], change)} for name, part in argument.items()}
-    return {kind: change(argument) if kind == "function" else argument}
+    return {**argument, "digest": digest_file(_file_of(argument["call"], folder))}
 
 
 def _file_of(call: str, folder: Path) -> Path:

@@ -1,5 +1,6 @@
 """The machinery: equal bytes whatever the threads, files and kills; nothing lost, invented or half done."""
 
+import errno
 import json
 import os
 import random
@@ -19,7 +20,9 @@ from evertune.errors import CheckpointError, MergeError, WorkspaceError
 from evertune.hashing import digest_file
 from evertune.merge import plan as planning
 from evertune.merge.engine import JOURNAL, run_merge
+from evertune.merge.output import OutputFiles
 from evertune.merge.plan import plan_merge
+from evertune.merge.run import check_planned
 from evertune.model.checkpoint import describe
 from tests.merge.folders import (
     SHAPES,
@@ -144,6 +147,15 @@ def test_models_with_different_starts_are_refused_unless_asked_for(family: Path,
     models = {"e0": {}, "stranger": {"path": str(tmp_path / "stranger")}}
     with pytest.raises(MergeError, match="'e0' and 'stranger' do not have the same start"):
         merge(family, "stranger", "linear", models)
+    lines = [
+        "method: linear",
+        "models:",
+        f"  e0: {{path: {family / 'e0'}}}",
+        f"  stranger: {{path: {tmp_path}/stranger}}",
+    ]
+    (tmp_path / "m.yaml").write_text("\n".join(lines))
+    done = CliRunner().invoke(app, ["merge", str(tmp_path / "m.yaml"), "--dry-run"])
+    assert "do not have the same start" in str(done.exception)
     merge(family, "stranger", "linear", models, different_starts="allow")
 
 
@@ -389,7 +401,7 @@ def test_a_dry_run_says_all_that_stands_against_a_merge_at_once(
     done = CliRunner().invoke(app, ["merge", str(tmp_path / "m.yaml"), "--dry-run", "--out", str(tmp_path / "pickle")])
     assert "of memory and" in done.output
     told = str(done.exception).split("\n")
-    assert [any(word in one for one in told) for word in ("a rank, needs", "is not an empty", "0.00 GB are free")] == [
+    assert [any(word in one for one in told) for word in ("a rank, needs", "is not an empty", "0.0 MB are free")] == [
         True, True, True
     ]  # fmt: skip
 
@@ -400,8 +412,42 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
     plan = plan_merge(configure("linear", THREE), folder=family)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr("evertune.merge.engine.shutil.disk_usage", lambda place: usage._replace(free=1000))
-    with pytest.raises(WorkspaceError, match=r"0\.00 GB are free, 0\.00 GB are to be written"):
+    with pytest.raises(WorkspaceError, match=r"0\.0 MB are free, 0\.0 MB are to be written"):
         run_merge(plan, tmp_path / "deep" / "out")
     assert list(tmp_path.glob("**/out*")) == []
     monkeypatch.undo()
     assert run_merge(plan, tmp_path / "deep" / "out").checkpoint.form == "model"
+
+
+@pytest.mark.usefixtures("small_segments")
+def test_a_disk_that_becomes_full_is_named_and_the_same_merge_goes_on(
+    family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_merge(configure("linear", THREE), folder=family)
+    expected = run_merge(plan, tmp_path / "whole").manifest
+    write, written = OutputFiles.write, []
+
+    def full(self: OutputFiles, file: int, offset: int, data: Any) -> None:
+        written.append(len(data))
+        if len(written) > 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(self, file, offset, data)
+
+    monkeypatch.setattr(OutputFiles, "write", full)
+    with pytest.raises(WorkspaceError, match=r"out\.partial-.*: the disk became full"):
+        run_merge(plan, tmp_path / "out", threads=1)
+    assert not (tmp_path / "out").exists()
+    assert len(list(tmp_path.glob("out.partial-*"))) == 1
+    monkeypatch.undo()
+    assert run_merge(plan, tmp_path / "out").manifest["files"] == expected["files"]
+
+
+def test_a_folder_that_cannot_be_written_is_refused_by_the_dry_run_too(
+    family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_merge(configure("linear", THREE), folder=family)
+    access = os.access
+    monkeypatch.setattr("os.access", lambda place, mode: place != tmp_path and access(place, mode))
+    for check in (check_planned, run_merge):
+        with pytest.raises(WorkspaceError, match="is read-only, or belongs to someone else"):
+            check(plan, tmp_path / "out")

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from evertune.merge import kernels
-from evertune.merge.methods import limits
+from evertune.merge.methods import Band, Ranked, band, find_rank, limits
 
 ALL_WORDS = np.arange(1 << 16, dtype=np.uint32).astype(np.uint16)
 
@@ -17,9 +17,9 @@ def test_all_16_bit_numbers_are_decoded_as_torch_does(code: int, dtype: torch.dt
     expected = torch.from_numpy(ALL_WORDS.view(np.int16)).view(dtype).float().numpy()
     finite = np.isfinite(expected)
     assert np.array_equal(values[finite].view(np.uint32), expected[finite].view(np.uint32))
-    for word, is_finite in zip(ALL_WORDS, finite, strict=True):
-        # In each of the four places of a 64-bit word, and in what is left over behind it.
-        for place in range(7):
+    for word, is_finite in zip(ALL_WORDS.tolist(), finite.tolist(), strict=True):
+        # In each of the four places of a 64-bit word, and in what is left over behind it: all of the words that matter.
+        for place in range(7) if word % 1024 < 3 else (word % 7,):
             words = np.full(7, 0x8001, np.uint16)
             words[place] = word
             assert kernels.is_finite(words.view(np.uint8), code) == is_finite
@@ -87,21 +87,26 @@ def test_philox_gives_the_published_vectors(counter: int, stream: int, key: int,
     assert tuple(found[:, 0].tolist()) == expected
 
 
-def test_a_word_depends_on_its_index_alone() -> None:
+def test_a_number_depends_on_its_index_alone_and_is_philoxs() -> None:
     key = np.uint64(99)
-    whole = np.empty(5000, np.uint32)
-    kernels.words(0, 0, key, whole)
-    for begin, count in ((0, 1), (3, 7), (1023, 2), (2050, 2900)):
-        part = np.empty(count, np.uint32)
-        kernels.words(begin, 0, key, part)
+    whole = np.empty(5000, np.uint16)
+    kernels.draw(0, key, whole)
+    for begin, count in ((0, 1), (3, 7), (1023, 2), (2047, 2), (2050, 2900)):
+        part = np.empty(count, np.uint16)
+        kernels.draw(begin, key, part)
         assert np.array_equal(part, whole[begin : begin + count])
-    assert abs(whole.mean() / 2**32 - 0.5) < 0.02
+    # Element 2048 + 700: of the second group, word 1, counter 256 + 94, lower half.
+    words = np.empty((4, 1), np.uint32)
+    kernels.philox(np.uint64(256 + 94), np.uint64(0), key, words)
+    assert whole[2048 + 700] == words[1, 0] & 0xFFFF
+    assert whole[2048 + 701] == words[1, 0] >> 16
+    assert abs(whole.mean() / 2**16 - 0.5) < 0.02
 
 
 def test_a_sum_where_all_agree_is_the_anchor_even_minus_zero() -> None:
     anchor = np.array([-0.0, 1.5, 3.0e-41], np.float32)
     out = np.empty(3, np.float32)
-    kernels.anchored_sum(anchor, np.stack([anchor, anchor]), np.array([0.3, 0.9]), 1.0, out)
+    kernels.anchored_sum(np.stack([anchor] * 3), 0, 1, np.array([0.3, 0.9]), 1.0, out)
     assert np.array_equal(out.view(np.uint32), anchor.view(np.uint32))
 
 
@@ -116,29 +121,77 @@ def test_a_low_rank_update_is_the_product_at_any_place() -> None:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_limits_are_those_of_a_sort(seed: int) -> None:
+@pytest.mark.parametrize("grid", [2.0**-12, 0.0])
+def test_ranks_and_limits_are_those_of_a_sort_from_any_first_band(seed: int, grid: float) -> None:
     rng = np.random.default_rng(seed)
-    # A coarse grid, so that many magnitudes are equal.
-    values = (rng.integers(-40, 41, 5000) * 2.0**-12).astype(np.float32)
-    bits = np.empty(5000, np.uint32)
-    kernels.magnitudes(values, bits)
-    dropped, kept = int(rng.integers(0, 100)), int(rng.integers(1, 4000))
-    high = np.zeros(kernels.HIGH_BINS, np.int64)
-    kernels.count_high(bits, high)
-    low = np.zeros((2, kernels.LOW_BINS), np.int64)
+    # On a coarse grid many magnitudes are equal; without one nearly none are, and no bin is fine enough at first.
+    values = (rng.integers(-40, 41, 5000) * grid if grid else rng.standard_normal(5000)).astype(np.float32)
+    bits = kernels.magnitudes(values)
     order = np.sort(bits)[::-1]
-    kernels.count_low(bits, int(order[dropped + kept - 1]) >> 15, low[0])
-    kernels.count_low(bits, int(order[max(dropped, 1) - 1]) >> 15, low[1])
-    found = limits(high, low, dropped, kept)
-    assert found.low == order[dropped + kept - 1]
-    if dropped:
-        assert found.high == order[dropped - 1]
+    dropped, kept = int(rng.integers(0, 100)), int(rng.integers(1, 4000))
+    found = []
+    for rank in (dropped + kept, dropped):
+        # A guess that may be right, too high or too low: what it finds is the same.
+        low = int(order[rng.integers(0, 5000)])
+        search: Band | Ranked = band(low, int(rng.integers(1, 1 << 20)))
+        for _ in range(5):
+            if isinstance(search, Band):
+                counts = np.zeros((2, kernels.BINS + 1), np.int64)
+                kernels.count_bits(bits, *search, counts)
+                search = find_rank(max(rank, 1), search, counts)
+        assert isinstance(search, Ranked)
+        at = int(order[max(rank, 1) - 1])
+        assert search == (at, int((bits > at).sum()), int((bits == at).sum()))
+        found.append(search)
+    ends = limits(found[0], found[1] if dropped else None, dropped, kept)
     # The share of equal ones that stays makes the number kept right.
-    inside = int(((bits > found.low) & (bits < found.high)).sum())
-    expected = inside + found.keep_low * int((bits == found.low).sum())
-    if dropped and found.high != found.low:
-        expected += found.keep_high * int((bits == found.high).sum())
+    inside = int(((bits > ends.low) & (bits < ends.high)).sum())
+    expected = inside + ends.keep_low * int((bits == ends.low).sum())
+    if dropped and ends.high != ends.low:
+        expected += ends.keep_high * int((bits == ends.high).sum())
     assert expected == pytest.approx(kept)
+
+
+def test_bands_of_models_are_counted_as_their_differences_are() -> None:
+    rng = np.random.default_rng(2)
+    words = (rng.standard_normal((3, 5001)) * 0.02).astype(np.float32).view(np.uint32) >> 16
+    models = words.astype(np.uint16)
+    wide = (words.astype(np.uint32) << 16).view(np.float32)
+    bits = kernels.magnitudes(wide[:2] - wide[2])
+    bands = np.array([[band(0x3C000000, 1 << 24), (0, 0, 0)], [band(0x3C800000, 1 << 20), band(0, 1 << 31)]])
+    for given in (models, wide):
+        counts = np.zeros((2, 2, 2, kernels.BINS + 1), np.int64)
+        kernels.count_bands(given, bands, np.empty(0, np.float32), counts)
+        for k, j in ((0, 0), (1, 0), (1, 1)):
+            low, width, shift = bands[k, j].tolist()
+            inside = bits[k][(bits[k] >= low) & (bits[k] < low + width)] - np.uint32(low)
+            expected = np.bincount(inside >> shift, minlength=kernels.BINS)
+            odd = np.bincount(inside >> shift, inside % (1 << shift) != 0, minlength=kernels.BINS)
+            assert np.array_equal(counts[k, j, 0, :-1], expected)
+            assert np.array_equal(counts[k, j, 1, :-1], odd)
+            assert counts[k, j, 0, -1] == np.count_nonzero(bits[k] >= low + width)
+        assert not counts[0, 1].any()
+
+
+def test_what_is_trimmed_is_what_stays_says() -> None:
+    rng = np.random.default_rng(3)
+    tau = rng.integers(-9, 10, (2, 6000)).astype(np.float32)
+    models = np.vstack([tau, np.zeros((1, 6000), np.float32)])
+    bits, at = kernels.magnitudes(tau), kernels.magnitudes(np.arange(10, dtype=np.float32))
+    rows = np.array([[at[3], 0.25, kernels.NO_LIMIT, 0.0], [at[2], 0.4, at[7], 0.9]])
+    keys = np.array([5, 2**63 + 11], np.uint64)
+    out, kept = np.empty(6000, np.float32), np.zeros(2, np.int64)
+    for k in range(2):
+        stays = kernels.stays(bits[k], rows[k], 777, int(keys[k]))
+        one = models[[k, 2]]
+        kernels.sparse_sum(
+            one, 777, kernels.TRIM, rows[k : k + 1], keys[k : k + 1], np.ones(1), 1.0, False, False, False, 0.0,
+            kept[k : k + 1], out,
+        )  # fmt: skip
+        assert np.array_equal(out, np.where(stays, tau[k], 0))
+        assert kept[k] == np.count_nonzero(stays & (tau[k] != 0))
+        equal = bits[k] == int(rows[k, 0])
+        assert stays[equal].mean() == pytest.approx(rows[k, 1], abs=0.03)
 
 
 def test_the_checksum_sees_a_lost_page_and_two_swapped_ones() -> None:
@@ -147,4 +200,4 @@ def test_the_checksum_sees_a_lost_page_and_two_swapped_ones() -> None:
     lost[4096:8192] = 0
     swapped[:4096], swapped[4096:8192] = data[4096:8192], data[:4096]
     tail[-1] ^= 1
-    assert len({int(kernels.checksum(one)) for one in (data, lost, swapped, tail)}) == 4
+    assert len({kernels.checksum(one) for one in (data, lost, swapped, tail)}) == 4

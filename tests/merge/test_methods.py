@@ -11,10 +11,23 @@ import torch
 
 from evertune.errors import MergeError
 from evertune.hashing import digest_bytes
+from evertune.merge.engine import run_merge
+from evertune.merge.in_memory import apply_into
 from evertune.merge.methods import METHODS, stock_share
+from evertune.merge.plan import MergePlan, plan_merge
+from evertune.merge.reader import sample_runs
 from evertune.merge.sources import fingerprint, read_source
 from evertune.model.checkpoint import describe
-from tests.merge.folders import merge, random_tensors, tensors_of, weights_bytes, wide, write_family, write_model
+from tests.merge.folders import (
+    configure,
+    merge,
+    random_tensors,
+    tensors_of,
+    weights_bytes,
+    wide,
+    write_family,
+    write_model,
+)
 
 Array = np.ndarray[Any, Any]
 NAME = "model.layers.1.mlp.up_proj.weight"
@@ -57,18 +70,20 @@ def elected(taus: Sequence[Array], weights: Sequence[float]) -> Array:
 
 
 def uniform(seed: int, expert: str, name: str, size: int) -> Array:
-    """Philox4x32-10 with Python's integers, keyed as documented."""
+    """16 bits of Philox4x32-10 for each element, with Python's integers, keyed and ordered as documented."""
     key = int(digest_bytes(f"{seed}|{expert}|{name}".encode())[:16], 16)
-    drawn: list[int] = []
-    for block in range(-(-size // 4)):
-        c = [block & 0xFFFFFFFF, block >> 32, 0, 0]
+    drawn = np.zeros(-(-size // 2048) * 2048)
+    for counter in range(len(drawn) // 8):
+        c = [counter & 0xFFFFFFFF, counter >> 32, 0, 0]
         k = [key & 0xFFFFFFFF, key >> 32]
         for _ in range(10):
             first, second = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
             c = [(second >> 32) ^ c[1] ^ k[0], second & 0xFFFFFFFF, (first >> 32) ^ c[3] ^ k[1], first & 0xFFFFFFFF]
             k = [(k[0] + 0x9E3779B9) & 0xFFFFFFFF, (k[1] + 0xBB67AE85) & 0xFFFFFFFF]
-        drawn += c
-    return np.array(drawn[:size]) / 2**32
+        group, j = divmod(counter, 256)
+        for word, half in itertools.product(range(4), range(2)):
+            drawn[2048 * group + 512 * word + 2 * j + half] = (c[word] >> (16 * half)) & 0xFFFF
+    return drawn[:size] / 2**16
 
 
 def by_rank(tau: Array, density: float, epsilon: float) -> Array:
@@ -84,6 +99,8 @@ def slerped(one: Array, two: Array, t: float) -> Array:
     return result
 
 
+# The share of 65536 numbers that a density of 0.6 is.
+KEPT = 39322 / 65536
 Oracle = Callable[[Array, list[Array], list[Array], list[Array]], Array]
 W = list(WEIGHTS.values())
 # name -> (settings, expected from base, task vectors, experts, uniform numbers of each expert)
@@ -107,11 +124,11 @@ ORACLES: dict[str, tuple[dict[str, Any], Oracle]] = {
     ),
     "dare_linear": (
         {"density": 0.6},
-        lambda b, ts, es, us: b + sum(w * t * (u < 0.6) / 0.6 for w, t, u in zip(W, ts, us, strict=True)),
+        lambda b, ts, es, us: b + sum(w * t * (u < KEPT) / KEPT for w, t, u in zip(W, ts, us, strict=True)),
     ),
     "dare_ties": (
         {"density": 0.6},
-        lambda b, ts, es, us: b + elected([t * (u < 0.6) / 0.6 for t, u in zip(ts, us, strict=True)], W),
+        lambda b, ts, es, us: b + elected([t * (u < KEPT) / KEPT for t, u in zip(ts, us, strict=True)], W),
     ),
     "della_linear": (
         {"density": 0.6, "epsilon": 0.2},
@@ -304,6 +321,36 @@ def test_the_density_asked_for_is_kept_where_half_the_magnitudes_are_equal(tmp_p
     # No part of the tensor is favoured.
     assert float(kept[:100].float().mean()) == pytest.approx(0.2, abs=0.015)
     assert done.manifest["tensors"]["w"]["density"]["e0"] == pytest.approx(0.2, abs=0.01)
+
+
+def test_the_largest_are_kept_where_the_sample_says_nothing_of_them(tmp_path: Path) -> None:
+    # A sample bounds where the threshold is looked for first. Here what is sampled is tiny and the rest is not.
+    shape, rng = (400, 256), np.random.default_rng(0)
+    tau = rng.standard_normal(shape).astype(np.float32).ravel()
+    plan = plan_of(write_pair(tmp_path, tau.reshape(shape)))
+    for begin, end in sample_runs(plan.tensors[0]):
+        tau[begin:end] *= 1e-6
+    write_pair(tmp_path, tau.reshape(shape))
+    done = run_merge(plan_of(tmp_path), tmp_path / "out", threads=1)
+    found = wide(done.checkpoint.path, "w").ravel()
+    assert np.array_equal(found, trimmed(tau.astype(np.float64), 0.3))
+    # And in memory, where a search tries weights.
+    model = torch.nn.Module()
+    model.register_parameter("w", torch.nn.Parameter(torch.zeros(shape)))
+    apply_into(plan_of(tmp_path), model)
+    assert np.array_equal(model.w.detach().double().numpy().ravel(), found)
+
+
+def write_pair(folder: Path, tau: Array) -> Path:
+    """A base of zeros and an expert that is a task vector."""
+    write_model(folder / "base", {"w": torch.zeros(tau.shape)})
+    write_model(folder / "e0", {"w": torch.from_numpy(tau).clone()})
+    return folder
+
+
+def plan_of(folder: Path) -> MergePlan:
+    config = configure("ties", {"e0": {}}, base="base", density=0.3, different_starts="allow")
+    return plan_merge(config, folder=folder)
 
 
 def test_dare_keeps_the_mean_of_a_task_vector_and_spares_vectors(single: Path) -> None:

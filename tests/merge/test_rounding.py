@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from evertune.merge.plan import plan_merge
+from evertune.stages.merge import _numbers as ledger_numbers
 from tests.merge.folders import configure, merge, random_tensors, tensors_of, write_model
 
 ROUNDS = 20
@@ -66,3 +67,17 @@ def test_a_merge_of_a_rounded_merge_says_so_and_of_a_master_does_not(tmp_path: P
     assert notes["rounded"] == tuple(
         merge(tmp_path, "again", "linear", {"x": {"path": "rounded"}, "b": {}}).manifest["notes"]
     )
+
+
+def test_the_ledger_tells_a_half_wide_model_among_wider_ones(tmp_path: Path) -> None:
+    wide = random_tensors(0, dtype=torch.float32)
+    write_model(tmp_path / "master", wide)
+    write_model(tmp_path / "trained", {name: one.bfloat16() for name, one in wide.items()})
+    write_model(tmp_path / "again", {name: one.bfloat16() for name, one in wide.items()})
+
+    def told(*names: str) -> dict[str, bool]:
+        plan = plan_merge(configure("linear", {name: {} for name in names}), folder=tmp_path)
+        return {name: one["rounded_before"] for name, one in ledger_numbers(plan).items()}
+
+    assert told("master", "trained") == {"master": False, "trained": True}
+    assert told("trained", "again") == {"trained": False, "again": False}

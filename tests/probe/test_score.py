@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from evertune.errors import ProbeError
+from evertune.model.checkpoint import describe
 from evertune.model.forward import Forward, Tokens
-from evertune.model.open import OpenModel
+from evertune.model.open import OpenModel, open_model
 from evertune.probe import score as score_module
 from evertune.probe.score import score_probe
 from evertune.probe.suite import Probe, load_probe
@@ -234,3 +235,20 @@ def test_a_base_model_without_a_template_reads_texts_only(tmp_path: Path) -> Non
     assert score_probe(plain, make(tmp_path, [{"text": "some text"}], kind="bits_per_byte")).value > 0
     with pytest.raises(ProbeError, match=r"probe 'p': .*no chat template"):
         score_probe(plain, make(tmp_path, QUESTIONS, kind="choice"))
+
+
+def test_close_items_of_a_bfloat16_model_are_scored_in_float32(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With every item called close, choices and margins are those of a float32 model with the same weights."""
+    opened, wide = (open_model(describe(tiny_model), dtype="bfloat16") for _ in range(2))
+    for parameter in wide.model.parameters():
+        parameter.data = parameter.data.float()
+    probe = make(tmp_path, QUESTIONS, kind="choice")
+    gaps = {}
+    for nats in (0.0, 1e9):
+        monkeypatch.setattr(score_module, "CLOSE_NATS", nats)
+        gaps[nats] = score_probe(opened, probe).gap
+    expected = score_probe(wide, probe).gap
+    assert gaps[1e9] == pytest.approx(expected, abs=1e-6)
+    assert gaps[0.0] != pytest.approx(expected, abs=1e-6)

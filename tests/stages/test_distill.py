@@ -196,6 +196,7 @@ def test_compressing_starts_at_the_base_and_begins_at_the_stack(tmp_path, tiny_m
         ("teachers: base, skills: {cards: cards}", "'skills' goes with 'route: best' only"),
         ("teachers: run", "the teacher 'run' goes with 'route: best' only"),
         ("teachers: run, route: best", "no probe 'general' measures 'general'; probes has: cards, facts"),
+        ("teachers: [run, expert], route: best", "this run, which has none of 'expert'; expected a checkpoint of"),
         ("teachers: base, loss: jsd, beta: 1.0", "beta"),
         ("teachers: base, temperature: 0", "temperature"),
         ("teachers: base, compress: true, tune: full", "'compress' makes an adapter"),
@@ -235,10 +236,9 @@ def test_a_round_that_promoted_nothing_cannot_teach_as_a_round(tmp_path, tiny_mo
 
 
 def test_a_teacher_without_a_score_cannot_be_chosen_by_it(tmp_path, tiny_model, made):
-    recipe = _write(tmp_path, tiny_model, "teachers: [expert], route: best, skills: {general: facts}")
-    write_adapter_folder(describe(tmp_path / "model"), tmp_path / "expert", seed=7)
-    with pytest.raises(RecipeError, match="no score of the teacher 'expert' on probe 'cards'"):
-        _order(recipe, made)
+    recipe = _write(tmp_path, tiny_model, "teachers: [base], route: best, skills: {general: facts}")
+    with pytest.raises(RecipeError, match="no score of the teacher 'base' on probe 'cards'"):
+        _order(recipe, {name: one for name, one in made.items() if name != "base"})
 
 
 def test_a_teacher_that_is_not_there_is_named(tmp_path, tiny_model, made):

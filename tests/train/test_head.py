@@ -1,5 +1,7 @@
 """The chunked head against plain autograd over the full matrix of logits."""
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,9 +11,11 @@ from torch.nn import functional as F
 
 from evertune.errors import CheckpointError
 from evertune.train.head import Head, PositionTerm, head_loss, refuse_logit_transforms, split_model
-from evertune.train.losses import DIVERGENCES
+from evertune.train.losses import forward_kl, reverse_kl, top_words
+from evertune.train.reference import ForwardFull, ForwardTop
 
 N, V, H = 13, 37, 8
+DIVERGENCES = {"forward": forward_kl, "reverse": reverse_kl}
 
 
 def _tensors(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -53,6 +57,47 @@ def test_loss_and_gradients_equal_autograd_over_all_logits(chunk: int, direction
     assert found.loss.item() == pytest.approx(naive.item(), rel=1e-6)
     for gradient, expected in zip(gradients, torch.autograd.grad(naive, copies), strict=True):
         assert torch.allclose(gradient, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 100])
+@pytest.mark.parametrize("kind", ["top", "full", "both", "none"])
+def test_slopes_in_place_are_those_of_autograd(kind: str, chunk: int):
+    """Terms that know their slope, against the same terms called as functions of the log-probabilities."""
+    one = _tensors()
+    count = int(one["mask"].sum())
+    ids, kept = top_words(one["ref"][one["mask"]], 5)
+    # Widely spread logits, so that some tails hold nearly nothing.
+    one["weight"] *= 4
+    terms = {
+        "top": PositionTerm("top", one["mask"], 0.3 / count, ForwardTop(ids, kept)),
+        "full": PositionTerm("full", ~one["mask"], 0.2, _full(N - count)),
+    }
+    chosen = {"both": list(terms.values()), "none": []}.get(kind) or [terms[name] for name in terms if name == kind]
+    found = []
+    for terms_now in (chosen, [replace(term, values=partial(_called, term.values)) for term in chosen]):
+        parts = [one[name].clone().requires_grad_() for name in ("hidden", "weight", "bias")]
+        if not chosen and terms_now is not chosen:
+            loss = F.cross_entropy(F.linear(*parts), one["targets"], reduction="sum") / N
+            found.append([loss, torch.stack([loss * N]), *torch.autograd.grad(loss, parts)])
+            continue
+        done = head_loss(
+            parts[0], one["targets"], head=Head(parts[1], parts[2]), ce_weight=1 / N, terms=terms_now,
+            chunk_positions=chunk,
+        )  # fmt: skip
+        sums = torch.stack([done.ce_sum, *done.term_sums.values()])
+        found.append([done.loss, sums, *torch.autograd.grad(done.loss, parts)])
+    for ours, expected in zip(*found, strict=True):
+        assert torch.allclose(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+def _full(count: int) -> ForwardFull:
+    generator = torch.Generator().manual_seed(8)
+    hidden, weight = (torch.randn(size, generator=generator) for size in ((count, H), (V, H)))
+    return ForwardFull(hidden, Head(weight, None))
+
+
+def _called(values: Any, logp: Tensor, chosen: slice) -> Tensor:
+    return values(logp, chosen)
 
 
 def test_a_frozen_head_gets_no_gradient_and_the_hidden_states_the_same():

@@ -180,3 +180,14 @@ def test_two_processes_train_what_one_does(tmp_path, tiny_model, kind, micro_bat
     one, other = published_weights(alone, spec), published_weights(launched, spec)
     for name in one:
         assert torch.allclose(one[name], other[name], atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "name", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_PARALLELISM_CONFIG"]
+)
+def test_a_launcher_that_asks_for_shards_is_refused_and_not_given_copies(
+    name: str, monkeypatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv(name, "true")
+    with pytest.raises(TrainingError, match=f"launch: {name} asks for"):
+        make_accelerator(device="cpu", track=[], logging_dir=tmp_path)

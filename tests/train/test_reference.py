@@ -20,7 +20,7 @@ from evertune.model.open import OpenModel, open_model
 from evertune.train.batch import collate
 from evertune.train.cache import ReferenceCache
 from evertune.train.head import split_model
-from evertune.train.losses import DIVERGENCES, bucket, top_words
+from evertune.train.losses import bucket, forward_kl, reverse_kl, top_words
 from evertune.train.reference import Reference, ReferenceSource
 from evertune.train.sft import run_sft
 from tests.tiny import write_tiny_model
@@ -35,6 +35,7 @@ def _row(seed: int, length: int) -> EncodedRow:
     return EncodedRow("made-up", str(seed), ids, counted, is_replay=False, digest=f"{seed:064x}")
 
 
+DIVERGENCES = {"forward": forward_kl, "reverse": reverse_kl}
 ROWS = [_row(seed, length) for seed, length in enumerate((9, 17, 4))]
 
 

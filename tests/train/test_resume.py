@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -226,6 +227,32 @@ def test_how_often_resume_points_are_made_changes_nothing(tmp_path, tiny_model):
         run_sft(spec, workspace)
         trees.add(_tree(workspace, spec))
     assert len(trees) == 1
+
+
+def test_checkpoints_kept_inside_a_stage_are_the_weights_of_their_steps(tmp_path, tiny_model, monkeypatch):
+    plain, keeping = (open_workspace(tmp_path / name) for name in ("plain", "keeping"))
+    spec = make_spec(tmp_path, tiny_model, save_steps=1)
+    kept = replace(spec, keep_steps=3)
+    run_sft(spec, plain)
+    with monkeypatch.context() as patch:
+        interrupt_at(5, patch, after_update=True)
+        with pytest.raises(Interruption):
+            run_sft(kept, keeping)
+    run_sft(kept, keeping)  # goes on from step 4: what was kept after step 3 stays as it is
+    assert _tree(keeping, kept) == _tree(plain, spec)
+    found = {one.record["step"]: one for one in keeping.manifests() if one.kind == "kept"}
+    assert {step: (one.record["stage"], one.record["steps"]) for step, one in found.items()} == {
+        3: (spec.key, 8),
+        6: (spec.key, 8),
+    }
+    assert [one for one in plain.manifests() if one.kind == "kept"] == []
+    stopped = open_workspace(tmp_path / "stopped")
+    state = load_file(_stop_after(6, spec, stopped, monkeypatch) / "step-000006" / "weights.safetensors")
+    written = load_file(keeping.path(found[6].key) / "adapter_model.safetensors")
+    assert len(written) == len(state)
+    assert sorted(float(one.double().sum()) for one in written.values()) == pytest.approx(
+        sorted(float(one.double().sum()) for one in state.values()), rel=0, abs=0
+    )
 
 
 def test_no_pickle_is_written(tmp_path, tiny_model, monkeypatch):

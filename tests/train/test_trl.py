@@ -12,6 +12,7 @@ from torch import Tensor
 from evertune.data.encode import EncodedRow
 from evertune.model.checkpoint import describe
 from evertune.model.open import open_model
+from evertune.model.packing import enable_packing
 from evertune.train.head import split_model
 from evertune.train.loop import Pace, Policy, Trainer, make_accelerator
 from evertune.train.optimizer import Masters
@@ -41,7 +42,7 @@ class _Feed:
         return self._rows
 
 
-def _ours(model: Path, micro_batch_rows: int, folder: Path) -> tuple[float, dict[str, Tensor]]:
+def _ours(model: Path, micro_batch_rows: int, folder: Path, *, is_packed: bool) -> tuple[float, dict[str, Tensor]]:
     opened = open_model(describe(model), dtype="float32")
     opened.model.requires_grad_(True)
     decoder, head = split_model(opened.model)
@@ -49,7 +50,9 @@ def _ours(model: Path, micro_batch_rows: int, folder: Path) -> tuple[float, dict
     pace = Pace(1, len(LENGTHS) // micro_batch_rows, 0.0, schedule="constant", warmup=0, clip=None, seed=0)
     feed = _Feed(_rows(), micro_batch_rows)
     accelerator = make_accelerator(device="cpu", track=[], logging_dir=folder)
-    trainer = Trainer(Policy(opened.model, decoder, head, pad_id=256), masters, feed, pace, accelerator)
+    assert not is_packed or enable_packing(opened.model)
+    policy = Policy(opened.model, decoder, head, pad_id=256, is_packed=is_packed)
+    trainer = Trainer(policy, masters, feed, pace, accelerator)
     counts = trainer.count(0)
     total = sum(trainer.backward(feed.micro_batch(0, micro, 0), counts)[0] for micro in range(pace.micro_steps))
     return float(total) / counts.counted, masters.gradients()
@@ -96,9 +99,9 @@ def _theirs(model: Path, micro_batch_rows: int, folder: Path) -> tuple[float, di
     return next(one["loss"] for one in trainer.state.log_history if "loss" in one), found
 
 
-@pytest.mark.parametrize("micro_batch_rows", [4, 1])
-def test_loss_and_gradient_equal_trls(tiny_model, tmp_path, micro_batch_rows):
-    loss, gradients = _ours(tiny_model, micro_batch_rows, tmp_path)
+@pytest.mark.parametrize(("micro_batch_rows", "is_packed"), [(4, True), (4, False), (1, True)])
+def test_loss_and_gradient_equal_trls(tiny_model, tmp_path, micro_batch_rows, is_packed):
+    loss, gradients = _ours(tiny_model, micro_batch_rows, tmp_path, is_packed=is_packed)
     their_loss, their_gradients = _theirs(tiny_model, micro_batch_rows, tmp_path)
     # TRL logs the loss rounded to four digits after the point; the gradients are the sharp comparison.
     assert loss == pytest.approx(their_loss, abs=1e-4)

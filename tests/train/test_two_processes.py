@@ -1,4 +1,4 @@
-"""Preferences and rewards on two processes: the same losses and weights as on one, up to the order of sums."""
+"""Every objective on two processes: the same losses and weights as on one, up to the order of sums."""
 
 import json
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from evertune.stages import KINDS
-from tests.train.stage import open_workspace, published_weights
+from tests.train.stage import make_spec, open_workspace, published_weights
 from tests.train.test_dpo import make_dpo
 from tests.train.test_rl import make_rl
 
@@ -19,6 +19,9 @@ REWARD = {"asked": {"regex": "(?s)[ -~].*"}}
 # Without dropout, whose masks are each process's own.
 TUNE = {"lora": {"rank": 4, "targets": "all-linear"}}
 ORDERS: dict[str, Any] = {
+    "sft": lambda folder, model: make_spec(
+        folder, model, anchor={"on": "both"}, micro_batch_rows=1, steps=4, tune=TUNE
+    ),
     "dpo": lambda folder, model: make_dpo(folder, model, anchor={"on": "both"}, micro_batch_rows=1, steps=4, tune=TUNE),
     "rl": lambda folder, model: make_rl(
         folder, model, verifiers=REWARD, micro_batch_rows=3, steps=4, iterations=2, tune=TUNE

@@ -1,0 +1,103 @@
+"""The speed suite: every ratio in one table, and one line of `benchmarks/history.jsonl`, so that a slowdown is seen.
+
+    make bench DATA=folder        or: python -m benchmarks.suite --data folder [--only step probes] [--no-history]
+
+`folder` has chats (`replay_dolly/`), items with choices (`arc_easy/`) and questions (`gsm8k/`) as JSONL. Each line is
+a ratio of processor time or memory from one interleaved run of the script it names, on one thread; seconds are those
+of `evertune` commands, imports included. The last column is the newest line of the history from such a machine.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from benchmarks.contest import ENVIRONMENT, machine
+
+HISTORY = Path(__file__).with_name("history.jsonl")
+RECIPE = Path(__file__).parent.parent / "recipes" / "debug.yaml"
+
+
+def step(data: Path) -> Iterator[tuple[str, list[str]]]:
+    rows = ["--rows", str(data / "replay_dolly/train.jsonl"), "--batch", "16", "--micro", "16", "--steps", "3"]
+    for tune in ("lora", "full"):
+        yield f"step, {tune}", ["benchmarks.step", "plain", *rows, "--rounds", "1", "--tune", tune]
+        yield f"anchor, {tune}", ["benchmarks.step", "anchor", *rows, "--rounds", "1", "--tune", tune]
+    wide = ["--model", "128k", "--only", "plain", "top64-both", "hidden-both", "live-both"]
+    yield "anchor, 128k words", ["benchmarks.step", "anchor", *rows, "--rounds", "1", "--tune", "lora", *wide]
+
+
+def probes(data: Path) -> Iterator[tuple[str, list[str]]]:
+    items = ["--items-file", str(data / "arc_easy/test.jsonl")]
+    yield "choice, no shots", ["benchmarks.probes", "choice", *items, "--items", "32"]
+    yield "choice, 4 shots", ["benchmarks.probes", "choice", *items, "--items", "16", "--shots", "4"]
+    questions = ["--items-file", str(data / "gsm8k/test.jsonl"), "--items", "16", "--dtype", "bfloat16"]
+    yield "generate", ["benchmarks.probes", "generate", *questions]
+
+
+PARTS: dict[str, Callable[[Path], Iterator[tuple[str, list[str]]]]] = {"step": step, "probes": probes}
+
+
+def perform(command: list[str]) -> dict[str, float]:
+    """The ratios that a script writes."""
+    environment = {**os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": "1"}
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "ratios.json"
+        subprocess.run([sys.executable, "-m", *command, "--out", str(out)], check=True, env=environment)
+        found: dict[str, float] = json.loads(out.read_text())
+    return found
+
+
+def start() -> dict[str, float]:
+    """CPU seconds of the commands that answer at once."""
+    found = {}
+    for name in ("--help", f"check {RECIPE}", "methods"):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, "-m", "evertune", *name.split()], check=True, stdout=subprocess.DEVNULL)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        found[f"evertune {name.split()[0]}, CPU s"] = spent
+    return found
+
+
+def table(results: dict[str, float], before: dict[str, float]) -> Iterator[str]:
+    yield "| | now | before |"
+    yield "|---|---|---|"
+    for name, value in results.items():
+        yield f"| {name} | {value:.2f} | {f'{before[name]:.2f}' if name in before else ''} |"
+
+
+def last_like(cpu: str) -> dict[str, float]:
+    """The newest results of the history from such a processor."""
+    lines = HISTORY.read_text().splitlines() if HISTORY.is_file() else []
+    like = [one for one in map(json.loads, lines) if one["cpu"] == cpu]
+    return dict(like[-1]["results"]) if like else {}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--only", nargs="*", choices=["start", *PARTS], default=["start", *PARTS])
+    parser.add_argument("--no-history", action="store_true", help="print the table, keep nothing")
+    options = parser.parse_args()
+    facts, began = machine(), time.monotonic()
+    before = last_like(facts["cpu"])
+    results = start() if "start" in options.only else {}
+    for part in options.only:
+        for name, command in PARTS[part](options.data) if part in PARTS else ():
+            results |= {f"{name}: {key}": value for key, value in perform(command).items()}
+    print(json.dumps({**facts, "minutes": round((time.monotonic() - began) / 60, 1)}))
+    print("\n".join(table(results, before)))
+    if not options.no_history:
+        with HISTORY.open("a") as history:
+            history.write(json.dumps({**facts, "results": {key: round(one, 3) for key, one in results.items()}}) + "\n")
+
+
+if __name__ == "__main__":
+    main()
