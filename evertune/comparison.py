@@ -295,7 +295,7 @@ def _check_parts(methods: Sequence[str], options: Mapping[str, Mapping[str, Any]
             )
 
 
-KINDS: tuple[Kind, ...] = ("penalties", "gradient_rules")
+KINDS: tuple[Kind, ...] = ("penalties", "gradient_rules", "objective")
 
 
 def _overrides(
@@ -339,7 +339,7 @@ def _stage(
     """A task's stage under a method. `earlier`: sources of the tasks before it."""
     settings = resolve_sft(loaded.recipe, task.stage)
     body: dict[str, Any] = task.stage.model_dump(mode="json", by_alias=True, exclude_none=True)
-    body |= {"replay": {"share": 0.0}, "anchor": {"kl": 0.0}, "penalties": {}, "gradient_rules": {}}
+    body |= {"replay": {"share": 0.0}, "anchor": {"kl": 0.0}, "penalties": {}, "gradient_rules": {}, "objective": {}}
     body.setdefault("epochs", settings.epochs or 1.0)
     for part in parts:
         own = dict(options.get(part, {}))
