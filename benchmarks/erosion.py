@@ -313,10 +313,10 @@ def print_rewards(workspace: Path) -> None:
     print(f"\n{workspace.name}")
     opened = open_workspace(workspace)
     for event in ledger_events(workspace, "checkpoint"):
-        label = event.body["label"]
-        print(
-            f"{label:18}{event.body['steps']:4} steps, {event.body['tokens']} tokens, {event.volatile['seconds']:.0f} s"
-        )
+        label, seconds = event.body["label"], event.volatile.get("seconds")
+        if seconds is None:  # the base, which no stage has made
+            continue
+        print(f"{label:20}{event.body['steps']:4} steps, {event.body['tokens']} tokens, {seconds:.0f} s")
         if label.endswith("-rl"):
             reward = [row["reward/topics"] for row in rows_of(checkpoint_path(opened, event) / "metrics.jsonl")]
             found = ttest_ind(reward[-8:], reward[:8], equal_var=False, alternative="two-sided")
