@@ -124,9 +124,17 @@ class Runs:
     def scores(self, label: str, probe: str) -> Floats:
         """Item scores, higher is better."""
         from evertune.probe.scores import ItemScores
+        from evertune.workspace import Workspace
 
-        body = [one for one in self._events("probe") if (one["label"], one["probe"]) == (label, probe)][-1]
-        found = ItemScores.read_parquet(self.place / "objects" / body["object"] / "scores.parquet")
+        digest = [one["digest"] for one in self._events("checkpoint") if one["label"] == label][-1]
+        workspace = Workspace.open(self.place, create=False)
+        (key,) = [
+            one.key
+            for one in workspace.manifests()
+            if one.kind == "probe"
+            and (one.record["probe"]["checkpoint"], one.record["probe"]["probe"]) == (digest, probe)
+        ]
+        found = ItemScores.read_parquet(workspace.path(key) / "scores.parquet")
         return np.asarray(found.score, dtype=np.float64) * (1.0 if found.direction == "higher" else -1.0)
 
     def object(self, label: str) -> Path:
