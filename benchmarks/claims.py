@@ -151,9 +151,11 @@ def bootstrap(statistic: Callable[[NDArray[np.int64]], float], items: int) -> tu
     return statistic(np.arange(items)), float(low), float(high)
 
 
-def verdict_of(low: float, high: float, threshold: float) -> str:
-    """The statement says: above the threshold."""
-    return "holds" if low >= threshold else "does not" if high < threshold else "undecided"
+def verdict_of(figure: float, low: float, high: float, threshold: float) -> str:
+    """The statement says: above the threshold. Where there is no figure, nothing was lost that could be kept."""
+    if not np.isfinite(figure):
+        return "undecided"
+    return "holds" if low > threshold else "does not" if high < threshold else "undecided"
 
 
 def replay(bench: Bench) -> Finding:
@@ -172,7 +174,7 @@ def replay(bench: Bench) -> Finding:
     numbers = {"learnt": learnt.mean(), "after B": plain.mean(), "after B with replay": kept.mean()}
     gains = {name: float(runs.scores(f"{name}/2-sft", "topics").mean()) for name in ("plain", "replayed")}
     reading = f"lost {100 * (learnt - plain).mean():.1f} points without, {100 * (learnt - kept).mean():.1f} with replay"
-    return Finding(figure, low, high, verdict_of(low, high, 0.5), reading, {**numbers, "B": gains})
+    return Finding(figure, low, high, verdict_of(figure, low, high, 0.5), reading, {**numbers, "B": gains})
 
 
 def general(bench: Bench) -> Finding:
@@ -188,7 +190,7 @@ def general(bench: Bench) -> Finding:
     figure, low, high = bootstrap(saved, len(start))
     reading = f"bits per byte rose by {(start - plain).mean():.4f} without, {(start - held).mean():.4f} with 1 %"
     numbers = {"base": -start.mean(), "plain": -plain.mean(), "mixed": -held.mean()}
-    return Finding(figure, low, high, verdict_of(low, high, 0.5), reading, numbers)
+    return Finding(figure, low, high, verdict_of(figure, low, high, 0.5), reading, numbers)
 
 
 def ranks(bench: Bench) -> Finding:
@@ -209,7 +211,7 @@ def ranks(bench: Bench) -> Finding:
     in_order = texts["full"].mean() < texts["rank-64"].mean() < texts["rank-8"].mean()
     reading = f"the smaller of the two steps in gain is {100 * figure:+.1f} points; losses on text "
     reading += "are in that order" if in_order else "are not in that order"
-    verdict = verdict_of(low, high, 0.0)
+    verdict = verdict_of(figure, low, high, 0.0)
     return Finding(figure, low, high, verdict if in_order or verdict != "holds" else "undecided", reading, numbers)
 
 
@@ -240,7 +242,9 @@ def interpolation(bench: Bench) -> Finding:
     figure, low, high = bootstrap(best, min(len(learnt), len(begun)))
     numbers = {one: {"A": float(old[one].mean()), "B": float(new[one].mean())} for one in labels}
     reading = f"among those with 90 % of the gain, at most {100 * figure:.0f} % of the loss is avoided"
-    return Finding(figure, low, high, verdict_of(low, high, 0.5), reading, {"A learnt": learnt.mean(), **numbers})
+    return Finding(
+        figure, low, high, verdict_of(figure, low, high, 0.5), reading, {"A learnt": learnt.mean(), **numbers}
+    )
 
 
 def _ends(share: float) -> list[tuple[str, float]]:
@@ -261,7 +265,7 @@ def soup(bench: Bench) -> Finding:
     figure, low, high = bootstrap(lambda chosen: float((mixed - own)[chosen].mean()), len(own))
     reading = f"the soup has {100 * mixed.mean():.1f}, its members {100 * own.mean():.1f} on the mean"
     return Finding(
-        figure, low, high, verdict_of(low, high, 0.0), reading, {"soup": mixed.mean(), "members": own.mean()}
+        figure, low, high, verdict_of(figure, low, high, 0.0), reading, {"soup": mixed.mean(), "members": own.mean()}
     )
 
 
@@ -282,7 +286,7 @@ def factors(bench: Bench) -> Finding:
     low, high = min([figure, *errors]), max([figure, *errors])
     reading = f"off by {100 * figure:.0f} % of the mean's norm for three clients"
     numbers = {"three": figure, "pairs": errors, "interval": "the range over three and all pairs"}
-    return Finding(figure, low, high, verdict_of(low, high, 0.1), reading, numbers)
+    return Finding(figure, low, high, verdict_of(figure, low, high, 0.1), reading, numbers)
 
 
 CLAIMS: Mapping[str, Callable[[Bench], Finding]] = {
@@ -330,8 +334,9 @@ def page_of(found: Mapping[str, Mapping[str, Any]]) -> str:
         "|---|---|---|---|---|",
     ]
     for one in found.values():
-        interval = f"{one['low']:.2f} to {one['high']:.2f}"
-        lines.append(f"| {one['says']} | {one['figure']:.2f} | {interval} | **{one['verdict']}** | {one['reading']} |")
+        is_there = np.isfinite([one["figure"], one["low"], one["high"]]).all()
+        figure = f"{one['figure']:.2f} | {one['low']:.2f} to {one['high']:.2f}" if is_there else "none | none"
+        lines.append(f"| {one['says']} | {figure} | **{one['verdict']}** | {one['reading']} |")
     lines += ["", "```text"]
     for name, one in found.items():
         lines.append(f"{name:<14} |{_bar(one['low'], one['high'], one['figure'])}|")
@@ -350,6 +355,8 @@ def _bar(low: float, high: float, figure: float, width: int = 61) -> str:
         return round((min(max(value, -1.0), 1.0) + 1.0) / 2.0 * (width - 1))
 
     cells = [" "] * width
+    if not np.isfinite([low, high, figure]).all():
+        return "".join(cells)
     cells[width // 2] = ":"
     for i in range(place(low), place(high) + 1):
         cells[i] = "-"
