@@ -5,6 +5,7 @@
     python -m benchmarks.step trl --tune lora        TRL's settings among themselves: which is its best
     python -m benchmarks.step anchor --tune lora     evertune plain and with each kind of anchor
     python -m benchmarks.step anchor --tune lora --model 128k
+    python -m benchmarks.step flops --tune lora      multiplications of the same steps, whatever else the machine does
     python -m benchmarks.step profile --tune lora    where the time of a step goes
 
 Model: smollm2-135m, or a model with 128,256 words made here (random weights, 8 layers of 576). Rows: --rows, a JSONL of
@@ -102,12 +103,12 @@ def table(contestants: Sequence[Contestant], *, steps: int) -> Iterator[str]:
         told = one.told[which * steps : (which + 1) * steps]
         return sum(each[unit] for each in told) / sum(each["tokens"] for each in told)
 
-    yield f"| | tokens per CPU s | per wall s | CPU time of {first.name}, times | peak MiB above the loaded model |"
+    yield f"| | tokens per CPU s | per wall s | CPU time of {first.name}, times | highest resident MiB |"
     yield "|---|---|---|---|---|"
     for one in contestants:
         cpu, wall = ([1 / per_token(one, unit, r) for r in rounds] for unit in ("cpu", "wall"))
         ratios = [per_token(one, "cpu", r) / per_token(first, "cpu", r) for r in rounds]
-        peak = max(each["peak_mib"] for each in one.told)
+        peak = max(each["ready_mib"] + each["peak_mib"] for each in one.told)
         yield f"| {one.name} | {spread(cpu, 0)} | {spread(wall, 0)} | {spread(ratios)} | {peak:.0f} |"
 
 
@@ -156,7 +157,7 @@ def make_trainer(options: argparse.Namespace, folder: Path, *, anchor: Any, has_
     replay = []
     if has_replay:
         pool = rows.with_name("validation.jsonl")
-        replay = [RowsRef(source="pool", path=str(pool), format="messages", limit=None, digest=digest_file(pool))]
+        replay = [RowsRef(source="pool", path=str(pool), format="messages", limit=count // 3, digest=digest_file(pool))]
     spec = SftSpec(
         key="0" * 64, label="benchmark", start=base, base=base, new=[new], weights=None, replay=replay,
         share=0.25 if has_replay else 0.0, dedup=False,
@@ -337,9 +338,26 @@ def profile(options: argparse.Namespace) -> None:
         print(f"| {one.key} | {100 * one.self_cpu_time_total / whole:.1f} % | {one.count} |")
 
 
+def flops(options: argparse.Namespace) -> None:
+    """Floating point operations of the matrix products of a step: what anchors cost where time measures the machine."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    found: dict[str, float] = {}
+    for name in options.only or list(ANCHORS):
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = make_trainer(options, Path(folder), anchor=ANCHORS[name], has_replay=True)
+            with FlopCounterMode(display=False) as counter:
+                metrics = trainer.step(0)
+        found[name] = counter.get_total_flops() / metrics["tokens"] / 1e6
+    print(json.dumps(machine()), metrics["tokens"], "tokens", metrics["counted_tokens"], "counted")
+    print("| | MFLOP a token | times plain |\n|---|---|---|")
+    for name, one in found.items():
+        print(f"| {name} | {one:.0f} | {one / found['plain']:.3f} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("run", choices=["plain", "trl", "anchor", "profile", "contestant"])
+    parser.add_argument("run", choices=["plain", "trl", "anchor", "flops", "profile", "contestant"])
     parser.add_argument("--tune", choices=["lora", "full"], default="lora")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--rows", required=True, help="a JSONL of chats, such as replay_dolly/train.jsonl")
@@ -352,7 +370,8 @@ def main() -> None:
     parser.add_argument("--out", help="a JSON file for the ratios")
     parser.add_argument("--name", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    {"plain": plain, "trl": trl, "anchor": anchor, "profile": profile, "contestant": contestant}[options.run](options)
+    runs = {"plain": plain, "trl": trl, "anchor": anchor, "flops": flops, "profile": profile, "contestant": contestant}
+    runs[options.run](options)
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def counted_hidden(decoder: nn.Module, batch: MicroBatch, *, is_packed: bool) ->
     Args:
         is_packed: read the rows packed; the model must have been accepted by `enable_packing`.
     """
-    if not is_packed:
+    if not is_packed or not batch.predicts_BT.any():
         hidden_BTH: Tensor = decoder(input_ids=batch.ids_BT, use_cache=False).last_hidden_state
         return hidden_BTH[batch.predicts_BT]
     predicts = [row.counted[1:] for row in batch.rows]

@@ -8,6 +8,7 @@ from evertune.model.adapter import add_adapter
 from evertune.model.checkpoint import describe
 from evertune.model.open import open_model
 from evertune.model.precision import in_float32
+from evertune.train.optimizer import Masters
 
 
 def test_inside_it_computes_what_a_float32_model_with_these_weights_does_and_then_what_it_did(tiny_model: Path) -> None:
@@ -42,3 +43,21 @@ def test_an_error_inside_leaves_the_model_as_it_was(tiny_model: Path) -> None:
     with pytest.raises(IndexError), in_float32(model):
         model(input_ids=torch.tensor([[10**6]]))
     assert {one.dtype for one in model.parameters()} == {torch.bfloat16}
+
+
+def test_a_model_in_training_learns_on_afterwards(tiny_model: Path) -> None:
+    """Guards are asked between steps: gradients must still reach the masters."""
+    found = []
+    for is_asked in (False, True):
+        opened = open_model(describe(tiny_model), dtype="bfloat16")
+        opened.model.requires_grad_(True)
+        masters = Masters(dict(opened.model.named_parameters()))
+        for _ in range(2):
+            opened.model(input_ids=torch.arange(20)[None]).logits.float().square().mean().backward()
+            masters.update(1e-3)
+            if is_asked:
+                with in_float32(opened.model), torch.no_grad():
+                    opened.model(input_ids=torch.arange(5)[None])
+        found.append(masters.weights)
+    for name, one in found[0].items():
+        assert torch.equal(one, found[1][name]), name
