@@ -107,6 +107,7 @@ def blamed() -> dict[str, Any]:
         "start": "1/1-sft",
         "steps": [{**step, "unit": "points"}],
         "stage": "2-plain/1-sft",
+        "inside": [[20, 1.5]],
         "points": [[0.0, 1.0], [1.0, 2.0]],
         "items": 8,
         "unread": ["answers"],
