@@ -43,8 +43,15 @@ types: $(VENV)/.dev
 path: $(VENV)/.dev
 	$(BIN)/pytest -m path
 
-slow: $(VENV)/.dev
-	$(BIN)/pytest -m slow
+# Flower pins older versions than the core's, so it has an environment of its own.
+$(VENV)-federated/.done: requirements/torch.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)-federated
+	$(VENV)-federated/bin/pip install --quiet --disable-pip-version-check -r requirements/torch.txt
+	$(VENV)-federated/bin/pip install --quiet --disable-pip-version-check --editable ".[federated,privacy]"
+	touch $@
+
+slow: $(VENV)/.dev $(VENV)-federated/.done
+	EVERTUNE_FLOWER=$(VENV)-federated/bin/python $(BIN)/pytest -m slow
 
 # Rewrites the golden files; read the difference like code.
 golden: $(VENV)/.dev
@@ -59,4 +66,4 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.suite --data $(DATA)
 
 clean:
-	rm -rf $(VENV) demo-run
+	rm -rf $(VENV) $(VENV)-federated demo-run

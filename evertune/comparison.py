@@ -35,6 +35,7 @@ NAIVE = "naive"
 # Parts of a method that are no plug-in.
 OWN_PARTS = ("replay", "anchor", "lora", "full")
 ROUND = "stream"
+FIRST = f"{ROUND}/1-sft"
 METRICS = "metrics.jsonl"
 Places = tuple[tuple[str, str], ...]
 
@@ -173,7 +174,8 @@ def compare(
     runs: list[RunResult] = []
     for (method, i, seed), changes in planned.items():
         place = folder / _place(method, i, seed)
-        _share(place, [folder / _place(*one) for one in planned if one != (method, i, seed)])
+        others = [one for one in planned if one != (method, i, seed)]
+        _share(place, {folder / _place(*one): ("base", FIRST) if one[1:] == (i, seed) else ("base",) for one in others})
         run_recipe(load_recipe(loaded.path, overrides=changes), display=Display(quiet=True), start_method=start_method)
         runs.append(read_run(place, method, _in_order(stream, chosen[i]), seed))
         say(_run_line(runs[-1], i))
@@ -295,7 +297,7 @@ def _check_parts(methods: Sequence[str], options: Mapping[str, Mapping[str, Any]
             )
 
 
-KINDS: tuple[Kind, ...] = ("penalties", "gradient_rules")
+KINDS: tuple[Kind, ...] = ("penalties", "gradient_rules", "objective")
 
 
 def _overrides(
@@ -339,7 +341,7 @@ def _stage(
     """A task's stage under a method. `earlier`: sources of the tasks before it."""
     settings = resolve_sft(loaded.recipe, task.stage)
     body: dict[str, Any] = task.stage.model_dump(mode="json", by_alias=True, exclude_none=True)
-    body |= {"replay": {"share": 0.0}, "anchor": {"kl": 0.0}, "penalties": {}, "gradient_rules": {}}
+    body |= {"replay": {"share": 0.0}, "anchor": {"kl": 0.0}, "penalties": {}, "gradient_rules": {}, "objective": {}}
     body.setdefault("epochs", settings.epochs or 1.0)
     for part in parts:
         own = dict(options.get(part, {}))
@@ -382,25 +384,29 @@ def _place(method: str, order: int, seed: int) -> str:
     return f"{method}/order-{order + 1}-seed-{seed}"
 
 
-def _share(place: Path, others: Sequence[Path]) -> None:
-    """Take over what other runs of the comparison have made that any run needs: the base's scores and the first task.
+def _share(place: Path, others: Mapping[Path, Sequence[str]]) -> None:
+    """Take over what other runs of the comparison have made under these labels, scores included.
 
-    An object's key is a digest of all it depends on; one that this run does not ask for is not taken.
+    An object's key is a digest of all it depends on: the run takes it for its own only where it would make the same.
     """
     if (place / "ledger.sqlite").is_file():
         return
     workspace = Workspace.open(place, create=True)
-    first = f"{ROUND}/1-sft"
-    for other in others:
+    for other, labels in others.items():
         if not (other / "ledger.sqlite").is_file():
             continue
         theirs = Workspace.open(other, create=False)
-        for event in Ledger.open(other / "ledger.sqlite", create=False).events():
-            key = event.body.get("object") or ""
-            manifest = theirs.manifest(key) if event.body.get("label") in ("base", first) and key else None
-            if manifest is not None and workspace.manifest(key) is None:
-                write = partial(_link, theirs.path(key), [one.path for one in manifest.files])
-                workspace.publish(kind=manifest.kind, key=key, record=manifest.record, write=write)
+        made = [
+            one.body
+            for one in Ledger.open(other / "ledger.sqlite", create=False).events("checkpoint")
+            if one.body["label"] in labels
+        ]
+        digests, keys = {one["digest"] for one in made}, {one.get("object") for one in made}
+        for manifest in theirs.manifests():
+            of_probe = manifest.kind == "probe" and manifest.record["probe"]["checkpoint"] in digests
+            if (of_probe or manifest.key in keys) and workspace.manifest(manifest.key) is None:
+                write = partial(_link, theirs.path(manifest.key), [one.path for one in manifest.files])
+                workspace.publish(kind=manifest.kind, key=manifest.key, record=manifest.record, write=write)
 
 
 def _link(source: Path, names: Sequence[str], folder: Path) -> None:
@@ -443,7 +449,7 @@ def read_run(place: Path, method: str, tasks: Sequence[Task], seed: int) -> RunR
         new_rows=sum(shown),
         tokens=sum(one.body["tokens"] for one in made.values()),
         seconds=sum(one.volatile["seconds"] for one in made.values()),
-        peak_bytes=max(one.volatile["peak_memory_bytes"] for one in made.values()),
+        peak_bytes=max(one.volatile.get("peak_memory_bytes", 0) for one in made.values()),
     )
 
 

@@ -25,11 +25,12 @@ NOT_FEATURES = {"dev"}
 # is imported of the annex is written down when the process ends.
 HOOK = """
 import atexit, os, sys
+from importlib.machinery import PathFinder
 
-class Hidden:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in os.environ["HIDDEN"].split():
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+find = PathFinder.find_spec
+
+def find_others(name, path=None, target=None):
+    return None if name.split(".")[0] in os.environ["HIDDEN"].split() else find(name, path, target)
 
 def tell():
     annex = sorted(name for name in sys.modules if name.startswith(("evertune.academic", "evertune.flower")))
@@ -37,7 +38,7 @@ def tell():
         with open(os.environ["ANNEX"], "a") as file:
             file.write(" ".join(annex) + "\\n")
 
-sys.meta_path.insert(0, Hidden())
+PathFinder.find_spec = staticmethod(find_others)
 atexit.register(tell)
 """
 

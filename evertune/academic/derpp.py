@@ -122,7 +122,7 @@ class DerPlusPlus(Stateless):
         policy = self._bench.policy
         policy.model.eval()
         batch = collate([row], pad_id=policy.pad_id, device=policy.device)
-        logp_MV = policy.head.log_probabilities(policy.hidden(batch.ids_BT)[batch.predicts_BT])
+        logp_MV = policy.head.log_probabilities(policy.counted_hidden(batch))
         words_MK, logp_ML = top_words(logp_MV, min(self._bench.options["words"], logp_MV.shape[1] - 1))
         return Stored(self._tasks, row, words_MK.cpu(), logp_ML.cpu())
 
@@ -139,7 +139,7 @@ class DerPlusPlus(Stateless):
             return forward_kl(bucket(logp_NV, words_MK[where]), logp_ML[where])
 
         terms = [PositionTerm("kl", torch.ones(count, dtype=torch.bool, device=policy.device), kl / count, values)]
-        hidden_NH = policy.hidden(batch.ids_BT)[batch.predicts_BT]
+        hidden_NH = policy.counted_hidden(batch)
         found = head_loss(hidden_NH, batch.targets_N, head=policy.head, ce_weight=ce / count, terms=terms if kl else [])
         found.loss.backward()  # type: ignore[no-untyped-call]
         return float(found.term_sums["kl"]) / count if kl else 0.0, float(found.ce_sum) / count

@@ -137,8 +137,13 @@ def make_packnet(bench: Bench) -> Parts:
     """The rule from the owners that the stage before carried here.
 
     Raises:
-        TrainingError: nothing is free any more, or there are more tasks than a byte can name.
+        TrainingError: nothing is free any more, there are more tasks than a byte can name, or the stage averages.
     """
+    if bench.spec.ema_decay is not None:
+        raise TrainingError(
+            "packnet: an average over the steps mixes kept weights with those that were given back.",
+            remedy="Leave ema out.",
+        )
     steps, options = bench.trainer.pace.steps, bench.options
     prune_at = max(1, round(steps * (1.0 - options["retrain"])))
     rule = PackNet(bench.trained, bench.carried, share=options["keep"], prune_at=prune_at)

@@ -77,7 +77,7 @@ class TokenObjective:
         rows = [row for item in items for row in item.rows]
         batch = collate(rows, pad_id=policy.pad_id, device=policy.device)
         self.loss.before(policy, batch)
-        hidden_NH, targets_N = policy.hidden(batch.ids_BT)[batch.predicts_BT], batch.targets_N
+        hidden_NH, targets_N = policy.counted_hidden(batch), batch.targets_N
         logp_N = target_log_probabilities(hidden_NH, targets_N, head=policy.head)
         is_new_N = batch.positions_of([not row.is_replay for row in rows])
         loss_N = torch.where(is_new_N, self.loss.losses(policy, batch, logp_N), -logp_N)
@@ -119,7 +119,7 @@ class Proximal:
         was_training = policy.model.training
         policy.model.eval()
         with self._masters.holding(self._old):
-            hidden_NH = policy.hidden(batch.ids_BT)[batch.predicts_BT]
+            hidden_NH = policy.counted_hidden(batch)
             self._old_N = target_log_probabilities(hidden_NH, batch.targets_N, head=policy.head)
         policy.model.train(was_training)
 

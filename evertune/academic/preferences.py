@@ -191,7 +191,7 @@ def _likelihoods(bench: Bench, pairs: Sequence[Pair]) -> Tensor:
 def _log_probabilities(bench: Bench, rows: Sequence[EncodedRow]) -> Tensor:
     policy = bench.policy
     batch = collate(rows, pad_id=policy.pad_id, device=policy.device)
-    return target_log_probabilities(policy.hidden(batch.ids_BT)[batch.predicts_BT], batch.targets_N, head=policy.head)
+    return target_log_probabilities(policy.counted_hidden(batch), batch.targets_N, head=policy.head)
 
 
 def _by_row(values_N: Tensor, rows: Sequence[EncodedRow]) -> Tensor:

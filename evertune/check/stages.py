@@ -305,9 +305,10 @@ def _look_at_plugins(view: StageView, settings: ResolvedTraining, trained: int) 
             told = f"found tune: {settings.tune.kind}, expected {' or '.join(plugin.tunes)}, which {name} works on."
             view.say("error", told, "Change tune, or leave it out.", at=place)
         if view.kind not in plugin.stages:
-            told = f"found a {view.kind} stage, expected {' or '.join(plugin.stages)}, which {name} works in."
+            told = f"found {view.kind}, expected {' or '.join(plugin.stages)}, the stage that {name} works in."
             view.say("error", told, "Leave it out.", at=place)
-        copies = plugin.copies
+        is_full = settings.tune.kind == "full" and plugin.full_copies is not None
+        copies = plugin.full_copies if is_full else plugin.copies
         if copies:
             megabytes = copies * trained * 4 / 1e6
             told = f"keeps {copies:g} float32 copies of the trained weights: {megabytes:,.1f} MB of memory."

@@ -34,6 +34,7 @@ class Plugin:
         make: `module:function` of the function that makes it from a `train.plugins.Bench`; imported in the child.
         version: raised by hand when its meaning changes; results are then made anew.
         copies: float32 copies of the trained weights that it keeps in memory.
+        full_copies: the same where all weights are trained, if that differs: a frozen start beside them, say.
         tunes: kinds of `tune` that it can work with.
         stages: kinds of stages that it can work in.
         own_standing: of a method that the table does not know; it counts as `research` at best.
@@ -44,6 +45,7 @@ class Plugin:
     make: str
     version: int = 1
     copies: float = 0.0
+    full_copies: float | None = None
     tunes: tuple[str, ...] = ("lora", "full")
     stages: tuple[str, ...] = ("sft", "dpo", "rl", "distill")
     own_standing: Standing = "research"

@@ -66,6 +66,9 @@ def test_a_model_without_free_weights_is_an_error_in_words(tmp_path: Path, tiny_
     spec = spec_with(tmp_path, tiny_model, "packnet", carried=tmp_path / "full.safetensors")
     with pytest.raises(TrainingError, match="1 tasks have taken every weight"):
         run_sft(spec, open_workspace(tmp_path / "w"))
+    averaged = spec_with(tmp_path, tiny_model, "packnet", ema_decay=0.5)
+    with pytest.raises(TrainingError, match="an average over the steps mixes"):
+        run_sft(averaged, open_workspace(tmp_path / "w"))
 
 
 def test_lateral_rows_span_what_the_earlier_adapters_read() -> None:

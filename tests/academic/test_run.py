@@ -88,3 +88,20 @@ def test_a_method_that_cannot_work_on_an_adapter_is_found_by_check(place: Path) 
     told = evertune("check", place / "recipe.yaml", code=3)
     assert "rounds[0].stages[0].sft.penalties.si" in told
     assert "found tune: lora, expected full, which si works on" in told
+
+
+@pytest.mark.parametrize(("tune", "copies"), [("full", True), ("lora", False)])
+def test_a_frozen_start_beside_all_weights_is_stated_before_it_is_loaded(tune: str, copies: bool, place: Path) -> None:
+    text = RECIPE.replace("tune: full\n          replay", f"tune: {tune}\n          replay")
+    text = text.replace("penalties: {ewc: {from: [general], memory_rows: 3}}", "objective: {asft: {}}")
+    text = text.replace("          gradient_rules: {agem: {from: [general], rows: 2}}\n", "")
+    (place / "recipe.yaml").write_text(text)
+    told = evertune("check", place / "recipe.yaml")
+    assert ("sft.objective.asft: keeps 1 float32 copies of the trained weights" in told) == copies
+
+
+def test_a_rule_of_dpo_stages_in_an_sft_stage_is_found_by_check(place: Path) -> None:
+    text = RECIPE.replace("{agem: {from: [general], rows: 2}}", "{copr: {}}")
+    (place / "recipe.yaml").write_text(text)
+    told = evertune("check", place / "recipe.yaml", code=3)
+    assert "sft.gradient_rules.copr: found sft, expected dpo" in told
