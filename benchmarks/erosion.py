@@ -110,7 +110,7 @@ RL = {
     "max_new_tokens": "8",
     "save_steps": "8",
 }
-DISTILL = {"steps": "20", "lr": "5.0e-4", "batch_rows": "16", "micro_batch_rows": "16", "save_steps": "10"}
+DISTILL = {"steps": "20", "lr": "2.0e-4", "batch_rows": "16", "micro_batch_rows": "16", "save_steps": "10"}
 PAIRS, QUESTIONS = 12, 8
 GAINED, KEPT = ("pairs", "topics"), ("snips", "arc", "chat", "web")
 SPLITS = ("train", "validation", "test")
