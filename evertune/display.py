@@ -17,6 +17,7 @@ from rich.status import Status
 from rich.table import Table
 
 from evertune.consolidation import Best, gain
+from evertune.durations import duration
 from evertune.gate import Verdict
 from evertune.probe.scores import ItemScores
 from evertune.probe.suite import AnyProbe
@@ -233,14 +234,8 @@ def progress(state: Mapping[str, Any], seconds: float) -> str:
     steps = f"/{state['steps']}" if "steps" in state else ""
     speed = f", {state['tokens_per_second']:.0f} tokens/s" if state.get("tokens_per_second") else ""
     rest = (state.get("steps", 0) - state["step"]) * state.get("seconds", 0.0)
-    left = f", about {_rough(rest)} left" if rest > 0 else ""
+    left = f", about {duration(round(rest))} left" if rest > 0 else ""
     return f"step {state['step']}{steps}, loss {state.get('loss', float('nan')):.3f}{speed}, {seconds:.0f} s{left}"
-
-
-def _rough(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def last_line(path: Any) -> dict[str, Any] | None:

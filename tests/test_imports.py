@@ -9,12 +9,13 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "evertune"
 
 # Each room may import the rooms named here, and no other. Those of `OPEN_TO_ALL` import none themselves.
-OPEN_TO_ALL = {"errors", "hashing", "failpoint", "methods"}
+OPEN_TO_ALL = {"errors", "hashing", "failpoint", "methods", "durations"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "hashing": set(),
     "failpoint": set(),
     "methods": set(),
+    "durations": set(),
     "method_pages": set(),
     "preload": set(),
     "demo": set(),

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from evertune.check.findings import CheckReport, Sample, StageEstimate
+from evertune.durations import duration
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,13 +31,6 @@ def _state(stage: StageEstimate) -> str:
     if stage.done:
         return ", done"
     return f", about {duration(stage.seconds)} on this machine's CPU" if stage.seconds else ""
-
-
-def duration(seconds: int) -> str:
-    """As people say it: `80 s`, `12 min`, `3.5 h`."""
-    if seconds < 120:
-        return f"{seconds} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _conclusion(report: CheckReport) -> str:

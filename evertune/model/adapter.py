@@ -327,7 +327,8 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     base = layer.base_layer
     active = [name for name in layer.active_adapters if name in layer.lora_A]
     drops = layer.training and any(not isinstance(layer.lora_dropout[name], nn.Identity) for name in active)
-    if type(base) is not nn.Linear or args or kwargs or drops or x.dtype != base.weight.dtype:
+    is_plain = type(base) is nn.Linear and x.dtype == base.weight.dtype and not (layer.merged or layer.disable_adapters)
+    if not is_plain or drops or args or kwargs:
         found: Tensor = type(layer).forward(layer, x, *args, **kwargs)
         return found
     updates = [Update(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]) for name in active]

@@ -73,7 +73,8 @@ def _choice(forward: Forward, codec: Codec, probe: Probe, batch_tokens: int) -> 
     if close and forward.model.dtype != torch.float32:
         with in_float32(forward.model):
             again = _likelihoods(forward, [groups[i] for i in close], batch_tokens)
-        found = [dict(zip(close, again, strict=True)).get(i, nats) for i, nats in enumerate(found)]
+        for i, nats in zip(close, again, strict=True):
+            found[i] = nats
     best, gaps = [], []
     for item, nats, size in zip(probe.items, found, sizes, strict=True):
         values = [one / each for one, each in zip(nats, size, strict=True)]
