@@ -78,6 +78,17 @@ def test_a_new_adapter_changes_nothing_and_switching_it_off_gives_the_start_back
     assert torch.equal(logits(opened), changed)
 
 
+def test_pefts_own_switch_turns_all_adapters_off(stack: Checkpoint) -> None:
+    opened = open_model(stack, dtype="float32", device="cpu")
+    adapted = logits(opened)
+    for layer in opened.model.modules():
+        if hasattr(layer, "enable_adapters"):
+            layer.enable_adapters(False)
+    plain = logits(open_model(stack.base, dtype="float32", device="cpu"))
+    assert not torch.equal(adapted, plain)
+    assert torch.equal(logits(opened), plain)
+
+
 def test_only_the_new_adapter_learns_and_in_the_dtype_of_the_weights(stack: Checkpoint) -> None:
     opened = open_model(stack, dtype="bfloat16", device="cpu")
     trained = add(opened)
