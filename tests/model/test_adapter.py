@@ -82,7 +82,7 @@ def test_pefts_own_switch_turns_all_adapters_off(stack: Checkpoint) -> None:
     opened = open_model(stack, dtype="float32", device="cpu")
     adapted = logits(opened)
     for layer in opened.model.modules():
-        if hasattr(layer, "enable_adapters"):
+        if hasattr(layer, "lora_A"):
             layer.enable_adapters(False)
     plain = logits(open_model(stack.base, dtype="float32", device="cpu"))
     assert not torch.equal(adapted, plain)
