@@ -136,6 +136,8 @@ def pushes(opened: OpenModel, asked: Sequence[LossItem], rows: Sequence[Sampled]
     loss, gradients = probe_gradient(opened, asked, weights)
     norm = _norm(gradients.values())
     if norm == 0.0:
+        if loss > 1e-6:
+            raise AssertionError(f"a loss of {loss} nats has no gradient by the layers' weights")
         return loss, np.zeros(len(rows))
     length = STEP * _norm(weights.values())
     texts = [one for row in rows for one in row.texts]

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from evertune.influence import push as push_module
 from evertune.influence.order import SourceOrder
 from evertune.influence.push import (
     Sampled,
@@ -154,3 +155,15 @@ def test_the_worst_source_comes_first_and_replays_to_the_same_numbers(
     # The two ends are one model here: all points agree, and the push is their mean.
     assert first["along"] == pytest.approx([first["push"]] * 3, rel=1e-3)
     assert sum(one["rows"] for one in found["clusters"]) == 8
+
+
+def test_a_loss_that_no_layer_has_a_gradient_of_is_not_called_a_push_of_zero(
+    opened: OpenModel, probe: Probe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = score_probe(opened, probe)
+    asked = loss_items(opened.codec, probe, before=scores, after=scores, most=2)
+    found = push_module.probe_gradient(opened, asked, _layer_weights(opened.model))
+    silent = {name: torch.zeros_like(one) for name, one in found[1].items()}
+    monkeypatch.setattr(push_module, "probe_gradient", lambda *_: (found[0], silent))
+    with pytest.raises(AssertionError, match="no gradient"):
+        pushes(opened, asked, [])
