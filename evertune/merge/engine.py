@@ -364,11 +364,11 @@ class _Work:
     def _apply(self, opened: _Open, segment: int, reader: Reader, data: Array) -> None:
         tensor = opened.inputs.tensor
         width, first = DTYPE_BITS[tensor.dtype] // 8, tensor.span(segment)[0]
-        kept = np.zeros(len(tensor.experts), np.int64)
+        not_counted = np.empty(0, np.int64)
         for chunk in reader.chunks(opened.inputs, *tensor.span(segment)):
             place = (chunk.begin - first) * width
             merged = reader.room.take("merged", (chunk.count,), chunk.like.dtype)
-            opened.rule.apply(chunk, opened.state, merged, kept)
+            opened.rule.apply(chunk, opened.state, merged, not_counted)
             bad = kernels.encode(merged, FLOATS[tensor.dtype], data[place : place + chunk.count * width])
             if bad:
                 raise MergeError(

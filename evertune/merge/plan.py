@@ -25,7 +25,7 @@ from evertune.model.checkpoint import WEIGHTS, Checkpoint, describe, read_json
 from evertune.model.header import DTYPE_BITS
 
 # Changes whenever the same configuration would give other bytes.
-VERSION = 3
+VERSION = 4
 # What a merged folder says of itself.
 MANIFEST = "merge.json"
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
