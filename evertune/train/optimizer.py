@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from evertune.errors import TrainingError
 
@@ -83,7 +84,7 @@ class Masters:
             TrainingError: a gradient is NaN or Inf; names the step and the first such tensor.
         """
         gradients = self.gradients()
-        norm = torch.nn.utils.get_total_norm(list(gradients.values()))
+        norm = joint_norm(gradients)
         if not torch.isfinite(norm):
             raise _not_finite(gradients, "gradient of", step)
         if largest_norm is not None:
@@ -118,7 +119,7 @@ class Masters:
     def check_finite(self, *, step: int) -> None:
         """Raise TrainingError naming the first trained tensor, or average, that holds NaN or Inf."""
         for what, tensors in (("weight", self.weights), ("average of", self.average or {})):
-            if not all(bool(torch.isfinite(one).all()) for one in tensors.values()):
+            if not all(map(_is_finite, tensors.values())):
                 raise _not_finite(tensors, what, step)
 
     @torch.no_grad()
@@ -162,6 +163,16 @@ class Masters:
                 parameter.copy_(weights[name])
 
 
+def joint_norm(gradients: Mapping[str, Tensor]) -> Tensor:
+    """L2 norm of all of them together, over all processes where they lie in shards."""
+    return full(torch.nn.utils.get_total_norm(list(gradients.values())))
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that may lie in shards; all processes call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def _master(parameter: nn.Parameter) -> Tensor:
     if parameter.dtype == torch.float32:
         return parameter
@@ -177,8 +188,12 @@ def _master(parameter: nn.Parameter) -> Tensor:
     return master
 
 
+def _is_finite(tensor: Tensor) -> bool:
+    return bool(full(torch.isfinite(tensor).all()))
+
+
 def _not_finite(tensors: Mapping[str, Tensor], what: str, step: int) -> TrainingError:
-    name = next((name for name, one in tensors.items() if not torch.isfinite(one).all()), "their joint norm")
+    name = next((name for name, one in tensors.items() if not _is_finite(one)), "their joint norm")
     return TrainingError(
         f"step {step}: {what} {name} is not finite (NaN or Inf).",
         remedy="Lower lr or raise warmup; the start checkpoint and all resume points before are intact.",

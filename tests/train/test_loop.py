@@ -1,6 +1,7 @@
 """The loop's parts: penalties on weights, gradients that agree or not, masks from seeds, sinks."""
 
 import importlib.util
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,8 @@
-"""Every objective on two processes: in every step the losses of one process at the same global batch, and in the end its
-weights, up to the order of sums in float32.
+"""Every objective on two processes: in every step the losses of one process at the same global batch, and in the end
+its weights, up to the order of sums in float32.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +32,29 @@ ORDERS: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", ORDERS)
 def test_two_processes_have_the_loss_curve_of_one(name: str, tmp_path: Path, tiny_model: Path) -> None:
+    """With whole models, and with one in shards, which leaves the same files too."""
     kind, make, settings = ORDERS[name]
     spec = make(tmp_path, tiny_model, steps=4, **settings)
-    alone, launched = open_workspace(tmp_path / "alone"), open_workspace(tmp_path / "launched")
+    alone = open_workspace(tmp_path / "alone")
     KINDS[kind].perform(spec.to_json(), alone)
-    answer = perform_on(2, kind, spec, launched, tmp_path / "job")
-    assert "result" in answer, answer
-    ours, theirs = published_curve(alone, spec), published_curve(launched, spec)
+    ours = published_curve(alone, spec)
     assert len(ours) == 4
-    for one, other in zip(ours, theirs, strict=True):
-        assert other == pytest.approx(one, **CURVE)
-    one, other = published_weights(alone, spec), published_weights(launched, spec)
-    for tensor in one:
-        assert torch.allclose(one[tensor], other[tensor], atol=5e-5), tensor
+    for fsdp in (False, True):
+        launched = open_workspace(tmp_path / f"fsdp-{fsdp}")
+        answer = perform_on(2, kind, replace(spec, fsdp=fsdp), launched, tmp_path / "job")
+        assert "result" in answer, answer
+        for one, other in zip(ours, published_curve(launched, spec), strict=True):
+            assert other == pytest.approx(one, **CURVE)
+        one, other = published_weights(alone, spec), published_weights(launched, spec)
+        assert one.keys() == other.keys()
+        for tensor in one:
+            assert torch.allclose(one[tensor], other[tensor], atol=5e-5), tensor
+        assert _texts(launched.path(spec.key)) == _texts(alone.path(spec.key))
+
+
+def _texts(folder: Path) -> dict[str, str | None]:
+    """Names of all files, with what lies in the small ones that are not numbers."""
+    is_text = ("adapter_config.json", "config.json", "generation_config.json", "tokenizer_config.json", "evertune.json")
+    return {
+        one.name: one.read_text() if one.name in is_text else None for one in sorted(folder.iterdir()) if one.is_file()
+    }
