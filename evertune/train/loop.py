@@ -25,7 +25,7 @@ from evertune.data.encode import Item
 from evertune.errors import TrainingError
 from evertune.train.batch import counted_positions
 from evertune.train.objective import CrossEntropy, Objective, Policy, StepCounts
-from evertune.train.optimizer import Masters, Schedule, full, joint_norm, rate_factor
+from evertune.train.optimizer import Masters, Schedule, joint_norm, over_shards, own, rate_factor
 from evertune.train.penalty import GradientRule, Penalty
 from evertune.train.resume import ResumePoints
 from evertune.train.sink import Metrics, Sink
@@ -169,17 +169,17 @@ class Trainer:
         if self.replay_ratio is None:
             return self._sweep(step, counts), {}
         sums = self._sweep(step, counts, is_replay=False)
-        own = self.masters.gradients()
+        new = self.masters.gradients()
         self.masters.zero_gradients()
         sums += self._sweep(step, counts, is_replay=True)
         replayed = self.masters.gradients()
-        norms = [float(joint_norm(one)) for one in (own, replayed)]
+        norms = [float(joint_norm(one)) for one in (new, replayed)]
         # A step without new rows has nothing to be measured against, and a norm of 0 nothing to weigh.
         has_both = counts.replayed < counts.rows and norms[1] > 0.0
         weight = self.replay_ratio * norms[0] / norms[1] if has_both else 1.0
         for name, one in replayed.items():
-            own[name] = own[name].add_(one, alpha=weight) if name in own else one.mul_(weight)
-        self.masters.set_gradients(own)
+            new[name] = new[name].add_(one, alpha=weight) if name in new else one.mul_(weight)
+        self.masters.set_gradients(new)
         return sums, {"replay_weight": weight} if counts.replayed else {}
 
     def _sweep(self, step: int, counts: StepCounts, *, is_replay: bool | None = None) -> Tensor:
@@ -328,9 +328,14 @@ def count_items(items: Sequence[Item], objective: Objective, penalties: Sequence
 
 def cosine(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
     """Cosine of two gradients, tensor by tensor in float64 sums; 0 when one of them vanishes."""
-    dot = sum(float(full((one[name].double() * other[name].double()).sum())) for name in one if name in other)
-    squares = [[float(full(each.double().square().sum())) for each in all_.values()] for all_ in (one, other)]
-    norms = [math.sqrt(sum(each)) for each in squares]
+    dots = [(own(one[name]).double() * own(other[name]).double()).sum() for name in one if name in other]
+    parts = dots + [own(each).double().square().sum() for all_ in (one, other) for each in all_.values()]
+    if not parts:
+        return 0.0
+    values = over_shards(parts, [*one.values(), *other.values()])
+    dot = sum(values[: len(dots)])
+    squares = values[len(dots) :]
+    norms = [math.sqrt(sum(each)) for each in (squares[: len(one)], squares[len(one) :])]
     return dot / (norms[0] * norms[1]) if min(norms) > 0.0 else 0.0
 
 

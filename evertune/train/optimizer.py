@@ -2,10 +2,11 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -119,7 +120,7 @@ class Masters:
     def check_finite(self, *, step: int) -> None:
         """Raise TrainingError naming the first trained tensor, or average, that holds NaN or Inf."""
         for what, tensors in (("weight", self.weights), ("average of", self.average or {})):
-            if not all(map(_is_finite, tensors.values())):
+            if _unfinished(tensors):
                 raise _not_finite(tensors, what, step)
 
     @torch.no_grad()
@@ -173,6 +174,22 @@ def full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def own(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor that may lie in shards."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def over_shards(values: Sequence[Tensor], like: Iterable[Tensor]) -> list[float]:
+    """Numbers that each process has computed from its own parts, summed over those that hold the shards of `like`;
+    as they are where nothing lies in shards. In one exchange: all processes call it."""
+    told = torch.stack(list(values))
+    mesh = next((one.device_mesh for one in like if isinstance(one, DTensor)), None)
+    if mesh is not None:
+        dist.all_reduce(told, group=mesh.get_group())
+    found: list[float] = told.tolist()
+    return found
+
+
 def _master(parameter: nn.Parameter) -> Tensor:
     if parameter.dtype == torch.float32:
         return parameter
@@ -188,12 +205,16 @@ def _master(parameter: nn.Parameter) -> Tensor:
     return master
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    return bool(full(torch.isfinite(tensor).all()))
+def _unfinished(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of those that hold NaN or Inf, in any process."""
+    if not tensors:
+        return []
+    bad = [(~torch.isfinite(own(one))).any().float() for one in tensors.values()]
+    return [name for name, one in zip(tensors, over_shards(bad, tensors.values()), strict=True) if one]
 
 
 def _not_finite(tensors: Mapping[str, Tensor], what: str, step: int) -> TrainingError:
-    name = next((name for name, one in tensors.items() if not _is_finite(one)), "their joint norm")
+    name = next(iter(_unfinished(tensors)), "their joint norm")
     return TrainingError(
         f"step {step}: {what} {name} is not finite (NaN or Inf).",
         remedy="Lower lr or raise warmup; the start checkpoint and all resume points before are intact.",
