@@ -170,7 +170,7 @@ def make_trainer(options: argparse.Namespace, folder: Path, *, anchor: Any, has_
     )  # fmt: skip
     workspace = Workspace.open(folder / "workspace", create=True)
     accelerator = make_accelerator(device="cpu", track=[], logging_dir=folder)
-    opened, trained = open_trained(spec, accelerator)
+    opened, trained = open_trained(spec, str(accelerator.device))
     lesson = _Supervised(spec)
     material = lesson.load(opened.codec, world_size=1)
     began = time.process_time()

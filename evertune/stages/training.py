@@ -63,6 +63,7 @@ def training_fields(place: Place, settings: ResolvedTraining) -> dict[str, Any]:
         "threads": plan.numerics["threads"],
         "track": list(plan.recipe.track),
         "folder": str(plan.loaded.folder),
+        "fsdp": plan.recipe.launch is not None and plan.recipe.launch.fsdp,
     }
 
 
@@ -82,7 +83,7 @@ def _plain(value: Any) -> Any:
 def training_key(version: int, spec: TrainingSpec) -> str:
     """Digest of what the result depends on; where files lie, names and bookkeeping are left out."""
     facts = spec.to_json()
-    for name in ("key", "label", "threads", "track", "save_steps", "keep_steps", "folder"):
+    for name in ("key", "label", "threads", "track", "save_steps", "keep_steps", "folder", "fsdp"):
         del facts[name]
     facts |= {name: one.digest for name, one in vars(spec).items() if isinstance(one, Checkpoint)}
     if facts.get("server"):  # where it is, and how it is asked, makes no other answers

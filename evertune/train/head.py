@@ -53,6 +53,22 @@ class Head:
         return max(1, CHUNK_ELEMENTS // self.weight_VH.shape[0])
 
 
+class ModuleHead(Head):
+    """The head of a model whose weights are other tensors at other times, as those of a sharded one are: asked each
+    time."""
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        object.__setattr__(self, "_linear", linear)
+
+    @property
+    def weight_VH(self) -> Tensor:  # type: ignore[override]
+        return self._linear.weight  # type: ignore[attr-defined, no-any-return]
+
+    @property
+    def bias_V(self) -> Tensor | None:  # type: ignore[override]
+        return self._linear.bias  # type: ignore[attr-defined, no-any-return]
+
+
 @dataclass(frozen=True)
 class PositionTerm:
     """A penalty on the distribution at some counted positions, computed on the same logits as the cross-entropy.
