@@ -3,9 +3,9 @@ does each process hold?
 
     python -m benchmarks.processes curves --data folder [--folder processes-run] [--steps 4] [--dtype float32]
 
-The bundled model, two stages: sft of all weights (`replay_dolly`), then dpo with LoRA (`pref_alpacaeval`). Each way is an
-ordinary run under --folder; what is done is not done again. `held` is what the runs launch: the worker, which writes down
-its memory when it has trained.
+The bundled model, two stages: sft of all weights (`replay_dolly`), then dpo with LoRA (`pref_alpacaeval`). Each way is
+an ordinary run under --folder; what is done is not done again. `held` is what the runs launch: the worker, which writes
+down its memory when it has trained.
 """
 
 import argparse
