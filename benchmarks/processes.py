@@ -101,7 +101,9 @@ def compare(options: argparse.Namespace) -> None:
     print(json.dumps(machine()))
     found, places = {}, {}
     for way, launch in WAYS.items():
-        places[way] = recipe(options.data.absolute(), options.folder / way.replace(",", "").replace(" ", "-"), launch, options)
+        places[way] = recipe(
+            options.data.absolute(), options.folder / way.replace(",", "").replace(" ", "-"), launch, options
+        )
         found[way] = curves(places[way])
         print(way, json.dumps({kind: [one["loss"] for one in steps] for kind, steps in found[way].items()}), flush=True)
     print("| | largest difference of a loss | of a gradient's norm | weights | masters | moments | resident |")
