@@ -69,6 +69,7 @@ bench: $(VENV)/.dev
 # make gpu DEVICE=cpu, which runs all of it but the kernels.
 DEVICE := cuda
 gpu: $(VENV)/.dev
+	@test -n "$(ROWS)" || { echo "make gpu ROWS=chats.jsonl [DEVICE=cpu]"; exit 2; }
 	if [ $(DEVICE) = cuda ]; then $(BIN)/pip install --quiet --disable-pip-version-check --editable ".[gpu]"; fi
 	EVERTUNE_TEST_DEVICE=$(DEVICE) $(BIN)/pytest tests/train
 	$(BIN)/python -m benchmarks.gpu --device $(DEVICE) --rows $(ROWS)
