@@ -3,9 +3,9 @@ does each process hold?
 
     python -m benchmarks.processes curves --data folder [--folder processes-run] [--steps 4] [--dtype float32]
 
-The bundled model, two stages: sft of all weights (`replay_dolly`), then dpo with LoRA (`pref_alpacaeval`). Each way is an
-ordinary run under --folder; what is done is not done again. `held` is what the runs launch: the worker, which writes down
-its memory when it has trained.
+The bundled model, two stages: sft of all weights (`replay_dolly`), then dpo with LoRA (`pref_alpacaeval`). Each way is
+an ordinary run under --folder; what is done is not done again. `held` is what the runs launch: the worker, which writes
+down its memory when it has trained.
 """
 
 import argparse
@@ -101,7 +101,9 @@ def compare(options: argparse.Namespace) -> None:
     print(json.dumps(machine()))
     found, places = {}, {}
     for way, launch in WAYS.items():
-        places[way] = recipe(options.data.absolute(), options.folder / way.replace(", ", "-"), launch, options)
+        places[way] = recipe(
+            options.data.absolute(), options.folder / way.replace(",", "").replace(" ", "-"), launch, options
+        )
         found[way] = curves(places[way])
         print(way, json.dumps({kind: [one["loss"] for one in steps] for kind, steps in found[way].items()}), flush=True)
     print("| | largest difference of a loss | of a gradient's norm | weights | masters | moments | resident |")

@@ -1436,6 +1436,9 @@ class Numerics(Config):
     """`auto` is a GPU where there is one."""
     threads: int | None = Field(None, gt=0)
     """CPU threads; all available cores when not given."""
+    kernels: Literal["torch", "liger"] = "torch"
+    """Of a trained stage's cross-entropy where no anchor is added to it. `liger`: fused Triton kernels on a GPU, from
+    the extra `gpu`."""
     versions: Literal["recorded", "strict"] = "recorded"
     """What results of other package versions are worth. `recorded`: they stand, and the ledger names the versions.
     `strict`: versions are part of every key, and what other ones made is made anew."""

@@ -63,6 +63,7 @@ def training_fields(place: Place, settings: ResolvedTraining) -> dict[str, Any]:
         "threads": plan.numerics["threads"],
         "track": list(plan.recipe.track),
         "folder": str(plan.loaded.folder),
+        "kernels": plan.recipe.numerics.kernels,
         "fsdp": plan.recipe.launch is not None and plan.recipe.launch.fsdp,
     }
 
@@ -92,6 +93,8 @@ def training_key(version: int, spec: TrainingSpec) -> str:
     for name in ("mix", "adapt", "guard_stop", "replay_ratio", "protect", "server"):
         if not facts.get(name, True):
             del facts[name]
+    if facts["kernels"] == "torch":
+        del facts["kernels"]
     for name in ("adapt", "guard_stop"):
         if name in facts:
             del facts[name]["probes"]

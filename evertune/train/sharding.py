@@ -28,7 +28,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from evertune.errors import TrainingError
-from evertune.train.head import ModuleHead
+from evertune.train.head import Head, ModuleHead
 
 READ = "read_for_training"
 
@@ -136,13 +136,15 @@ class ShardedDecoder:
         torch.stack([*losses, *owed]).sum().backward()  # type: ignore[no-untyped-call]
 
 
-def shard(model: Any, decoder: nn.Module, *, is_packed: bool, trained: Mapping[str, nn.Parameter]) -> ShardedDecoder:
+def shard(
+    model: Any, decoder: nn.Module, head: Head, *, is_packed: bool, trained: Mapping[str, nn.Parameter]
+) -> ShardedDecoder:
     """Shard a model in place over all processes, and move it to their devices layer by layer.
 
     Its parameters are other objects afterwards: look up those that are trained again.
 
     Args:
-        decoder, is_packed: of the model, as they were found while it was whole.
+        decoder, head, is_packed: of the model, as they were found while it was whole.
         trained: become float32 masters; the rest keeps its dtype.
 
     Raises:
@@ -172,8 +174,8 @@ def shard(model: Any, decoder: nn.Module, *, is_packed: bool, trained: Mapping[s
     for layer, before in zip(layers, [model, *layers[:-1]], strict=True):
         layer.set_modules_to_backward_prefetch([before])
     model.set_modules_to_backward_prefetch([layers[-1]])
-    linear = model.get_output_embeddings()
-    return ShardedDecoder(model, decoder, ModuleHead(linear), is_packed=is_packed)
+    sharded_head = ModuleHead(model.get_output_embeddings(), has_liger=head.has_liger)
+    return ShardedDecoder(model, decoder, sharded_head, is_packed=is_packed)
 
 
 def sharded_modules(model: nn.Module) -> list[FSDPModule]:

@@ -35,6 +35,7 @@ from evertune.train.anchor import Anchor, anchors
 from evertune.train.distance import stage_drift
 from evertune.train.guarded import GuardedFeed, guard_brake
 from evertune.train.head import split_model
+from evertune.train.kernels import require_liger
 from evertune.train.loop import Feed, Pace, Trainer, cosine, gradient_of, make_accelerator, train
 from evertune.train.material import Material
 from evertune.train.objective import Objective, Policy
@@ -285,9 +286,12 @@ def make_trainer(setting: Setting, trained: Mapping[str, nn.Parameter], lesson: 
     """Everything a step needs, the anchor's reference included."""
     spec, opened = setting.spec, setting.opened
     decoder, head = split_model(opened.model)
+    if spec.kernels == "liger":
+        require_liger(setting.accelerator.device)
+        head = replace(head, has_liger=True)
     policy = Policy(opened.model, decoder, head, opened.codec.pad_id, is_packed=enable_packing(opened.model))
     if spec.fsdp:
-        sharded = shard(opened.model, decoder, is_packed=policy.is_packed, trained=trained)
+        sharded = shard(opened.model, decoder, head, is_packed=policy.is_packed, trained=trained)
         trained = trained_parameters(spec, opened)
         opened.device = setting.accelerator.device
         policy = replace(policy, decoder=sharded, head=sharded.head)

@@ -9,7 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from evertune.model.checkpoint import describe
 from evertune.stages import KINDS
+from evertune.train.distill_spec import DistillSpec, OnPolicySpec
+from tests.tiny import write_tiny_model
+from tests.train.distilled import make_distill_spec
 from tests.train.processes import perform_on, published_curve
 from tests.train.stage import make_spec, open_workspace, published_weights
 from tests.train.test_dpo import make_dpo
@@ -21,12 +25,22 @@ CURVE = {"rel": 1e-4, "abs": 2e-5}
 REWARD = {"asked": {"regex": "(?s)[ -~].*"}}
 # Without dropout, whose masks are each process's own.
 TUNE = {"lora": {"rank": 4, "targets": "all-linear"}}
+
+
+def _make_distill(folder: Path, model: Path, **changes: Any) -> DistillSpec:
+    """Half of the rows are answered by the student."""
+    teacher = describe(write_tiny_model(folder / "teacher", seed=5))
+    on_policy = OnPolicySpec(share=0.5, max_new_tokens=6, temperature=1.0, steps=2)
+    return make_distill_spec(folder, model, [teacher], on_policy=on_policy, **changes)
+
+
 ORDERS: dict[str, Any] = {
     # Micro-batches of one row leave some processes without a row of a kind, or without any.
     "sft": ("sft", make_spec, {"anchor": {"on": "replay"}, "micro_batch_rows": 1, "tune": TUNE}),
     "sft, all weights": ("sft", make_spec, {"micro_batch_rows": 3, "tune": {"full": {}}, "lr": 1e-3}),
     "dpo": ("dpo", make_dpo, {"anchor": {"on": "both"}, "micro_batch_rows": 1, "tune": TUNE}),
     "rl": ("rl", make_rl, {"verifiers": REWARD, "micro_batch_rows": 3, "iterations": 2, "tune": TUNE}),
+    "distill": ("distill", _make_distill, {"micro_batch_rows": 1, "tune": TUNE}),
 }
 
 
