@@ -39,7 +39,6 @@ def is_named(output, answer):
 PROBES = {
     "commands": "{path: snips-test.jsonl, kind: choice, limit: %(items)d, role: watch, system: Name the command.}",
     "topics": "{path: topics-test.jsonl, kind: choice, limit: %(items)d, role: watch, system: Name the kind of thing.}",
-    "arc": "{path: arc-test.jsonl, kind: choice, limit: %(items)d}",
     "c4": "{path: c4-test.jsonl, kind: bits_per_byte, limit: %(texts)d}",
     "named": "{path: asked-test.jsonl, kind: generate, verifier: {function: named:is_named}, max_new_tokens: 12,"
     " limit: %(items)d, role: watch}",
@@ -97,8 +96,8 @@ class Bench:
         rows = self._read("snips7/train")
         self._write("asked-train", [{"id": one["id"], "messages": one["messages"]} for one in rows])
         items = self._read("snips7/test")
-        self._write("asked-test", [{**_named(one), "answer": one["choices"][one["answer"]]} for one in items])
-        self._write("arc-test", [{**_named(one), **_choices(one)} for one in self._read("arc_easy/test")])
+        asked = [{"id": one["id"], "prompt": one["prompt"], "answer": one["choices"][one["answer"]]} for one in items]
+        self._write("asked-test", asked)
         texts = self._read("text_c4/test")
         self._write("c4-test", [{"id": one["id"], "text": one["text"][: self.characters]} for one in texts])
         general = [{"id": one["id"], "messages": one["messages"]} for one in self._read("replay_dolly/train")]
@@ -136,14 +135,6 @@ class Bench:
         if done.returncode not in (0, 2, 4):
             raise SystemExit(f"{place}: evertune ended with {done.returncode}")
         return Workspace(self.folder / f"seed-{seed}", place)
-
-
-def _named(item: Mapping[str, Any]) -> dict[str, Any]:
-    return {"id": item["id"], "prompt": item["prompt"]}
-
-
-def _choices(item: Mapping[str, Any]) -> dict[str, Any]:
-    return {"choices": item["choices"], "answer": item["answer"]}
 
 
 @dataclass(frozen=True)

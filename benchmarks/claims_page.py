@@ -54,8 +54,8 @@ def page_of(found: Results, says: Mapping[str, str]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for name, one in found.items():
-        is_there = _is_finite(one)
-        figure = f"{one['figure']:.3g} | {one['low']:.3g} to {one['high']:.3g}" if is_there else "none | none"
+        has_figure = math.isfinite(one["figure"])
+        figure = f"{one['figure']:.3g} | {one['low']:.3g} to {one['high']:.3g}" if has_figure else "none | none"
         lines.append(f"| {name} | {one['says']} | {figure} | {one['threshold']:g} | **{one['verdict']}** |")
     lines += ["", "![Figures with their intervals, each about its threshold](images/evidence.svg)", ""]
     for name, one in found.items():
@@ -76,10 +76,6 @@ def page_of(found: Results, says: Mapping[str, str]) -> str:
     return "\n".join(lines)
 
 
-def _is_finite(one: Mapping[str, Any]) -> bool:
-    return all(math.isfinite(one[name]) for name in ("figure", "low", "high"))
-
-
 def intervals_svg(found: Results) -> str:
     """A bar for each claim's interval and a dot for its figure, less the threshold, in units of the larger side."""
     row, left, width = 24, 112, 560
@@ -91,11 +87,13 @@ def intervals_svg(found: Results) -> str:
         y = TOP + row * i + 10
         body.append(f'<text x="{left - 8}" y="{y + 4}" text-anchor="end">{escape(name)}</text>')
         body.append(f'<text x="{width - 104}" y="{y + 4}">{escape(one["verdict"])}</text>')
-        if not _is_finite(one):
+        if not math.isfinite(one["figure"]):
             continue
         offsets = [one[key] - one["threshold"] for key in ("low", "figure", "high")]
-        scale = (middle - left - 6) / (max(map(abs, offsets)) or 1.0)
-        low, figure, high = (middle + scale * value for value in offsets)
+        room = middle - left - 6
+        scale = room / (max((abs(value) for value in offsets if math.isfinite(value)), default=0.0) or 1.0)
+        # A resample without a figure counts as minus infinity: its bar goes to the edge.
+        low, figure, high = (middle + min(max(scale * value, -room), room) for value in offsets)
         told = f"{one['figure']:.3g} ({one['low']:.3g} to {one['high']:.3g}), threshold {one['threshold']:g}"
         body.append(f"<g><title>{escape(name)}: {told}</title>")
         body.append(f'<line stroke="{COLOURS[0]}" stroke-width="3" x1="{low:.1f}" y1="{y}" x2="{high:.1f}" y2="{y}"/>')
