@@ -30,6 +30,8 @@ Scores = Mapping[str, ItemScores]
 Share = float | tuple[float, ...]
 # Where an anchor was off, what is multiplied: the weight of the balanced preset.
 ANCHOR_KL = 0.05
+# Where nothing was replayed, likewise: the share of the balanced preset.
+REPLAY_SHARE = 0.2
 # Of a stage that teaches back what fell: the share of the round's new rows in its stream.
 KEPT_SHARE = 0.3
 # Chance that a rung mends a held round: judgement, not measured.
@@ -203,7 +205,7 @@ def _amendment(rung: Rung, verdict: Verdict) -> tuple[Amend, str]:
 
     def replay(own: Training, now: ResolvedTraining) -> Mapping[str, Any]:
         sources = list(dict.fromkeys([*now.replay.sources, *wanted]))
-        share = max(now.replay.share, min(more.most, now.replay.share * more.factor))
+        share = max(now.replay.share, min(more.most, (now.replay.share or REPLAY_SHARE) * more.factor))
         return {"replay": Replay(share=share, sources=sources, dedup=now.replay.dedup)}
 
     return replay, f"replay times {more.factor:g}" + (f", {', '.join(wanted)} among it" if wanted else "")

@@ -7,7 +7,7 @@ import pytest
 
 from evertune.gate import GateSettings, ProbeFacts, Verdict, judge
 from evertune.probe.scores import ItemScores
-from evertune.recipe.schema import Recipe, Round, Rung
+from evertune.recipe.schema import Recipe, Replay, Round, Rung, Sft, Stage
 from evertune.rescue import Proposal, choose, count_tries, in_order, propose, shares_of
 from tests.test_gate import BEFORE, FACTS, GUARD, TARGET, WIDE, flipped, ones, scores
 
@@ -135,6 +135,16 @@ def test_more_replay_is_capped_and_aimed_at_what_fell() -> None:
     # Twice 0.2 would be 0.8, above the largest share; `skill` rose, so its rows are not asked for.
     assert (replay.share, replay.sources) == (0.5, ["general", "cards"])
     assert done.why == "replay times 4, cards among it"
+
+
+def test_more_replay_switches_on_one_that_was_off() -> None:
+    bare = ONE.model_copy(update={"stages": [Stage(sft=Sft(data=["cards"], replay=Replay(share=0.0)))]})
+    rung = Rung.model_validate({"more_replay": {"by_probe": {"facts": ["cards"]}}})
+    done = propose(rung, RECIPE, bare, [table(200), table(140)], held())
+    assert done is not None
+    replay = done.stages[0].sft.replay  # type: ignore[union-attr]
+    # 0.2 times 2; the sources are those of the recipe's defaults, and what fell.
+    assert (replay.share, replay.sources[-1]) == (0.4, "cards")
 
 
 def test_the_stage_after_which_the_guard_fell_most_is_dropped() -> None:

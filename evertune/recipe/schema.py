@@ -1170,7 +1170,7 @@ class MoreReplay(Config):
     """The round's stages again, with more replay."""
 
     factor: float = Field(2.0, gt=1.0, allow_inf_nan=False)
-    """Times the share of replay."""
+    """Times the share of replay; times 0.2 where nothing was replayed."""
     most: Share = 0.5
     """The largest share."""
     by_probe: dict[Name, Names] = {}
