@@ -76,9 +76,8 @@ def packed_hidden(decoder: Callable[..., Any], rows: Sequence[Tensor]) -> Tensor
     return hidden_TH
 
 
-@torch.no_grad()
 def read_tree(decoder: nn.Module, tree: Tree, *, device: torch.device) -> Any:
-    """Outputs of the decoder for all tokens of a tree, in their order, without gradient.
+    """Outputs of the decoder for all tokens of a tree, in their order.
 
     Args:
         decoder: of a model that `enable_packing` has accepted.

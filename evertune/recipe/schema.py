@@ -49,7 +49,7 @@ PlaceText = Annotated[str, Field(min_length=1)]
 class Config(BaseModel):
     """Frozen, unknown keys refused, no silent conversion of strings to numbers."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, defer_build=True)
 
 
 class NoOptions(Config):
