@@ -7,6 +7,7 @@ run; a child whose parent dies kills itself, so that no orphan writes into a wor
 import json
 import multiprocessing
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -25,6 +26,8 @@ from evertune import errors, worker
 from evertune.hashing import canonical_json
 
 PRELOAD = "evertune.preload"
+# In the workspace: what the launcher and its processes have said in the last stage.
+LAUNCH_LOG = "launch.log"
 STOP_SECONDS = 60.0
 ENVIRONMENT = {
     # Waiting OpenMP threads sleep instead of spinning: up to ten times less CPU on a busy machine.
@@ -116,8 +119,11 @@ class Workers:
         # What is installed beside this Python comes first: it need not be activated.
         places = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
         command[0] = shutil.which(command[0], path=places) or command[0]
+        # Launchers say much, and after an error of ours a traceback of theirs: it is kept for when it is needed.
+        log = Path(job["workspace"]) / LAUNCH_LOG
         try:
-            child = subprocess.Popen(command)
+            with log.open("wb") as output:
+                child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
         except OSError as error:
             raise errors.RecipeError(
                 f"launch: cannot start {command[0]!r}: {error.strerror}.", remedy="Install it or change 'launch'."
@@ -132,7 +138,7 @@ class Workers:
             raise
         answer_place = place.with_suffix(".result.json")
         if not answer_place.exists():
-            raise _died(job, child.returncode)
+            raise _died(job, child.returncode, log=log)
         answer: dict[str, Any] = json.loads(answer_place.read_bytes())
         return answer
 
@@ -182,13 +188,22 @@ def _stop(child: Any) -> None:
         child.join()
 
 
-def _died(job: worker.Job, code: int | None) -> errors.TrainingError:
+def _died(job: worker.Job, code: int | None, *, log: Path | None = None) -> errors.TrainingError:
     how = f"signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
     hint = "Out of memory is the usual cause: lower micro_batch_rows. " if code == -signal.SIGKILL else ""
+    if log is not None:
+        hint += f"It said: {_complaint(log)!r}; all of it is in {log}. "
     return errors.TrainingError(
         f"the process of job '{job['kind']}' ({job.get('label', '')}) died with {how}.",
         remedy=f"{hint}The same command goes on from the last resume point.",
     )
+
+
+def _complaint(log: Path) -> str:
+    """The last line that names an error, or else the last one."""
+    lines = [one.strip() for one in log.read_text(encoding="utf-8", errors="replace").splitlines() if one.strip()]
+    named = [one for one in lines if re.match(r"[\w.]*(Error|Exception)\b", one) and "ChildFailedError" not in one]
+    return (named or lines or ["nothing"])[-1]
 
 
 def _raise_again(error: dict[str, Any]) -> Exception:

@@ -200,7 +200,8 @@ _JOBS: dict[str, Callable[[Job, Workspace], dict[str, Any]]] = {
 
 
 def main(path: str) -> int:
-    """Entry under a launcher: perform the job in the file; rank 0 writes the result. Returns the exit code."""
+    """Entry under a launcher: perform the job in the file; rank 0 writes the result, the others say what went wrong.
+    Returns the exit code."""
     place = Path(path)
     job = json.loads(place.read_text(encoding="utf-8"))
     try:
@@ -209,6 +210,9 @@ def main(path: str) -> int:
         answer = {"error": report_error(error)}
     if int(os.environ.get("RANK", "0")) == 0:
         place.with_suffix(".result.json").write_bytes(canonical_json(answer))
+    elif "error" in answer:
+        told = answer["error"]
+        sys.stderr.write(f"{told.get('traceback', '')}{told['type']}: {told['message']}\n")
     return 0 if "result" in answer else 1
 
 

@@ -120,3 +120,15 @@ def test_ctrl_c_at_a_terminal_ends_in_one_sentence(tmp_path: Path) -> None:
     assert b"Stopped. What is finished is kept" in said
     assert b"Traceback" not in said
     assert code == 130
+
+
+def test_a_launcher_that_fails_is_one_error_with_what_it_said(workspace: Workspace, capfd) -> None:
+    """And the rest of its words are in a file, not on the terminal."""
+    code = "import sys; print('first', file=sys.stderr); raise ValueError('no such option')"
+    workers = process.Workers(start_method="fork", launch=f'"{sys.executable}" -c "{code}"')
+    with pytest.raises(TrainingError, match="died with exit code 1") as caught:
+        workers.run(_job(workspace, "sft", is_launched=True))
+    log = workspace.root / process.LAUNCH_LOG
+    assert "It said: 'ValueError: no such option'" in caught.value.remedy and str(log) in caught.value.remedy
+    assert log.read_text().startswith("first\nTraceback")
+    assert capfd.readouterr().err == ""

@@ -6,6 +6,7 @@
     cache/                 what can be made again
     quarantine/            objects that did not match their manifest; nothing is deleted
     ledger.sqlite, current.json, lock
+    launch.log             what a launcher and its processes have said in the last stage
 
 Publishing: files, each fsynced; the manifest last; the folders fsynced; one rename; the parent fsynced. So an object is
 there at once and whole, or not at all. `manifest.py` says what an object is, `disk.py` how bytes get to disk and who

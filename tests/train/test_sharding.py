@@ -150,7 +150,7 @@ def test_an_accelerate_launch_that_would_make_copies_of_shards_is_refused(tmp_pa
     workspace = open_workspace(tmp_path / "run")
     job = tmp_path / "job.json"
     job.write_text(json.dumps({"kind": "sft", "workspace": str(workspace.root), "spec": spec.to_json()}))
-    launch = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--use_fsdp", "--fsdp_version", "2"]
+    launch = ["accelerate.commands.launch", "--num_processes", "2", "--use_fsdp", "--fsdp_version", "2"]
     done = subprocess.run([sys.executable, "-m", *launch, "-m", "evertune.worker", str(job)], timeout=300)
     assert done.returncode != 0
     answer = json.loads(job.with_suffix(".result.json").read_text())
