@@ -3,6 +3,8 @@
 # M models (K experts, then the base if there is one), N elements of the chunk
 
 import math
+import threading
+from collections import deque
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -27,6 +29,31 @@ class Room:
         if kept is None or kept.nbytes < size:
             kept = self._kept[use] = np.empty(-(-size // 8), np.uint64)
         return kept.view(np.uint8)[:size].view(dtype).reshape(shape)
+
+
+class Pool:
+    """Byte arrays of one size, at most so many of them, for any thread; made when they are first taken."""
+
+    def __init__(self, size: int, limit: int) -> None:
+        self.size = size
+        self._missing = limit // size
+        self._free: deque[Array] = deque()
+        self._lock = threading.Lock()
+
+    def take(self) -> Array | None:
+        """An array of any content, or None when all are taken."""
+        with self._lock:
+            if self._free:
+                return self._free.pop()
+            if self._missing == 0:
+                return None
+            self._missing -= 1
+        return np.empty(self.size, np.uint8)
+
+    def give_back(self, array: Array) -> None:
+        """Let others have an array that was taken."""
+        with self._lock:
+            self._free.append(array)
 
 
 class Values(NamedTuple):

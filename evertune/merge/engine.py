@@ -25,17 +25,20 @@ from evertune.errors import MergeError, WorkspaceError
 from evertune.failpoint import reach
 from evertune.hashing import canonical_json
 from evertune.merge import kernels
+from evertune.merge.chunk import Pool
 from evertune.merge.journal import Journal
 from evertune.merge.kernels import Array
 from evertune.merge.methods import Pass, Rule, State
 from evertune.merge.output import OutputFiles
 from evertune.merge.plan import (
+    KEPT_BYTES,
     MANIFEST,
     TOKENIZER_FILES,
     MergePlan,
     TensorPlan,
     default_threads,
     index_json,
+    kept_chunk_bytes,
     tensor_rule,
 )
 from evertune.merge.reader import Inputs, Reader, Seconds, open_inputs
@@ -245,6 +248,7 @@ class _Work:
         self._error: BaseException | None = None
         self._condition = threading.Condition()
         self._seconds = Seconds()
+        self._pool = Pool(kept_chunk_bytes(plan), KEPT_BYTES)
 
     def run(self, threads: int) -> Seconds:
         """Work until everything is done; raises the first error of a worker."""
@@ -259,7 +263,7 @@ class _Work:
         return self._seconds
 
     def _worker(self, threads: int) -> None:
-        reader = Reader(self._files)
+        reader = Reader(self._files, self._pool)
         started = time.thread_time()
         buffer = np.empty(0, np.uint8)
         try:
@@ -327,8 +331,8 @@ class _Work:
         sums = reader.room.take("sums", one.shape, one.dtype) if is_shared else np.empty(one.shape, one.dtype)
         sums.fill(0)
         inputs = opened.inputs
-        chunks = reader.sample(inputs) if one.of_sample else reader.chunks(inputs, *inputs.tensor.span(segment))
-        for chunk in chunks:
+        span = inputs.tensor.span(segment)
+        for chunk in reader.sample(inputs) if one.of_sample else reader.chunks(inputs, *span, keep=True):
             one.gather(chunk, opened.state, sums)
         with opened.lock:
             if is_shared:
@@ -364,11 +368,11 @@ class _Work:
     def _apply(self, opened: _Open, segment: int, reader: Reader, data: Array) -> None:
         tensor = opened.inputs.tensor
         width, first = DTYPE_BITS[tensor.dtype] // 8, tensor.span(segment)[0]
-        kept = np.zeros(len(tensor.experts), np.int64)
+        not_counted = np.empty(0, np.int64)
         for chunk in reader.chunks(opened.inputs, *tensor.span(segment)):
             place = (chunk.begin - first) * width
             merged = reader.room.take("merged", (chunk.count,), chunk.like.dtype)
-            opened.rule.apply(chunk, opened.state, merged, kept)
+            opened.rule.apply(chunk, opened.state, merged, not_counted)
             bad = kernels.encode(merged, FLOATS[tensor.dtype], data[place : place + chunk.count * width])
             if bad:
                 raise MergeError(
@@ -393,6 +397,7 @@ class _Work:
                 opened.stage += 0 if again else 1
                 self._begin(opened)
             return
+        reader.release(opened.inputs)
         if opened.index not in self._journal.statistics and self._is_measured(opened.inputs.tensor):
             facts = measure(opened.inputs, opened.rule, opened.state, reader)
             self._journal.statistics[opened.index] = facts

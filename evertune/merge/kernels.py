@@ -45,13 +45,15 @@ BINS = 1 << 14
 BLOCK = 2048
 # Of rows of such: at multiples of 4096 bytes they would share the same few lines of the nearest cache.
 ROW = BLOCK + 80
-# And where inner products are summed, in float64.
-GRAM_BLOCK = 512
-# Sums that an inner product is divided into, so that it becomes vector instructions.
-LANES = 64
+# An inner product is as many sums, so that it becomes vector instructions, and so many products are added to each at a
+# time.
+LANES, PRODUCTS = 64, 8
+GRAM_BLOCK = LANES * PRODUCTS
 # Counters of Philox that are worked on at a time; each gives eight numbers of 16 bits.
 COUNTERS = 256
 DRAWN = 8 * COUNTERS
+# Of Philox: the fewest with which its authors found no test of BigCrush to fail.
+ROUNDS = 7
 # What is left of task vectors.
 WHOLE, TRIM, DROP = 0, 1, 2
 NO_LIMIT = np.uint32(0x7FFFFFFF)
@@ -132,8 +134,11 @@ def decode(raw: Array, code: int, out: Array) -> None:
 
 def encode(values: Array, code: int, raw: Array) -> int:
     """Floats to bytes, rounded once, to nearest, ties to even. Returns how many do not fit (NaN, Inf or too large)."""
-    if code == BF16:
-        (round_to_bf16 if values.dtype == np.float32 else round_twice_as_wide_to_bf16)(values, raw.view(np.uint16))
+    if code == BF16 and values.dtype == np.float32:
+        if round_to_bf16(values, raw.view(np.uint16)):
+            return 0
+    elif code == BF16:
+        round_twice_as_wide_to_bf16(values, raw.view(np.uint16))
     elif code == F16:
         round_to_f16(values, raw.view(np.uint16))
     else:
@@ -147,13 +152,16 @@ def encode(values: Array, code: int, raw: Array) -> int:
 
 
 @compiled
-def round_to_bf16(values: Array, words: Array) -> None:
-    """float32 to bfloat16's bits. What is too large becomes Inf, as does a NaN or stays one."""
+def round_to_bf16(values: Array, words: Array) -> bool:
+    """float32 to bfloat16's bits; whether all are finite. What is too large becomes Inf, as does a NaN or stays one."""
+    found = np.uint32(0)
     for i in range(values.shape[0]):
         bits = np.float32(values[i]).view(np.uint32)
-        words[i] = np.uint16(
-            np.uint32(bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-        )
+        rounded = np.uint32(bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
+        words[i] = np.uint16(rounded >> np.uint32(16))
+        # As in `has_full_exponent`.
+        found |= np.uint32(rounded & np.uint32(0x7F800000)) + np.uint32(0x00800000)
+    return np.uint32(found & np.uint32(0x80000000)) == 0
 
 
 @compiled
@@ -225,7 +233,7 @@ def weighted_words(words: Array) -> Any:
     return total
 
 
-# ---- random numbers: Philox4x32-10 (Salmon et al. 2011), a function of key and counter
+# ---- random numbers: Philox4x32-7 (Salmon et al. 2011), a function of key and counter
 
 
 @compiled
@@ -243,7 +251,7 @@ def philox(counter: Any, stream: Any, key: Any, out_4J: Array) -> None:
         place = counter + np.uint64(j)
         c0, c1, c2, c3 = place & mask, place >> shift, stream & mask, stream >> shift
         k0, k1 = key & mask, key >> shift
-        for _ in range(10):
+        for _ in range(ROUNDS):
             # The mask tells the compiler that 32 bits are multiplied, for which there is a vector instruction.
             first, second = np.uint64(0xD2511F53) * (c0 & mask), np.uint64(0xCD9E8D57) * (c2 & mask)
             c0, c1 = (second >> shift) ^ c1 ^ k0, second & mask
@@ -308,18 +316,15 @@ def anchored_sum(models_MN: Array, anchor: int, first: int, weights_K: Array, an
 def gram(models_MN: Array, has_base: bool, like: Array, out: Array) -> None:
     """Add the inner products of all pairs of models, or of task vectors, to `out`, (K, K) float64.
 
-    `LANES` sums a pair in a block, then one.
-
     Args:
         has_base: the last row is subtracted from the others.
         like: an empty array of the dtype in which differences are taken.
     """
     experts = models_MN.shape[0] - (1 if has_base else 0)
     rows = np.empty((experts, GRAM_BLOCK + 40))  # as ROW
-    sums = np.empty(LANES)
+    sums = np.zeros((experts * experts, LANES))
     for begin in range(0, models_MN.shape[1], GRAM_BLOCK):
         count = min(GRAM_BLOCK, models_MN.shape[1] - begin)
-        whole = count - count % LANES
         for k in range(experts):
             row, model = rows[k], models_MN[k, begin : begin + count]
             if has_base:
@@ -329,21 +334,27 @@ def gram(models_MN: Array, has_base: bool, like: Array, out: Array) -> None:
             else:
                 for i in range(count):
                     row[i] = widen(model[i])
+            row[count:GRAM_BLOCK] = 0.0
         for a in range(experts):
             for b in range(a, experts):
-                sums[:] = 0.0
-                for at in range(0, whole, LANES):
-                    one, two = rows[a, at : at + LANES], rows[b, at : at + LANES]
-                    for j in range(LANES):
-                        sums[j] += one[j] * two[j]
-                total = 0.0
-                for j in range(LANES):
-                    total += sums[j]
-                for i in range(whole, count):
-                    total += rows[a, i] * rows[b, i]
-                out[a, b] += total
-                if a != b:
-                    out[b, a] += total
+                add_products(rows[a], rows[b], sums[a * experts + b])
+    for a in range(experts):
+        for b in range(a, experts):
+            total = sums[a * experts + b].sum()
+            out[a, b] += total
+            if a != b:
+                out[b, a] += total
+
+
+@compiled
+def add_products(one: Array, two: Array, sums: Array) -> None:
+    """Add the products of `GRAM_BLOCK` numbers each to `LANES` sums, eight to each."""
+    for j in range(LANES):
+        first = one[j] * two[j] + one[LANES + j] * two[LANES + j]
+        second = one[2 * LANES + j] * two[2 * LANES + j] + one[3 * LANES + j] * two[3 * LANES + j]
+        third = one[4 * LANES + j] * two[4 * LANES + j] + one[5 * LANES + j] * two[5 * LANES + j]
+        fourth = one[6 * LANES + j] * two[6 * LANES + j] + one[7 * LANES + j] * two[7 * LANES + j]
+        sums[j] += (first + second) + (third + fourth)
 
 
 # ---- which elements of a task vector stay
@@ -500,7 +511,8 @@ def combine(
             up_wins = (total > nothing) | (is_tied & mergekit)
             elected = sums[i] if up_wins else sums[ROW + i]
             elected = nothing if is_tied & (not mergekit) else elected
-            size = sums[2 * ROW + i] if up_wins else sums[3 * ROW + i]
+            # Not a choice of one: from two places in memory that would become a gather.
+            size = number(up_wins) * sums[2 * ROW + i] + number(not up_wins) * sums[3 * ROW + i]
             elected /= size if mean & (size != nothing) else one
             merged[i] = start + factor * elected if elected != nothing else start
 
@@ -517,7 +529,7 @@ def sparse_sum(
         how: WHOLE: all is left. TRIM: what `stays` says, a row of limits is its limits. DROP: elements whose number is
             below a bound, times a scale; a row is (bound, scale).
         keys_K: seeds.
-        kept_K: int64, to which is added how many elements are left and not zero.
+        kept_K: int64, to which is added how many elements are left and not zero; without elements nothing is counted.
     """
     experts, elements = models_MN.shape[0] - 1, models_MN.shape[1]
     number = out.dtype.type
@@ -548,10 +560,11 @@ def sparse_sum(
                 draw(begin + at, keys_K[k], drawn[:size])
                 for i in range(size):
                     tau[i] = factor * tau[i] if np.uint32(drawn[i]) < limit else zero
-            left = np.uint32(0)
-            for i in range(size):
-                left += np.uint32(tau[i] != zero)
-            kept_K[k] += left
+            if kept_K.shape[0]:
+                left = np.uint32(0)
+                for i in range(size):
+                    left += np.uint32(tau[i] != zero)
+                kept_K[k] += left
         combine(base, taus, ROW, weights_K, scale, elects, mean, mergekit, tie, out[at : at + size])
 
 

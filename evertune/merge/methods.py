@@ -83,7 +83,8 @@ class Rule:
     """How one tensor is merged: the passes, in order, then `apply` on every chunk.
 
     apply: fills an array with the merged numbers of a chunk, in the dtype to compute in, and adds to a (K,) int64
-        array how many elements of each task vector stay and are not zero, if the method leaves out a part.
+        array how many elements of each task vector stay and are not zero, if the method leaves out a part; an empty
+        one asks for no count.
     leaves_out: whether it does.
     whole_rows: chunks are whole rows of the last dimension.
     """
@@ -477,7 +478,8 @@ def _sum(chunk: Chunk, anchor: int, first: int, weights: Array, anchor_scale: fl
 
 def _combine(settings: Settings, values: Values, weights: Array, elect: bool, out: Array, kept: Array) -> None:
     """`kernels.combine` of what is left of a chunk's task vectors."""
-    kept += np.count_nonzero(values.experts, axis=1)
+    if len(kept):
+        kept += np.count_nonzero(values.experts, axis=1)
     tie = kernels.sign_tie(settings.experts, out)
     kernels.combine(
         values.start,
@@ -505,13 +507,13 @@ def _sparse(settings: Settings, passes: Sequence[Pass], how: int, *, elect: bool
     weights = settings.weights if elect else _mean_weights(settings)
     if not passes and (how == kernels.TRIM or (settings.dims < 2 and not settings.mergekit)):
         how = kernels.WHOLE  # all is kept; or a vector, whose few elements would be scaled up by luck
+    fixed = _drop_limits(settings) if how == kernels.DROP else np.empty((0, 0))
 
     def apply(chunk: Chunk, state: State, out: Array, kept: Array) -> None:
-        rows = _drop_limits(settings, state) if how == kernels.DROP else state.get("limits", np.empty((0, 0)))
         tie = kernels.sign_tie(settings.experts, out)
         kernels.sparse_sum(
-            chunk.models_MN, chunk.begin, how, rows, settings.keys, weights, settings.scale, elect,
-            settings.normalize, settings.mergekit, tie, kept, out,
+            chunk.models_MN, chunk.begin, how, state.get("limits", fixed), settings.keys, weights, settings.scale,
+            elect, settings.normalize, settings.mergekit, tie, kept, out,
         )  # fmt: skip
 
     return Rule(apply, tuple(passes), leaves_out=True)
@@ -645,20 +647,20 @@ def _band_of_sample(share: float, counts: Array) -> Band:
     return band(low, high - low)
 
 
-def _drop_limits(settings: Settings, state: State) -> Array:
+def _drop_limits(settings: Settings) -> Array:
     """(K, 2): of 65536 numbers the first that drops an element, and the factor of what stays: the inverse of the share
-    that the bound keeps, or what mergekit's pass found."""
+    that the bound keeps."""
     bounds = np.maximum(1.0, np.rint(settings.densities * 65536.0))
-    return np.column_stack([bounds, state.get("scales", 65536.0 / bounds)])
+    return np.column_stack([bounds, 65536.0 / bounds])
 
 
 def _drop_passes(settings: Settings) -> tuple[Pass, ...]:
     """mergekit scales what is left to the task vector's L1 norm, which takes a pass; the paper divides by density."""
     if not settings.mergekit:
         return ()
+    bounds = _drop_limits(settings)[:, 0]
 
     def norms(chunk: Chunk, state: State, out: Array) -> None:
-        bounds = _drop_limits(settings, {})[:, 0]
         drawn = chunk.room.take("drawn", (chunk.count,), np.uint16)
         for k, tau in enumerate(np.abs(chunk.task_vectors().experts)):
             kernels.draw(chunk.begin, settings.keys[k], drawn)
@@ -667,6 +669,7 @@ def _drop_passes(settings: Settings) -> tuple[Pass, ...]:
 
     def scales(total: Array, state: State) -> None:
         before, after = total
-        state["scales"] = np.divide(before, after, out=np.ones_like(before), where=after > 0.0)
+        factors = np.divide(before, after, out=np.ones_like(before), where=after > 0.0)
+        state["limits"] = np.column_stack([bounds, factors])
 
     return (Pass((2, settings.experts), np.float64, norms, scales),)

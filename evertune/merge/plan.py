@@ -25,13 +25,15 @@ from evertune.model.checkpoint import WEIGHTS, Checkpoint, describe, read_json
 from evertune.model.header import DTYPE_BITS
 
 # Changes whenever the same configuration would give other bytes.
-VERSION = 3
+VERSION = 4
 # What a merged folder says of itself.
 MANIFEST = "merge.json"
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 CONFIG_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 CHUNK_ELEMENTS = 1 << 18
 SEGMENT_ELEMENTS = 1 << 20
+# Of a tensor that is read more than once, kept from one pass to the next.
+KEPT_BYTES = 128 << 20
 TOKENIZER_FILES = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "chat_template.jinja", "vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json",
@@ -125,7 +127,8 @@ class MergePlan:
         chunk = max((one.chunk * (16 if one.double else 6) for one in self.tensors), default=0)
         counts = widest * (BINS + 1) * 8 * 2 * (1 if self.config.method == "ties" else 2) if self._counts() else 0
         thread = widest * chunk * 2 + max((one.segment * DTYPE_BITS[one.dtype] // 8 for one in self.tensors), default=0)
-        return IMPORT_BYTES + threads * thread + (threads + 2) * counts + self._factor_bytes() * (threads + 2)
+        kept = min(KEPT_BYTES, self.bytes_read()) if self._passes_of_method() > 1 else 0
+        return IMPORT_BYTES + kept + threads * thread + (threads + 2) * (counts + self._factor_bytes())
 
     def seconds(self, threads: int) -> float:
         """A rough estimate, for files in the page cache and `threads` free cores."""
@@ -299,6 +302,11 @@ def _identity(
         "donor": donor.checkpoint.digest,
         "files": [digest_bytes(one.header) for one in files],
     }
+
+
+def kept_chunk_bytes(plan: MergePlan) -> int:
+    """Of a chunk of bfloat16 in all models."""
+    return len(plan.sources) * max((one.chunk for one in plan.tensors), default=CHUNK_ELEMENTS) * 2
 
 
 def default_threads() -> int:

@@ -1,5 +1,6 @@
 """Chunks of a tensor from all models at once: bytes from files, updates of adapters added, every value checked."""
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ import numpy as np
 
 from evertune.errors import MergeError
 from evertune.merge import kernels
-from evertune.merge.chunk import Chunk, Room
+from evertune.merge.chunk import Chunk, Pool, Room
 from evertune.merge.kernels import Array
 from evertune.merge.plan import MergePlan, TensorPlan
 from evertune.merge.sources import FLOATS, Files, Source, left_and_right
@@ -53,6 +54,7 @@ class Inputs:
 
     factors: for each model, the low-rank updates of this tensor.
     is_bf16: whether all models are stored in bfloat16 and nothing is added to them.
+    kept: words of chunks by their first element, from a pass for those after it.
     """
 
     tensor: TensorPlan
@@ -60,6 +62,7 @@ class Inputs:
     base: Source | None
     factors: Sequence[Sequence[Factors]]
     is_bf16: bool
+    kept: dict[int, Array] = field(default_factory=dict)
 
     @cached_property
     def models(self) -> list[Source]:
@@ -107,23 +110,43 @@ def sample_runs(tensor: TensorPlan, *, whole_rows: bool = False) -> Iterator[tup
 
 @dataclass
 class Reader:
-    """One worker's buffers. A chunk it yields is valid until the next one."""
+    """One worker's buffers. A chunk it yields is valid until the next one.
+
+    pool: of arrays for chunks that are kept between passes; without one, nothing is.
+    """
 
     files: Files
+    pool: Pool | None = None
     room: Room = field(default_factory=Room)
     seconds: Seconds = field(default_factory=Seconds)
 
-    def chunks(self, inputs: Inputs, begin: int, end: int) -> Iterator[Chunk]:
+    def chunks(self, inputs: Inputs, begin: int, end: int, *, keep: bool = False) -> Iterator[Chunk]:
         """Elements [begin, end) of a tensor in all models, a chunk at a time.
+
+        Args:
+            keep: another pass follows; of what is read, as much is kept as the pool has room for.
 
         Raises:
             MergeError: a value is NaN or Inf; names the model, the tensor and the place.
         """
         for first in range(begin, end, inputs.tensor.chunk):
             started = time.thread_time()
-            chunk = self.chunk(inputs, first, min(first + inputs.tensor.chunk, end))
+            held = inputs.kept.get(first)
+            is_read = held is not None
+            if keep and not is_read and inputs.is_bf16 and self.pool is not None:
+                held = self.pool.take()
+            chunk = self.chunk(inputs, first, min(first + inputs.tensor.chunk, end), held=held, is_read=is_read)
             self.seconds.read += time.thread_time() - started
             yield chunk
+            if keep and held is not None:
+                inputs.kept[first] = held
+            elif is_read:
+                self._let_go(inputs, first)
+
+    def release(self, inputs: Inputs) -> None:
+        """Give back what is still kept of a tensor."""
+        for first in tuple(inputs.kept):
+            self._let_go(inputs, first)
 
     def sample(self, inputs: Inputs, *, whole_rows: bool = False) -> Iterator[Chunk]:
         """An even sample of at most `SAMPLE_ELEMENTS` elements, the same in every run.
@@ -134,8 +157,12 @@ class Reader:
         for begin, end in sample_runs(inputs.tensor, whole_rows=whole_rows or inputs.has_rows):
             yield self.chunk(inputs, begin, end)
 
-    def chunk(self, inputs: Inputs, begin: int, end: int) -> Chunk:
+    def chunk(self, inputs: Inputs, begin: int, end: int, *, held: Array | None = None, is_read: bool = False) -> Chunk:
         """Elements [begin, end) as one chunk.
+
+        Args:
+            held: bytes for the words of a chunk of bfloat16, instead of the room's.
+            is_read: they hold them already.
 
         Raises:
             MergeError: as `chunks`.
@@ -144,6 +171,10 @@ class Reader:
         is_double, has_base = inputs.tensor.double, inputs.base is not None
         if inputs.is_bf16:
             words = self.room.take("models", shape, np.uint16)
+            if held is not None:
+                words = held[: 2 * math.prod(shape)].view(np.uint16).reshape(shape)
+            if is_read:
+                return Chunk(words, begin, has_base, is_double, self.room)
             for model, row in zip(inputs.models, words, strict=True):
                 stored = stored_in(model, inputs.tensor.name)
                 self.files.read(stored.file, stored.begin + begin * stored.width, row.view(np.uint8))
@@ -159,6 +190,10 @@ class Reader:
             else:
                 self._compute(inputs, i, begin, values[i])
         return Chunk(values, begin, has_base, is_double, self.room)
+
+    def _let_go(self, inputs: Inputs, first: int) -> None:
+        assert self.pool is not None, "kept without a pool"
+        self.pool.give_back(inputs.kept.pop(first))
 
     def _read(self, inputs: Inputs, model: Source, stored: Stored, begin: int, into: Array) -> None:
         """A model's numbers as they are stored, every one of them finite."""

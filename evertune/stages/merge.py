@@ -17,7 +17,7 @@ from evertune.recipe.presets import ResolvedMerge
 from evertune.stages.place import Place
 from evertune.workspace import Workspace
 
-VERSION = 2
+VERSION = 3
 # Names of our methods -> rows of the table of all methods.
 ROWS = {
     "linear": ("expert_merge",), "ema": ("ema",), "interpolate": ("wise_ft",), "dare_linear": ("dare",),

@@ -2,11 +2,13 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from evertune.errors import TrainingError
 
@@ -83,7 +85,7 @@ class Masters:
             TrainingError: a gradient is NaN or Inf; names the step and the first such tensor.
         """
         gradients = self.gradients()
-        norm = torch.nn.utils.get_total_norm(list(gradients.values()))
+        norm = joint_norm(gradients)
         if not torch.isfinite(norm):
             raise _not_finite(gradients, "gradient of", step)
         if largest_norm is not None:
@@ -118,7 +120,7 @@ class Masters:
     def check_finite(self, *, step: int) -> None:
         """Raise TrainingError naming the first trained tensor, or average, that holds NaN or Inf."""
         for what, tensors in (("weight", self.weights), ("average of", self.average or {})):
-            if not all(bool(torch.isfinite(one).all()) for one in tensors.values()):
+            if _unfinished(tensors):
                 raise _not_finite(tensors, what, step)
 
     @torch.no_grad()
@@ -162,6 +164,32 @@ class Masters:
                 parameter.copy_(weights[name])
 
 
+def joint_norm(gradients: Mapping[str, Tensor]) -> Tensor:
+    """L2 norm of all of them together, over all processes where they lie in shards."""
+    return full(torch.nn.utils.get_total_norm(list(gradients.values())))
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that may lie in shards; all processes call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def own(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor that may lie in shards."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def over_shards(values: Sequence[Tensor], like: Iterable[Tensor]) -> list[float]:
+    """Numbers that each process has computed from its own parts, summed over those that hold the shards of `like`;
+    as they are where nothing lies in shards. In one exchange: all processes call it."""
+    told = torch.stack(list(values))
+    mesh = next((one.device_mesh for one in like if isinstance(one, DTensor)), None)
+    if mesh is not None:
+        dist.all_reduce(told, group=mesh.get_group())
+    found: list[float] = told.tolist()
+    return found
+
+
 def _master(parameter: nn.Parameter) -> Tensor:
     if parameter.dtype == torch.float32:
         return parameter
@@ -177,8 +205,16 @@ def _master(parameter: nn.Parameter) -> Tensor:
     return master
 
 
+def _unfinished(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of those that hold NaN or Inf, in any process."""
+    if not tensors:
+        return []
+    bad = [(~torch.isfinite(own(one))).any().float() for one in tensors.values()]
+    return [name for name, one in zip(tensors, over_shards(bad, tensors.values()), strict=True) if one]
+
+
 def _not_finite(tensors: Mapping[str, Tensor], what: str, step: int) -> TrainingError:
-    name = next((name for name, one in tensors.items() if not torch.isfinite(one).all()), "their joint norm")
+    name = next(iter(_unfinished(tensors)), "their joint norm")
     return TrainingError(
         f"step {step}: {what} {name} is not finite (NaN or Inf).",
         remedy="Lower lr or raise warmup; the start checkpoint and all resume points before are intact.",

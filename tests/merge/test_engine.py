@@ -18,11 +18,13 @@ from typer.testing import CliRunner
 from evertune.cli import app
 from evertune.errors import CheckpointError, MergeError, WorkspaceError
 from evertune.hashing import digest_file
+from evertune.merge import engine
 from evertune.merge import plan as planning
 from evertune.merge.engine import JOURNAL, run_merge
 from evertune.merge.output import OutputFiles
-from evertune.merge.plan import plan_merge
+from evertune.merge.plan import kept_chunk_bytes, plan_merge
 from evertune.merge.run import check_planned
+from evertune.merge.sources import Files
 from evertune.model.checkpoint import describe
 from tests.merge.folders import (
     SHAPES,
@@ -69,6 +71,33 @@ def test_threads_and_files_change_no_byte(family: Path, tmp_path: Path, method: 
         write_model(tmp_path / name, tensors_of(family / name), shards=3)
     split = merge(tmp_path, "out", method, models, **base)
     assert weights_bytes(split.checkpoint.path) == weights_bytes(plain.checkpoint.path)
+
+
+@pytest.mark.usefixtures("small_segments")
+@pytest.mark.parametrize("method", ["model_stock", "ties"])
+def test_what_is_kept_between_passes_is_not_read_again_and_changes_no_byte(
+    family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    plan = plan_merge(configure(method, {"e0": {}, "e1": {}, "e2": {}}, base="base"), folder=family)
+    size = sum(plan.sources[0].tensors[one.name].info.bytes for one in plan.tensors) * len(plan.sources)
+    read = Files.read
+    sizes: list[int] = []
+
+    def counted(self: Files, file: Path, offset: int, into: Any) -> None:
+        sizes.append(len(into))
+        read(self, file, offset, into)
+
+    monkeypatch.setattr(Files, "read", counted)
+    # Samples, for thresholds, for facts and of starts, are read beside these.
+    read_in_all, written = {}, []
+    for room in (0, 3, 100):
+        monkeypatch.setattr(engine, "KEPT_BYTES", room * kept_chunk_bytes(plan))
+        sizes.clear()
+        written.append(weights_bytes(run_merge(plan, tmp_path / f"kept-{room}", threads=2).checkpoint.path))
+        read_in_all[room] = sum(sizes)
+    assert written[0] == written[1] == written[2]
+    assert read_in_all[0] - read_in_all[100] == size
+    assert read_in_all[0] > read_in_all[3] > read_in_all[100]
 
 
 def test_what_is_written_is_a_whole_model_with_its_digests(family: Path) -> None:

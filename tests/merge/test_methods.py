@@ -70,13 +70,13 @@ def elected(taus: Sequence[Array], weights: Sequence[float]) -> Array:
 
 
 def uniform(seed: int, expert: str, name: str, size: int) -> Array:
-    """16 bits of Philox4x32-10 for each element, with Python's integers, keyed and ordered as documented."""
+    """16 bits of Philox4x32-7 for each element, with Python's integers, keyed and ordered as documented."""
     key = int(digest_bytes(f"{seed}|{expert}|{name}".encode())[:16], 16)
     drawn = np.zeros(-(-size // 2048) * 2048)
     for counter in range(len(drawn) // 8):
         c = [counter & 0xFFFFFFFF, counter >> 32, 0, 0]
         k = [key & 0xFFFFFFFF, key >> 32]
-        for _ in range(10):
+        for _ in range(7):
             first, second = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
             c = [(second >> 32) ^ c[1] ^ k[0], second & 0xFFFFFFFF, (first >> 32) ^ c[3] ^ k[1], first & 0xFFFFFFFF]
             k = [(k[0] + 0x9E3779B9) & 0xFFFFFFFF, (k[1] + 0xBB67AE85) & 0xFFFFFFFF]
