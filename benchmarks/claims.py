@@ -9,7 +9,8 @@
 Task A is snips7 (7 commands), task B dbpedia14 (7 kinds of things), texts cut to 20 words; C4 text stands for general
 ability. Everything is trained and probed by `evertune run` on recipes that are left in the folder. Claims
 share their runs: the sweep over learning rate, epochs and rank serves seven of them. A result is written as soon as it
-is there; stopped and called again, the script goes on where it was.
+is there; stopped and called again, the script goes on where it was. It needs 5 GB in the folder and about an hour of
+one core (`OMP_NUM_THREADS=1`).
 
 A verdict is read off a 90 % interval: over the probes' items (bootstrap, paired), so that a difference between seeds is
 not in it; over runs where the statement is about runs.

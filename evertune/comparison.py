@@ -178,7 +178,7 @@ def compare(
         _share(place, {folder / _place(*one): ("base", FIRST) if one[1:] == (i, seed) else ("base",) for one in others})
         run_recipe(load_recipe(loaded.path, overrides=changes), display=Display(quiet=True), start_method=start_method)
         runs.append(read_run(place, method, _in_order(stream, chosen[i]), seed))
-        say(_run_line(runs[-1], i))
+        say(f"{len(runs)} of {len(planned)}: {_run_line(runs[-1], i)}")
         made = Comparison([one.name for one in stream], list(methods), chosen, list(seeds), runs)
         _write(folder / "comparison.json", made)
     return made
@@ -462,41 +462,3 @@ def _run_line(one: RunResult, order: int) -> str:
     return (
         f"{one.method:<20} order {order + 1} seed {one.seed}:  ACC {100 * one.average:.1f}{lost}  {one.seconds:,.0f} s"
     )
-
-
-def comparison_lines(made: Comparison) -> list[str]:
-    """The table for a terminal, in points, with 90 % intervals over runs where there are several."""
-    runs = len(made.orders) * len(made.seeds)
-    head = f"{len(made.tasks)} tasks ({', '.join(made.tasks)}), {len(made.orders)} orders, {len(made.seeds)} seeds"
-    columns = [
-        "ACC",
-        "BWT",
-        "forgetting",
-        "general",
-        f"ACC - {made.methods[0]}",
-        "new rows",
-        "tokens",
-        "seconds",
-        "peak MB",
-    ]
-    table = [["method", *columns]]
-    for method in made.methods:
-        one = made.summary(method)
-        cells = [_cell(one["average"], signed=False), _cell(one["backward"]), _cell(one["forgetting"], signed=False)]
-        cells += [_cell(one["general"]), _cell(one["against_first"]) if method != made.methods[0] else ""]
-        cells += [f"{one[name]:,.0f}" for name in ("new_rows", "tokens", "seconds")]
-        table.append([method, *cells, f"{one['peak_bytes'] / 1e6:,.0f}"])
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    lines = [head, ""]
-    lines += ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in table]
-    note = "in points; 90 % intervals over the runs" if runs > 1 else "in points; one run a method, so no intervals"
-    return [*lines, "", f"{note}. general: probes that no task teaches, since the base."]
-
-
-def _cell(found: Mapping[str, Any] | None, *, signed: bool = True) -> str:
-    if found is None:
-        return "-"
-    mean = f"{100 * found['mean']:+.1f}" if signed else f"{100 * found['mean']:.1f}"
-    if found["ci90"] is None:
-        return mean
-    return f"{mean} ± {100 * (found['ci90'][1] - found['mean']):.1f}"

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from evertune.comparison import compare, comparison_lines, interval_over, orders_of, tasks_of
+from evertune.comparison import compare, interval_over, orders_of, tasks_of
+from evertune.comparison_table import comparison_lines, comparison_page
 from evertune.errors import RecipeError
 from evertune.ledger import Ledger
 from evertune.recipe.load import load_recipe
@@ -156,3 +157,23 @@ def test_the_table_says_what_it_does_not_know(place: Path) -> None:
     lines = comparison_lines(Comparison(["a", "b"], ["naive"], [("a", "b")], [0], [run]))
     assert lines[3].split() == ["naive", "50.0", "-10.0", "10.0", "-", "16", "100", "2", "10"]
     assert "one run a method, so no intervals" in lines[-1]
+
+
+def test_the_page_has_every_run_and_keeps_what_was_written_by_hand() -> None:
+    from evertune.comparison import Comparison, RunResult
+
+    rest = {"forgetting": 0.1, "general": None, "steps": 4, "new_rows": 16, "tokens": 100, "seconds": 2.0}
+    runs = [
+        RunResult("naive", order, 0, [[0.5, 0.1], last], sum(last) / 2, -0.1, peak_bytes=10_000_000, **rest)
+        for order, last in ((("a", "b"), [0.4, 0.6]), (("b", "a"), [0.2, 0.8]))
+    ]
+    made = Comparison(["a", "b"], ["naive"], [("a", "b"), ("b", "a")], [0], runs)
+    page = comparison_page(made, command="evertune compare x.yaml", facts="2026-11-26, two cores")
+    assert "    evertune compare x.yaml\n" in page
+    # a is at 40 after the first order, at 80 after the second; b at 60 and 20.
+    assert "| naive | 60.0 | 40.0 |" in page
+    assert "| naive | 2 | 0 | 50.0 | -10.0 | - |" in page
+    assert page.endswith("## Reading\n\nNot written yet.\n")
+    again = comparison_page(made, command="evertune compare x.yaml", facts="later", before="old\n## Reading\n\nMine.\n")
+    assert again.endswith("## Reading\n\nMine.\n")
+    assert "old" not in again

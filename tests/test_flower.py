@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -13,6 +15,9 @@ from evertune.federated.spec import client_order
 from evertune.flower.files import ClientFile, ServerFile, client_spec, federated_spec
 from evertune.flower.launch import write_examples
 from tests.command import evertune
+
+if TYPE_CHECKING:
+    from evertune.model.adapter import Factors
 
 SERVER = "base: tiny-random\nclients: [berlin, paris]\nsteps: 2\nrank: 4\nbatch_rows: 4\ndtype: float32\n"
 
@@ -41,6 +46,10 @@ def test_the_example_files_are_files_that_can_be_read(tmp_path: Path) -> None:
         ("noise: {multiplier: 1.0}", "needs aggregate: ffa, norm_bound, and weigh: equal"),
         ("exchanges: 0", "exchanges"),
         ("folder: /tmp", "unknown key 'folder'"),
+        ("late: 0.5\naggregate: ffa", "'late' needs a rule that is a weighted mean of products"),
+        ("late: -1", "late"),
+        ("secure: 1.0", "'secure' needs aggregate: ffa and weigh: equal"),
+        ("secure: 1.0\naggregate: ffa", "'secure' needs three clients or more"),
     ],
 )
 def test_a_wrong_file_is_one_clear_error(line: str, told: str, tmp_path: Path) -> None:
@@ -80,21 +89,25 @@ def test_flower_missing_is_said_in_words(tmp_path: Path) -> None:
     assert "evertune[federated]" in told
 
 
-@pytest.mark.slow
-def test_two_clients_on_loopback_make_the_update_that_one_machine_makes(tmp_path: Path) -> None:
-    """Needs `evertune[federated]`, in the environment of the tests or as EVERTUNE_FLOWER, a python that has it."""
+def python_with_flower() -> str:
+    """That of the tests, or EVERTUNE_FLOWER, where it has `evertune[federated]`; without one the test is skipped."""
     python = os.environ.get("EVERTUNE_FLOWER", sys.executable)
     if not (Path(python).parent / "flower-superlink").exists():
         pytest.skip("needs evertune[federated]")
-    (tmp_path / "server.yaml").write_text(f"{SERVER}exchanges: 2\nwait_seconds: 600\n")
-    clients = [_write(tmp_path, name) for name in ("berlin", "paris")]
+    return python
+
+
+def federate(folder: Path, clients: list[Path], port: int) -> Path:
+    """Run a federation by its files: a SuperLink and a SuperNode for each client on loopback; returns the update."""
+    python = python_with_flower()
 
     def start(*arguments: object) -> "subprocess.Popen[str]":
         command = [python, "-m", "evertune", "federated", *map(str, arguments)]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
-    server = start("server", tmp_path / "server.yaml", "--port", 19192)
-    nodes = [start("client", one, "--server", "127.0.0.1:19192", "--port", 19194 + i) for i, one in enumerate(clients)]
+    link = f"127.0.0.1:{port}"
+    server = start("server", folder / "server.yaml", "--port", port)
+    nodes = [start("client", one, "--server", link, "--port", port + 2 + i) for i, one in enumerate(clients)]
     try:
         printed = server.communicate(timeout=1800)[0]
     finally:
@@ -102,31 +115,91 @@ def test_two_clients_on_loopback_make_the_update_that_one_machine_makes(tmp_path
             one.terminate()
             one.wait(timeout=60)
     assert server.returncode == 0, printed
-    assert "exchange 2: used berlin 0.50, paris 0.50" in printed
-    made = Path(next(line for line in printed.splitlines() if line.startswith("update: ")).removeprefix("update: "))
-    # The same rounds in this process, client by client.
+    (folder / "printed.txt").write_text(printed)
+    return Path(next(line for line in printed.splitlines() if line.startswith("update: ")).removeprefix("update: "))
+
+
+def made_here(folder: Path, clients: list[Path]) -> "Factors":
+    """The same rounds in this process, client by client, every update seen."""
     from evertune.federated.client import Answer, train_here
     from evertune.federated.server import run_federated
     from evertune.model.adapter import read_factors
     from evertune.train.spec import SftSpec
     from tests.train.stage import open_workspace
 
-    served = ServerFile.read(tmp_path / "server.yaml")
+    served = ServerFile.read(folder / "server.yaml")
     base = served.checkpoint()
     spec, own = federated_spec(served, base), {one.parent.name: ClientFile.read(one) for one in clients}
     counts = dict.fromkeys(own, 0)
 
-    def here(order: SftSpec, folder: Path) -> Answer:
-        name = folder.name
+    def here(order: SftSpec, place: Path) -> Answer:
+        name = place.name
         counts[name] += 1
         return train_here(
-            client_order(client_spec(spec.settings(), own[name], base), name, counts[name] - 1, order.start), folder
+            client_order(client_spec(spec.settings(), own[name], base), name, counts[name] - 1, order.start), place
         )
 
-    workspace = open_workspace(tmp_path / "here")
-    run_federated(spec, workspace, transport=here)
-    for name, factor in read_factors(workspace.path(spec.key)).items():
-        other = read_factors(made)[name]
-        expected = factor.b_OR @ factor.a_RI * factor.scale
-        found = other.b_OR @ other.a_RI * other.scale
-        assert float((found - expected).norm()) <= 1e-4 * float(expected.norm())
+    workspace = open_workspace(folder / "here")
+    run_federated(replace(spec, secure=None), workspace, transport=here)
+    return read_factors(workspace.path(spec.key))
+
+
+def farthest(found: "Factors", expected: "Factors") -> float:
+    """The largest distance of a module's update from what it should be, relative to that."""
+    return max(float((found[name].delta() - one.delta()).norm() / one.delta().norm()) for name, one in expected.items())
+
+
+@pytest.mark.slow
+def test_flowers_protocol_shows_the_mean_alone_and_does_without_a_third() -> None:
+    script = Path(__file__).parent / "secure_sum.py"
+    done = subprocess.run(
+        [python_with_flower(), "-m", "tests.secure_sum"], cwd=script.parent.parent, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    # Entries are rounded to a 2^21st part of the range.
+    for name, clients in (("all", [11, 12, 13]), ("one out", [11, 13])):
+        assert found[name]["clients"] == clients
+        assert found[name]["error"] < 2**-20
+    assert found["seen"] < 0.15, "800 numbers that have nothing to do with the update"
+    assert "too few of 3 clients stayed" in found["two out"]
+    assert "a message of type 'train.default'" in found["other type"]
+
+
+@pytest.mark.slow
+def test_two_clients_on_loopback_make_the_update_that_one_machine_makes(tmp_path: Path) -> None:
+    from evertune.model.adapter import read_factors
+
+    (tmp_path / "server.yaml").write_text(f"{SERVER}exchanges: 2\nwait_seconds: 600\nlate: 0.5\n")
+    clients = [_write(tmp_path, name) for name in ("berlin", "paris")]
+    made = federate(tmp_path, clients, 19192)
+    assert "exchange 2: used berlin 0.50, paris 0.50" in (tmp_path / "printed.txt").read_text()
+    assert farthest(read_factors(made), made_here(tmp_path, clients)) <= 1e-4
+
+
+@pytest.mark.slow
+def test_three_clients_add_up_in_secret_what_they_would_add_up_in_the_open(tmp_path: Path) -> None:
+    from evertune.model.adapter import read_factors
+
+    server = SERVER.replace("[berlin, paris]", "[berlin, paris, turin]")
+    own = "exchanges: 1\naggregate: ffa\nsecure: 1.0\nlr: 0.01\nwait_seconds: 600\n"
+    (tmp_path / "server.yaml").write_text(f"{server}{own}")
+    clients = [_write(tmp_path, name) for name in ("berlin", "paris", "turin")]
+    for one in clients:
+        one.write_text(f"{one.read_text()}secure: true\n")
+    made = federate(tmp_path, clients, 19202)
+    printed = (tmp_path / "printed.txt").read_text()
+    assert "exchange 1: used berlin 0.33, paris 0.33, turin 0.33; a secure sum" in printed
+    # The sum's own rounding: a 2^21st part of its range of 1 for each entry.
+    assert farthest(read_factors(made), made_here(tmp_path, clients)) <= 1e-3
+
+
+@pytest.mark.slow
+def test_a_client_that_insists_on_secure_sums_sends_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "server.yaml").write_text(f"{SERVER}exchanges: 1\nwait_seconds: 600\n")
+    clients = [_write(tmp_path, name) for name in ("berlin", "paris")]
+    clients[0].write_text(f"{clients[0].read_text()}secure: true\n")
+    federate(tmp_path, clients, 19212)
+    printed = (tmp_path / "printed.txt").read_text()
+    assert "exchange 1: used paris 1.00" in printed
+    assert "berlin: did not return: this client sends updates into secure sums only." in printed

@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model": {"workspace"},
     "data": {"agents", "model", "workspace"},
     "measure": set(),
-    "train": {"data", "model", "workspace", "measure"},
+    "train": {"agents", "data", "model", "workspace", "measure"},
     "federated": {"model", "train", "workspace"},
     "flower": {"federated", "model", "recipe", "train", "workspace"},
     # Comes in by entry points: nothing here is imported by any other room.
@@ -42,6 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ratchet": {"gate", "probe"},
     "report": {"ledger", "measure", "workspace"},
     "advice": {"display", "ledger", "lineage", "recipe", "run", "workspace"},
+    "comparison_table": {"comparison"},
     "comparison": {"check", "display", "ledger", "measure", "recipe", "run", "workspace"},
     "safety": set(),
     "watching": {"display", "lineage", "report", "workspace"},

@@ -8,7 +8,7 @@ counts the agent's own tokens, as in any conversation; what tools say is read an
 """
 
 from evertune.agents.calls import Call, calls_in, render_calls, with_calls
-from evertune.agents.environments import ENVIRONMENTS
+from evertune.agents.environments import ENVIRONMENTS, State
 from evertune.agents.episodes import Episode, check_task
 
-__all__ = ["ENVIRONMENTS", "Call", "Episode", "calls_in", "check_task", "render_calls", "with_calls"]
+__all__ = ["ENVIRONMENTS", "Call", "Episode", "State", "calls_in", "check_task", "render_calls", "with_calls"]

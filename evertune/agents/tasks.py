@@ -110,7 +110,8 @@ def steps_of(messages: list[dict[str, str]]) -> list[dict[str, Any]]:
 
 
 def write_tasks(folder: Path, *, taught: int = 64, asked: int = 24) -> list[Path]:
-    """For each environment a file of trajectories, one of their steps, and one of other tasks for a probe."""
+    """For each environment a file of trajectories, one of their steps, one of the tasks alone, and one of other tasks
+    for a probe."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name in SYSTEM:
@@ -123,13 +124,18 @@ def write_tasks(folder: Path, *, taught: int = 64, asked: int = 24) -> list[Path
         files = {
             name: [{"id": one["id"], "messages": one["trajectory"]} for one in rows],
             f"steps-{name}": steps,
-            f"probe-{name}": [{key: value for key, value in one.items() if key != "trajectory"} for one in items],
+            f"tasks-{name}": [_task(one) for one in rows],
+            f"probe-{name}": [_task(one) for one in items],
         }
         for stem, values in files.items():
             written.append(folder / f"{stem}.jsonl")
             lines = "".join(f"{json.dumps(one, ensure_ascii=False)}\n" for one in values)
             written[-1].write_text(lines, encoding="utf-8")
     return written
+
+
+def _task(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if key != "trajectory"}
 
 
 if __name__ == "__main__":

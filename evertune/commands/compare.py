@@ -1,10 +1,14 @@
 """`evertune compare`: one stream of tasks under several methods."""
 
 import json
+import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from evertune.comparison import Comparison
 
 
 def compare(
@@ -22,6 +26,9 @@ def compare(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Override a value of the recipe.")
     ] = None,
+    page: Annotated[
+        Path | None, typer.Option(help="Write the table as a page in Markdown; a section '## Reading' in it stays.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")] = False,
 ) -> None:
     """Train one stream of tasks under several methods: what is learnt, kept and spent, with intervals over runs.
@@ -29,12 +36,13 @@ def compare(
     The same command goes on where it was stopped.
     """
     from evertune.comparison import compare as run_all
-    from evertune.comparison import comparison_lines
+    from evertune.comparison_table import comparison_lines
     from evertune.recipe.load import load_recipe
 
+    loaded = load_recipe(recipe, overrides=overrides or ())
     try:
         made = run_all(
-            load_recipe(recipe, overrides=overrides or ()),
+            loaded,
             _listed(methods),
             tasks=_listed(tasks),
             orders=orders,
@@ -46,11 +54,33 @@ def compare(
     except KeyboardInterrupt:
         typer.echo("\nStopped. Finished runs are kept; the same command goes on from here.", err=True)
         raise typer.Exit(130) from None
+    if page is not None:
+        given = {
+            "--methods": [methods],
+            "--tasks": [tasks] if tasks else [],
+            "--orders": [str(orders)],
+            "--seeds": [seeds],
+        }
+        given |= {"--with": options or [], "--set": overrides or []}
+        words = [word for flag, values in given.items() for value in values for word in (flag, value)]
+        _write_page(page, made, loaded.recipe.base, shlex.join(["evertune", "compare", str(recipe), *words]))
     if as_json:
         typer.echo(json.dumps(made.to_json(), indent=2))
         return
     for line in ["", *comparison_lines(made)]:
         typer.echo(line)
+
+
+def _write_page(page: Path, made: "Comparison", base: str, command: str) -> None:
+    import datetime
+    import os
+    import platform
+
+    from evertune.comparison_table import comparison_page
+
+    facts = f"{datetime.datetime.now(tz=datetime.UTC).date()}, {platform.machine()}, {os.cpu_count()} cores, {base}"
+    before = page.read_text(encoding="utf-8") if page.is_file() else ""
+    page.write_text(comparison_page(made, command=command, facts=facts, before=before), encoding="utf-8")
 
 
 def _listed(text: str) -> list[str]:

@@ -20,7 +20,7 @@ BAD_SHOWN = 3
 Files = Annotated[
     list[Path], typer.Argument(metavar="FILES", help="JSONL (.gz, .zst), Parquet, Arrow, globs, or datasets:NAME.")
 ]
-FormatName = Literal["messages", "preference", "verifiable", "choice", "text"]
+FormatName = Literal["messages", "preference", "verifiable", "episode", "choice", "text"]
 Format = Annotated[FormatName | None, typer.Option(help="Of the rows; that of the first row when not given.")]
 Out = Annotated[
     Path | None, typer.Option("--out", help="A new folder for what stays, what goes and a manifest; else a dry run.")

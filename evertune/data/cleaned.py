@@ -184,7 +184,7 @@ def _row_in(text: str) -> Row | None:
     except ValueError:
         return None
     fitting = fitting_formats(value) if isinstance(value, dict) else []
-    formats = ("preference", "choice", "messages", "verifiable", "text")
+    formats = ("preference", "choice", "messages", "episode", "verifiable", "text")
     return next((Row("", "", 0, Path(), value, one) for one in formats if one in fitting), None)
 
 

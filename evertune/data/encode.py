@@ -3,7 +3,7 @@
 # T tokens of a row
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
@@ -70,12 +70,14 @@ class EncodedPrompt:
     Attributes:
         prompt: the conversation up to where the assistant is to speak; nothing in it counts.
         answer: what a verifier compares with; None where it reads none.
+        task: for an episode, the conversation in words (`messages`), `environment`, `state` and `goal`.
     """
 
     source: str
     id: str
     prompt: EncodedRow
     answer: Any
+    task: Mapping[str, Any] | None = None
 
     @property
     def is_replay(self) -> bool:
@@ -174,8 +176,8 @@ def encode_pairs(
 def encode_prompts(
     rows: Sequence[Row], codec: Codec, *, max_tokens: int, too_long: Literal["error", "drop"]
 ) -> Encoding[EncodedPrompt]:
-    """Encode questions: `verifiable` rows, `choice` rows (the answer is the right choice's text), and `messages` rows
-    (the last turn is the answer).
+    """Encode questions: `verifiable` and `episode` rows, `choice` rows (the answer is the right choice's text), and
+    `messages` rows (the last turn is the answer).
 
     Args:
         max_tokens: of the longest prompt that is kept.
@@ -201,10 +203,10 @@ def question_of(row: Row) -> tuple[list[dict[str, str]], Any]:
     if row.format == "choice":
         answer = row.value["answer"]
         return messages_of(row.value), answer if isinstance(answer, str) else row.value["choices"][answer]
-    if row.format == "verifiable":
+    if row.format in ("verifiable", "episode"):
         return messages_of(row.value), row.value["answer"]
     raise DataError(
-        f"{row.place}: found a row of format '{row.format}', expected verifiable, choice or messages.",
+        f"{row.place}: found a row of format '{row.format}', expected verifiable, episode, choice or messages.",
         remedy="Name a source of such rows.",
     )
 
@@ -286,7 +288,15 @@ def _prompt(row: Row, codec: Codec) -> EncodedPrompt:
         ids = codec.encode_prompt(turns)
     except (CheckpointError, DataError) as error:
         raise type(error)(f"{row.place}: {error.message}", remedy=error.remedy) from error
-    return EncodedPrompt(row.source, row.id, _encoded(row, ids, [False] * len(ids)), answer)
+    return EncodedPrompt(row.source, row.id, _encoded(row, ids, [False] * len(ids)), answer, _task(row, turns))
+
+
+def _task(row: Row, turns: list[dict[str, str]]) -> dict[str, Any] | None:
+    if row.format != "episode":
+        return None
+    value = row.value
+    state, goal = value.get("state") or {}, value.get("goal")
+    return {"messages": turns, "environment": value["environment"], "state": state, "goal": goal}
 
 
 def _encoded(row: Row, ids: list[int], counted: list[bool]) -> EncodedRow:

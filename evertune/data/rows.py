@@ -159,7 +159,7 @@ def detect_format(pattern: Path) -> str:
     for path in files_of(pattern):
         for line, value in values_of(path, bad=lambda number, data, error: unread.append(error)):
             fitting = fitting_formats(value)
-            for format in ("preference", "choice", "messages", "verifiable", "text"):
+            for format in ("preference", "choice", "messages", "episode", "verifiable", "text"):
                 if format in fitting:
                     return format
             raise DataError(

@@ -4,6 +4,7 @@
                  are written out as words at their end (agents/calls.py)
     preference   {"prompt", "chosen", "rejected"}: texts or lists of turns
     verifiable   {"prompt" | "messages", "answer"}; the answer is null where the verifier reads none
+    episode      {"prompt" | "messages", "environment", "answer", "state", "goal"}: a task for an agent (agents/)
     choice       {"prompt" | "messages", "choices": [two or more texts], "answer": index or text}
     text         {"text"}
 
@@ -12,7 +13,7 @@ Other fields are kept and ignored. Where a prompt may be `prompt` or `messages`,
 
 from typing import Any
 
-from evertune.agents import with_calls
+from evertune.agents import check_task, with_calls
 from evertune.data.lines import kind_of
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -20,6 +21,7 @@ _FIELDS = {
     "messages": ("messages",),
     "preference": ("prompt", "chosen", "rejected"),
     "verifiable": ("answer",),
+    "episode": ("environment", "answer"),
     "choice": ("choices", "answer"),
     "text": ("text",),
 }
@@ -48,6 +50,10 @@ def _text(value: dict[str, Any]) -> str:
 
 def _verifiable(value: dict[str, Any]) -> str:
     return _prompt(value)
+
+
+def _episode(value: dict[str, Any]) -> str:
+    return _prompt(value) or check_task(value)
 
 
 def _choice(value: dict[str, Any]) -> str:
@@ -151,6 +157,7 @@ _PROBLEMS = {
     "messages": _messages,
     "preference": _preference,
     "verifiable": _verifiable,
+    "episode": _episode,
     "choice": _choice,
     "text": _text,
 }

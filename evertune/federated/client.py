@@ -18,8 +18,6 @@ from evertune.workspace import Workspace
 
 PRELOAD = "evertune.preload"
 Transport = Callable[[SftSpec, Path], "Answer"]
-Ask = Callable[[Mapping[str, SftSpec], Path], "dict[str, Answer]"]
-"""All clients of an exchange at once: their orders by name, and a folder for what they send."""
 Answer = dict[str, Any]
 """`{"folder", "rows", "loss"}` of a client that has trained, or `{"error"}` of one that has not."""
 

@@ -8,8 +8,8 @@ residual is part of the adapter. In the end the exchanges' updates are one adapt
 import math
 import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,17 @@ from safetensors import SafetensorError
 
 from evertune.errors import EvertuneError, TrainingError
 from evertune.federated.aggregation import aggregate, aggregation_error, shares, truncated
-from evertune.federated.client import Ask, Transport, train_in_process
+from evertune.federated.client import Answer, Transport, train_in_process
 from evertune.federated.privacy import epsilon, private_mean
+from evertune.federated.returns import Ask, AskSum, Late, Returns, staleness_discount
 from evertune.federated.spec import FederatedSpec, client_order
-from evertune.federated.validation import Shapes, check_update
+from evertune.federated.validation import Checked, Shapes, check_update
 from evertune.methods import standing_of
 from evertune.model.adapter import Factors, concatenate, read_factors, target_shapes, write_adapter
 from evertune.model.checkpoint import Checkpoint, describe
 from evertune.model.open import open_model
 from evertune.train.distance import drift_or_none
+from evertune.train.spec import SftSpec
 from evertune.workspace import Workspace
 
 # Recipe word -> row in the table of methods.
@@ -44,14 +46,17 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Exchange:
-    """What happened in one exchange; lists are by client, in the order of the recipe.
+    """What happened in one exchange; lists are by client, in the order of the recipe. A late update stands behind them,
+    as `client, exchange 1`.
 
     Attributes:
         weights: of each update that was used.
-        norms: of each update that came, before clipping; None where it could not be formed.
+        norms: of each update that came, before clipping; None where it could not be formed, or was not seen.
         refused: why an update was not used; clipped: why it was scaled down.
-        error: distance of the aggregate from the mean of the products, relative to that mean.
+        error: distance of the aggregate from the mean of the products, relative to that mean; None of a secure sum.
         energy: share of the squared norm that the rule's cut to a rank keeps.
+        late: how many exchanges late an update came that was used.
+        secure: only the sum of the updates was seen.
     """
 
     asked: list[str]
@@ -60,18 +65,26 @@ class Exchange:
     losses: dict[str, float]
     refused: dict[str, str]
     clipped: dict[str, str]
-    error: float
+    error: float | None
     energy: float
+    late: dict[str, int] = field(default_factory=dict)
+    secure: bool = False
 
 
 def run_federated(
-    spec: FederatedSpec, workspace: Workspace, *, transport: Transport = train_in_process, ask: Ask | None = None
+    spec: FederatedSpec,
+    workspace: Workspace,
+    *,
+    transport: Transport = train_in_process,
+    ask: Ask | None = None,
+    ask_sum: AskSum | None = None,
 ) -> dict[str, Any]:
     """Perform a federated stage, or what is missing of it, and publish its adapter under `spec.key`.
 
     Args:
         transport: trains one client; in a process of its own when not given.
         ask: asks all clients of an exchange, instead of one after the other by `transport`.
+        ask_sum: of a federation with `secure`: asks all of them for the mean of their updates.
 
     Raises:
         MergeError: no update may be used, or the updates do not fit the rule.
@@ -84,7 +97,11 @@ def run_federated(
     shapes = target_shapes(open_model(spec.start, dtype=spec.dtype).model, "all-linear")
     current, made, told = spec.start, [], []
     for exchange in range(spec.exchanges):
-        factors, facts = _exchange(spec, exchange, current, folder, shapes, ask or _one_by_one(transport))
+        if spec.secure is not None:
+            assert ask_sum is not None, "only a transport that adds up in secret can be asked for a sum"
+            factors, facts = _summed_exchange(spec, exchange, current, folder, shapes, ask_sum)
+        else:
+            factors, facts = _exchange(spec, exchange, current, folder, shapes, ask or _one_by_one(transport))
         made.append(factors)
         told.append(facts)
         place = folder / f"global-{exchange + 1}"
@@ -109,7 +126,10 @@ def participants(spec: FederatedSpec, exchange: int) -> list[str]:
 
 
 def _one_by_one(transport: Transport) -> Ask:
-    return lambda orders, folder: {name: transport(order, folder / name) for name, order in orders.items()}
+    def ask(_: int, orders: Mapping[str, SftSpec], folder: Path) -> Returns:
+        return Returns({name: transport(order, folder / name) for name, order in orders.items()})
+
+    return ask
 
 
 def _exchange(
@@ -117,31 +137,29 @@ def _exchange(
 ) -> tuple[Factors, Exchange]:
     """Ask the participants, check what comes back, and make it one update."""
     asked = participants(spec, exchange)
-    answers = ask({name: client_order(spec, name, exchange, current) for name in asked}, folder / "clients")
+    returns = ask(exchange, {name: client_order(spec, name, exchange, current) for name in asked}, folder / "clients")
+    late = {late_name(one): one for one in returns.late if "error" not in one.answer}
+    answers = {**returns.answers, **{name: one.answer for name, one in late.items()}}
     refused = {name: f"did not return: {one['error']}" for name, one in answers.items() if "error" in one}
+    if spec.late is None:
+        refused |= {name: f"came {_behind(one, exchange)} late" for name, one in late.items()}
     sent: dict[str, Factors] = {}
     for name in [one for one in answers if one not in refused]:
         try:
             sent[name] = read_factors(Path(answers[name]["folder"]))
         except (EvertuneError, SafetensorError, OSError) as error:
             refused[name] = f"sent no sound adapter: {error}"
-    if len(refused) == len(asked) and not sent:
+    if refused and not sent:
         reasons = "; ".join(f"{name} {reason}" for name, reason in refused.items())
         raise TrainingError(f"{spec.label}, exchange {exchange + 1}: no client has returned: {reasons}")
     checked = {
-        name: check_update(
-            factors,
-            shapes=shapes,
-            max_rank=spec.rank_of(name),
-            # With noise it is B that is bounded, where the noise is added.
-            norm_bound=None if spec.noise else spec.norm_bound,
-            clip=spec.too_large == "clip",
-        )
+        name: _checked(spec, factors, shapes, late[name].client if name in late else name)
         for name, factors in sent.items()
     }
     used = {name: one.factors for name, one in checked.items() if one.factors is not None}
     refused |= {name: one.reason for name, one in checked.items() if one.factors is None}
-    weights = shares([answers[name]["rows"] if spec.weigh == "rows" else 1.0 for name in used]) if used else []
+    behind = {name: exchange - late[name].exchange for name in used if name in late}
+    weights = shares([_weight(spec, answers[name], behind.get(name, 0)) for name in used]) if used else []
     if spec.noise and used:
         assert spec.norm_bound is not None, "checked with the recipe"
         found = private_mean(
@@ -153,11 +171,68 @@ def _exchange(
         asked=asked,
         weights=dict(zip(used, weights, strict=True)),
         norms={name: None if math.isnan(one.norm) else one.norm for name, one in checked.items()},
-        losses={name: one["loss"] for name, one in answers.items() if "error" not in one},
+        losses={name: one["loss"] for name, one in answers.items() if "error" not in one and name not in late},
         refused=refused,
         clipped={name: one.reason for name, one in checked.items() if one.factors is not None and one.reason},
         error=aggregation_error(found.factors, list(used.values()), weights),
         energy=found.energy,
+        late=behind,
+    )
+
+
+def late_name(late: Late) -> str:
+    """How a late update is called: it may stand beside a newer one of its client."""
+    return f"{late.client}, exchange {late.exchange + 1}"
+
+
+def _behind(late: Late, exchange: int) -> str:
+    count = exchange - late.exchange
+    return f"{count} exchange{'s' if count > 1 else ''}"
+
+
+def _weight(spec: FederatedSpec, answer: Answer, exchanges_late: int) -> float:
+    whole = float(answer["rows"]) if spec.weigh == "rows" else 1.0
+    return whole * (staleness_discount(exchanges_late, spec.late) if spec.late is not None else 1.0)
+
+
+def _checked(spec: FederatedSpec, factors: Factors, shapes: Shapes, client: str) -> Checked:
+    return check_update(
+        factors,
+        shapes=shapes,
+        max_rank=spec.rank_of(client),
+        # With noise it is B that is bounded, where the noise is added.
+        norm_bound=None if spec.noise else spec.norm_bound,
+        clip=spec.too_large == "clip",
+    )
+
+
+def _summed_exchange(
+    spec: FederatedSpec, exchange: int, current: Checkpoint, folder: Path, shapes: Shapes, ask: AskSum
+) -> tuple[Factors, Exchange]:
+    """Ask the participants for the mean of their updates, and check that: of no client's own is anything known."""
+    asked = participants(spec, exchange)
+    found = ask(exchange, {name: client_order(spec, name, exchange, current) for name in asked}, folder / "clients")
+    place = f"{spec.label}, exchange {exchange + 1}"
+    try:
+        mean = read_factors(found.folder)
+    except (EvertuneError, SafetensorError, OSError) as error:
+        raise TrainingError(f"{place}: the sum of the updates is no sound adapter: {error}") from error
+    checked = _checked(spec, mean, shapes, asked[0])
+    if checked.factors is None:
+        raise TrainingError(
+            f"{place}: the mean of the updates of {', '.join(found.clients)} may not be used: {checked.reason}.",
+            remedy="One of them has sent something odd, and a secure sum does not say which.",
+        )
+    return checked.factors, Exchange(
+        asked=asked,
+        weights={name: 1.0 / len(found.clients) for name in found.clients},
+        norms=dict.fromkeys(found.clients),
+        losses=dict(found.losses),
+        refused=dict(found.missing),
+        clipped={"the mean": checked.reason} if checked.reason else {},
+        error=None,
+        energy=1.0,
+        secure=True,
     )
 
 
@@ -183,7 +258,7 @@ def _publish(
         opened = open_model(checkpoint, dtype=spec.dtype)
         methods = ["lora", METHODS[spec.aggregate], *(["fedprox"] if spec.proximal is not None else [])]
         methods += ["dp_fedavg"] if spec.noise else []
-        losses = [[i + 1, sum(one.losses.values()) / len(one.losses)] for i, one in enumerate(told)]
+        losses = [[i + 1, sum(one.losses.values()) / len(one.losses)] for i, one in enumerate(told) if one.losses]
         facts = {
             "label": spec.label,
             "stage": "federated",
@@ -207,7 +282,7 @@ def _publish(
             "tokens": 0,
             "counted_tokens": 0,
             "losses": losses,
-            "final": {"loss": losses[-1][1]},
+            "final": {"loss": losses[-1][1]} if losses else {},
             "bytes": sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
             "drift": drift_or_none(opened, start=spec.start, base=spec.base),
             "interference": None,

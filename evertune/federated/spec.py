@@ -10,14 +10,18 @@ from evertune.train.spec import PluginSpec, RowsRef, SftSpec
 # What the ledger shows of a federated stage's settings.
 SETTINGS = (
     "exchanges", "aggregate", "rank", "ranks", "participation", "weigh", "proximal", "norm_bound", "too_large", "trim",
-    "noise", "lr", "epochs", "steps", "batch_rows", "micro_batch_rows", "max_tokens", "too_long", "seed", "dtype",
-    "device",
+    "noise", "late", "secure", "lr", "epochs", "steps", "batch_rows", "micro_batch_rows", "max_tokens", "too_long",
+    "seed", "dtype", "device",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class FederatedSpec:
-    """Everything a federated stage needs. Meanings and ranges: the recipe's `federated`."""
+    """Everything a federated stage needs. Meanings and ranges: the recipe's `federated`.
+
+    `late` and `secure` are of rounds over a network, and in a server's file (flower/files.py): the power by which a
+    late update's weight falls, None where it is refused; and the range of B's entries in a secure sum, None without.
+    """
 
     key: str
     label: str
@@ -46,6 +50,8 @@ class FederatedSpec:
     dtype: str
     device: str
     threads: int | None
+    late: float | None = None
+    secure: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         plain = {field.name: getattr(self, field.name) for field in fields(self)}

@@ -1,13 +1,13 @@
 """The two apps that Flower runs: what the server sends to a client, and what comes back.
 
     server  -> client   the federation's settings, the exchange, and the factors of every exchange so far
-    client  -> server   the factors of its update, its number of rows and its loss; or why it has none
+    client  -> server   the factors of its update, its number of rows and its loss; or why it has none; in a secure sum
+                        its B under masks (secure.py)
 
 A client opens its own copy of the base and its own rows; of what the server says it takes the settings of training and
 nothing else: no path, no code. The server checks what comes as it checks everything (federated/validation.py).
 """
 
-import itertools
 import json
 import tempfile
 import time
@@ -21,13 +21,18 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordD
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from evertune.errors import EvertuneError
+from evertune.errors import EvertuneError, TrainingError
 from evertune.federated.client import Answer, train_here
+from evertune.federated.returns import Orders, Post, Sum
+from evertune.federated.secure import initial_a, mean_update, summand
 from evertune.federated.server import run_federated
 from evertune.federated.spec import client_order
+from evertune.federated.validation import shapes_of
 from evertune.flower.files import ClientFile, ServerFile, client_spec, federated_spec
-from evertune.model.adapter import Factor, Factors, read_factors, write_adapter
+from evertune.flower.secure import Arrays, is_secure, masked, secure_mean, secure_when_asked
+from evertune.model.adapter import Factor, Factors, read_factors, target_shapes, write_adapter
 from evertune.model.checkpoint import Checkpoint, describe
+from evertune.model.open import open_model
 from evertune.train.spec import SftSpec
 from evertune.workspace import Workspace
 
@@ -68,14 +73,20 @@ def who(message: Message, context: Context) -> Message:
     return Message(RecordDict({"who": told}), reply_to=message)
 
 
-@client.train()
+@client.train(mods=[secure_when_asked])
 def learn(message: Message, context: Context) -> Message:
     """Train on the client's own rows, over its own base and what the server sent."""
     own = ClientFile.read(Path(str(context.node_config["client"])))
     order, model = message.content["order"], message.content["model"]
+    settings, exchange = json.loads(order["settings"]), int(order["exchange"])
     with tempfile.TemporaryDirectory() as name:
+        if is_secure(message):
+            # What goes wrong is told as Flower's own error: the others' sum goes on without this client.
+            return Message(_summand(own, settings, exchange, from_arrays(model), Path(name)), reply_to=message)
         try:
-            answer = _learn(own, json.loads(order["settings"]), int(order["exchange"]), from_arrays(model), Path(name))
+            if own.secure:
+                raise TrainingError("this client sends updates into secure sums only.")
+            answer = _learn(own, settings, exchange, from_arrays(model), Path(name))
         except (EvertuneError, ValueError, KeyError, TypeError) as error:
             answer = {"error": str(error)}
         told = {key: answer[key] for key in ("rows", "loss", "error") if key in answer}
@@ -83,6 +94,25 @@ def learn(message: Message, context: Context) -> Message:
         if "folder" in answer:
             content["update"] = to_arrays([read_factors(Path(answer["folder"]))])
         return Message(content, reply_to=message)
+
+
+def _summand(
+    own: ClientFile, settings: dict[str, Any], exchange: int, stack: Sequence[Factors], folder: Path
+) -> RecordDict:
+    """The client's B, to be masked; its loss goes openly."""
+    answer = _learn(own, settings, exchange, stack, folder)
+    if "error" in answer:
+        raise TrainingError(str(answer["error"]))
+    update = read_factors(Path(answer["folder"]))
+    arrays = summand(
+        update,
+        shapes=shapes_of(update),
+        rank=int(settings["rank"]),
+        entries=float(settings["secure"]),
+        norm_bound=settings["norm_bound"],
+        clip=settings["too_large"] == "clip",
+    )
+    return masked(arrays, {"loss": float(answer["loss"])})
 
 
 def _learn(own: ClientFile, settings: dict[str, Any], exchange: int, stack: Sequence[Factors], folder: Path) -> Answer:
@@ -105,19 +135,54 @@ def main(grid: Grid, context: Context) -> None:
     spec = federated_spec(own, base)
     nodes = _meet(grid, own, base)
 
-    exchanges = itertools.count()
+    workspace = Workspace.open(own.workspace(), create=True)
+    settings = json.dumps(spec.settings())
+    seconds = own.exchange_seconds or own.wait_seconds
 
-    def ask(orders: Mapping[str, SftSpec], folder: Path) -> dict[str, Answer]:
-        told = {"settings": json.dumps(spec.settings()), "exchange": next(exchanges)}
-        messages = []
-        for name, order in orders.items():
-            stack = [read_factors(one.path) for one in order.start.stack if one.form == "adapter"]
-            content = RecordDict({"order": ConfigRecord(told), "model": to_arrays(stack)})
-            messages.append(Message(content, dst_node_id=nodes[name], message_type="train"))
-        back = {one.metadata.src_node_id: one for one in grid.send_and_receive(messages, timeout=own.wait_seconds)}
-        return {name: _answer(back.get(nodes[name]), order, folder / name) for name, order in orders.items()}
+    def content(order: SftSpec, exchange: int) -> RecordDict:
+        stack = [read_factors(one.path) for one in order.start.stack if one.form == "adapter"]
+        told = ConfigRecord({"settings": settings, "exchange": exchange})
+        return RecordDict({"order": told, "model": to_arrays(stack)})
 
-    run_federated(spec, Workspace.open(own.workspace(), create=True), ask=ask)
+    def send(exchange: int, orders: Orders) -> list[str]:
+        return list(
+            grid.push_messages(
+                [
+                    Message(content(order, exchange), dst_node_id=nodes[name], message_type="train")
+                    for name, order in orders.items()
+                ]
+            )
+        )
+
+    def collect(keys: Sequence[str]) -> dict[str, Message]:
+        return {one.metadata.reply_to_message_id: one for one in grid.pull_messages(keys)}
+
+    def ask_sum(exchange: int, orders: Orders, folder: Path) -> Sum:
+        names = {nodes[name]: name for name in orders}
+        arrays, told = secure_mean(
+            grid,
+            context,
+            list(names),
+            lambda node: content(orders[names[node]], exchange),
+            exchange=exchange,
+            entries=float(spec.secure or 0.0),
+            seconds=seconds,
+        )
+        return _summed(arrays, {names[node]: float(one["loss"]) for node, one in told.items()}, orders, folder / "sum")
+
+    post = Post(send=send, collect=collect, read=_answer, seconds=seconds)
+    run_federated(spec, workspace, ask=post.ask, ask_sum=ask_sum)
+
+
+def _summed(arrays: Arrays, losses: Mapping[str, float], orders: Orders, folder: Path) -> Sum:
+    """The mean of updates that was formed under masks, with the A that all clients began with."""
+    order = next(iter(orders.values()))
+    shapes = target_shapes(open_model(order.start, dtype=order.dtype).model, "all-linear")
+    folder.mkdir(parents=True, exist_ok=True)
+    a = initial_a(shapes, rank=order.tune["lora"]["rank"], seed=order.seed, dtype=order.dtype)
+    write_adapter(mean_update(arrays, a), folder, order.start)
+    missing = {name: "dropped out of the secure sum" for name in orders if name not in losses}
+    return Sum(folder, [name for name in orders if name in losses], losses, missing)
 
 
 def _meet(grid: Grid, own: ServerFile, base: Checkpoint) -> dict[str, int]:
@@ -144,9 +209,7 @@ def _meet(grid: Grid, own: ServerFile, base: Checkpoint) -> dict[str, int]:
     return found
 
 
-def _answer(reply: Message | None, order: SftSpec, folder: Path) -> Answer:
-    if reply is None:
-        return {"error": "no answer came in time"}
+def _answer(reply: Message, order: SftSpec, folder: Path) -> Answer:
     if reply.has_error():
         return {"error": str(reply.error.reason)}
     told = reply.content["told"]

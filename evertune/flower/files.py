@@ -1,5 +1,6 @@
 """What the server's file and a client's may say. Imports no torch and no Flower."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -11,7 +12,7 @@ from evertune.hashing import digest_file, digest_json
 from evertune.model.bundled import resolve_base
 from evertune.model.checkpoint import Checkpoint, describe
 from evertune.recipe.problems import problem_lines
-from evertune.recipe.schema import Config, Name, Noise, PlaceText, Positive, RowFormat
+from evertune.recipe.schema import Config, Name, Noise, NonNegative, PlaceText, Positive, RowFormat
 from evertune.recipe.strict_yaml import read_yaml
 from evertune.train.spec import RowsRef
 
@@ -77,6 +78,13 @@ class ServerFile(_File):
     """Share of the clients that `trimmed_mean` leaves out at each end."""
     noise: Noise | None = None
     """Noise that hides whether a client took part."""
+    late: NonNegative | None = None
+    """An update that comes after its exchange has closed is refused; with a number it counts in the exchange it comes
+    in, its weight times (1 + exchanges late)^-late: 0.5 is usual, 0 is no discount."""
+    secure: Positive | None = None
+    """Updates are added up without the server seeing one of them, by Flower's SecAgg+; the number is the range of B's
+    entries, such as 1: what is sent is rounded to a 2^21st part of it. Needs aggregate: ffa and weigh: equal, and three
+    clients or more in each exchange. Clients can insist on it (`secure` in their files)."""
     steps: int = Field(gt=0)
     """Optimizer steps of a client in each exchange."""
     lr: Annotated[float, Field(gt=0.0, le=1.0)] = 2e-4
@@ -93,6 +101,8 @@ class ServerFile(_File):
     """Precision of the clients' and the server's model."""
     wait_seconds: Positive = 3600.0
     """The longest wait for clients to come, and for their answers."""
+    exchange_seconds: Positive | None = None
+    """An exchange closes after so long, with those that have answered; `wait_seconds` when not given."""
 
     @model_validator(mode="after")
     def _noise_fits(self) -> Self:
@@ -100,6 +110,26 @@ class ServerFile(_File):
             raise ValueError("'noise' needs aggregate: ffa, norm_bound, and weigh: equal")
         if len(set(self.clients)) < len(self.clients):
             raise ValueError("'clients' has a name twice")
+        return self
+
+    @model_validator(mode="after")
+    def _returns_fit(self) -> Self:
+        if self.late is not None and (
+            self.aggregate not in ("flora", "flexlora", "fedex", "fed_talora") or self.secure or self.noise
+        ):
+            raise ValueError(
+                "'late' needs a rule that is a weighted mean of products (flora, flexlora, fedex, fed_talora), without "
+                "'noise' and 'secure': a late update stands on another A"
+            )
+        if self.secure is None:
+            return self
+        if self.aggregate != "ffa" or self.weigh != "equal" or self.noise is not None:
+            raise ValueError("'secure' needs aggregate: ffa and weigh: equal, and no 'noise': the server sees a sum")
+        if math.ceil(self.participation * len(self.clients) - 1e-9) < 3:
+            raise ValueError(
+                "'secure' needs three clients or more in each exchange: of two, each knows the other's update from the "
+                "mean and its own"
+            )
         return self
 
     def workspace(self) -> Path:
@@ -126,6 +156,8 @@ class ClientFile(_File):
     """Where it trains."""
     threads: int | None = Field(None, gt=0)
     """CPU threads."""
+    secure: bool = False
+    """Send updates into secure sums only; whatever else a server asks for is answered with an error."""
 
 
 def client_rows(own: ClientFile) -> list[RowsRef]:

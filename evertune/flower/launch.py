@@ -112,7 +112,9 @@ def serve(path: Path, *, host: str, port: int, certificates: Sequence[Path] | No
         raise TrainingError(f"the federation has made no update; see the logs in {workspace.work / 'flower'}.")
     for i, one in enumerate(manifest.record["checkpoint"]["exchanges"]):
         used = ", ".join(f"{name} {weight:.2f}" for name, weight in one["weights"].items())
-        say(f"exchange {i + 1}: used {used}; distance from the mean of the products {one['error']:.2g}")
+        error = one["error"]
+        exact = "a secure sum" if error is None else f"distance from the mean of the products {error:.2g}"
+        say(f"exchange {i + 1}: used {used}; {exact}")
         for name, reason in {**one["refused"], **one["clipped"]}.items():
             say(f"  {name}: {reason}")
     return workspace.path(spec.key)

@@ -91,7 +91,7 @@ def add_adapter(
         module = _base_layer(opened.model.get_submodule(name))
         outputs, inputs = _sizes(module)
         factors[name] = Factor(
-            a_RI=_draw_a(rank, inputs, seed, name),
+            a_RI=draw_a(rank, inputs, seed, name),
             b_OR=torch.zeros(outputs, rank),
             scale=alpha / rank,
             transposed=isinstance(module, Conv1D),
@@ -363,7 +363,8 @@ def _sizes(module: Any) -> tuple[int, int]:
     return (weight.shape[1], weight.shape[0]) if isinstance(module, Conv1D) else (weight.shape[0], weight.shape[1])
 
 
-def _draw_a(rank: int, inputs: int, seed: int, name: str) -> Tensor:
+def draw_a(rank: int, inputs: int, seed: int, name: str) -> Tensor:
+    """The A that a new adapter of this seed begins with in a module: (rank, inputs), float32."""
     generator = torch.Generator().manual_seed(int(digest_json([seed, name])[:15], 16))
     bound = 1.0 / math.sqrt(inputs)
     return torch.empty(rank, inputs).uniform_(-bound, bound, generator=generator)

@@ -23,9 +23,11 @@ from evertune.model.template import Message, Template
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # In a JSON string the quotes would be escaped, so this is never part of a token.
 _TRIMMED = re.compile(r'("trim_offsets"\s*:\s*)true')
+# Stands for what the assistant said where only what is around it matters.
+_SAID = "Blue."
 _TRIAL: tuple[Message, ...] = (
     {"role": "user", "content": "Name a colour."},
-    {"role": "assistant", "content": "Blue."},
+    {"role": "assistant", "content": _SAID},
 )
 
 
@@ -152,6 +154,29 @@ class Codec:
         encoding = self.tokenizer.encode(rendered.text, add_special_tokens=False)
         ids: list[int] = encoding.ids
         return EncodedChat(ids=ids, counted=self._counted(ids, encoding.offsets, spans), text=rendered.text)
+
+    def encode_reply(self, messages: Sequence[Message], reply: Message) -> list[int]:
+        """Token ids between two turns of the assistant: what stands behind its stop token where `reply`, such as a
+        tool's turn, follows, up to where it is to speak again.
+
+        Args:
+            messages: the conversation up to where the assistant spoke; what it said does not matter.
+
+        Raises:
+            CheckpointError: the template writes earlier turns in another way once they have an answer, or puts no stop
+                token behind the assistant's turn.
+        """
+        said = {"role": "assistant", "content": _SAID}
+        head = self.render(messages, add_generation_prompt=True) + _SAID
+        whole = self.render([*messages, said, reply], add_generation_prompt=True)
+        stop = next((one for one in self._stop_texts if whole.startswith(head + one)), None)
+        if stop is None:
+            raise CheckpointError(
+                f"{self.folder}: the chat template does not write a conversation so that it can be continued: an "
+                "answered turn is not what it was before, or ends without a stop token.",
+                remedy="Train on single steps instead (docs/agents.md), or correct the template.",
+            )
+        return self.encode(whole[len(head + stop) :])
 
     def _counted(
         self, ids: Sequence[int], offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]

@@ -178,6 +178,7 @@ class ResolvedRl(ResolvedTraining):
 
     group: int
     max_new_tokens: int
+    max_steps: int
     temperature: float
     rollout_steps: int
     iterations: int

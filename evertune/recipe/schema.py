@@ -114,7 +114,7 @@ Names = Annotated[
     AfterValidator(_without_repeats),
 ]
 
-RowFormat = Literal["messages", "preference", "verifiable", "choice", "text"]
+RowFormat = Literal["messages", "preference", "verifiable", "episode", "choice", "text"]
 # Formats of rows that can be replayed: what a stage with cross-entropy reads.
 REPLAYABLE: tuple[RowFormat, ...] = ("messages", "text")
 
@@ -127,7 +127,8 @@ class DataSource(Config):
     `datasets:NAME` or `datasets:NAME:SPLIT` for what the `datasets` library keeps."""
     format: RowFormat = "messages"
     """Shape of a row: `{"messages"}`, `{"prompt","chosen","rejected"}`, `{"prompt"|"messages","answer"}`,
-    `{"prompt","choices","answer"}` or `{"text"}`. An sft stage reads `messages` and `text`."""
+    `{"prompt","choices","answer"}`, `{"text"}`, or for `episode` a task of docs/agents.md. An sft stage reads
+    `messages` and `text`."""
     limit: int | None = Field(None, gt=0)
     """Use only the first rows of the source, in file order."""
     bad_rows: Literal["error", "quarantine"] = "error"
@@ -638,12 +639,15 @@ class Rl(Training):
     one row of `batch_rows` and of the replay share, an answer one of `micro_batch_rows`; `max_tokens` bounds the
     question."""
 
-    formats = ("verifiable", "choice", "messages")
+    formats = ("verifiable", "choice", "messages", "episode")
 
     group: int = Field(8, ge=2, le=1024)
     """Answers sampled to each question; each is compared with the others of its group."""
     max_new_tokens: int = Field(256, gt=0, le=16384)
-    """The longest answer, in tokens."""
+    """The longest answer, or turn of an episode, in tokens."""
+    max_steps: int = Field(6, gt=0, le=64)
+    """Of sources with the format `episode`: turns after which an agent that has not answered has failed. An episode is
+    one answer, of all tokens that the agent itself said."""
     temperature: Positive = 1.0
     """Of sampling, which is from the whole distribution, and of the log-probabilities that are trained."""
     rollout_steps: int = Field(1, gt=0)
@@ -889,7 +893,7 @@ def _check_command(command: str) -> str:
 class External(StageSettings):
     """Another trainer's command. What it writes is checked, digested, probed and judged like any checkpoint."""
 
-    formats = ("messages", "preference", "verifiable", "choice", "text")
+    formats = ("messages", "preference", "verifiable", "episode", "choice", "text")
 
     command: Annotated[PlaceText, AfterValidator(_check_command)]
     """The command, in the recipe's folder, without a shell. `{model}` is a folder with the start as whole weights,
@@ -1533,6 +1537,7 @@ def _check_references(recipe: Recipe) -> None:
         *_source_problems(recipe),
         *_adapt_problems(recipe),
         *_teacher_problems(recipe),
+        *_episode_problems(recipe),
     ]
     if recipe.launch is not None and recipe.launch.fsdp:
         problems += [
@@ -1605,6 +1610,16 @@ def _adapt_problems(recipe: Recipe) -> Iterator[str]:
                     f"rounds[{i}].stages[{k}].{stage.kind}.replay.adapt: found it in a stage of kind {stage.kind}, "
                     f"expected {' or '.join(ADAPTING)}, whose rows come straight from the stream"
                 )
+
+
+def _episode_problems(recipe: Recipe) -> Iterator[str]:
+    for one in placed_stages(recipe):
+        if one.stage.rl is None or one.stage.rl.server is None:
+            continue
+        for name in one.stage.rl.new_sources:
+            if name in recipe.data and recipe.data[name].format == "episode":
+                # A server is asked by all processes at once, and their episodes have different numbers of turns.
+                yield f"{one.place}.server: '{name}' has format 'episode'; episodes are played in this process"
 
 
 def _teacher_problems(recipe: Recipe) -> Iterator[str]:

@@ -25,6 +25,7 @@ from evertune.model.forward import Forward
 from evertune.model.open import OpenModel
 from evertune.train.adapt import Ask
 from evertune.train.batch import collate, counted_positions
+from evertune.train.episodes import Answer, play_episodes
 from evertune.train.head import target_log_probabilities
 from evertune.train.loop import Feed
 from evertune.train.losses import clipped_surrogate, sampled_kl
@@ -32,7 +33,7 @@ from evertune.train.material import Material, load_material
 from evertune.train.objective import Objective, Policy, StepCounts, backward_beside_replay
 from evertune.train.penalty import Penalty
 from evertune.train.reference import LiveReference
-from evertune.train.rollout import Answer, Check, EncodedAnswer, RolloutFeed, RolloutSettings
+from evertune.train.rollout import Check, EncodedAnswer, RolloutFeed, RolloutSettings
 from evertune.train.sample import SampledAnswer, sample_answers
 from evertune.train.served import ServedPolicy, Server
 from evertune.train.sink import Metrics
@@ -233,11 +234,20 @@ class _Rewarded(Lesson):
             seed=spec.seed,
         )
 
+        answer = self._served(setting) if spec.server is not None else partial(_sampled, policy, opened, spec)
         return RolloutFeed(
             setting.material,
             settings,
             steps=spec.steps or setting.material.steps * spec.iterations,
-            answer=self._served(setting) if spec.server is not None else partial(_sampled, policy, opened, spec),
+            answer=answer,
+            play=partial(
+                play_episodes,
+                answer,
+                codec=opened.codec,
+                max_steps=spec.max_steps,
+                max_new_tokens=spec.max_new_tokens,
+                context=Forward(opened).max_tokens,
+            ),
             stop_ids=opened.codec.stop_ids,
             decode=opened.codec.decode,
             check=self._check,

@@ -1,5 +1,5 @@
 """Rollouts: the questions of a few steps answered by the policy as it is, checked, compared within their groups, and
-then trained on. The feed of an rl stage.
+then trained on. The feed of an rl stage. The answer to a task is a whole episode (episodes.py).
 
     stream step     0    1    2    3    4    5          rollouts of 2 stream steps, passed over twice:
     optimizer step  0 1  0 1                            rollout 0 serves optimizer steps 0 to 3, rollout 1 steps 4 to 7
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from evertune.data.encode import EncodedPrompt, EncodedRow, Item
+from evertune.train.episodes import Answer, Played
 from evertune.train.losses import group_advantages
 from evertune.train.material import Material
 from evertune.train.sample import SampledAnswer
@@ -35,11 +36,28 @@ class Checked:
     parts: Mapping[str, float] = field(default_factory=dict)
 
 
-Answer = Callable[[Sequence[Sequence[int]], Sequence[Sequence[int]]], list[list[SampledAnswer]]]
-"""(prompts, seeds of the answers to each) -> answers in the same order."""
+Play = Callable[[Sequence[EncodedPrompt], Sequence[Sequence[int]]], list[list[Played]]]
+"""(tasks, seeds of the episodes of each) -> episodes in the same order."""
 
 Check = Callable[[str, str, Any], Checked]
 """(source, output, answer) -> what the source's verifier finds."""
+
+
+@dataclass(frozen=True)
+class Said:
+    """An answer, or an episode, behind its prompt.
+
+    Attributes:
+        ids: what follows the prompt.
+        counted: per token, whether the policy said it.
+        stopped: it ended by itself: with a stop token, an episode with an answer.
+        found: by the verifier.
+    """
+
+    ids: Sequence[int]
+    counted: Sequence[bool]
+    stopped: bool
+    found: Checked
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +65,7 @@ class EncodedAnswer:
     """One sampled answer as it is trained on.
 
     Attributes:
-        row: the conversation; the answer's tokens count, the stop token included.
+        row: the conversation; what the policy said counts, stop tokens included.
         reward: NaN where the verifier failed.
         advantage: against the other answers to the prompt; 0 where the verifier failed.
         is_flat: all answers to the prompt have one reward, so that there is nothing to learn from them.
@@ -113,6 +131,7 @@ class RolloutFeed:
         material: prompts and replayed rows.
         steps: optimizer steps of the stage.
         answer: the policy's answers, as it is: (prompts as token ids, seeds of each prompt's answers) -> answers.
+        play: the policy's episodes, as it is.
         old: log-probabilities under the policy as it is; None when every answer is used once.
         reference: the same under the reference; None when nothing is held to it.
     """
@@ -124,6 +143,7 @@ class RolloutFeed:
         *,
         steps: int,
         answer: Answer,
+        play: Play,
         stop_ids: frozenset[int],
         decode: Callable[[Sequence[int]], str],
         check: Check,
@@ -133,7 +153,8 @@ class RolloutFeed:
         rank: int = 0,
     ) -> None:
         self._material, self.settings, self.steps = material, settings, steps
-        self._answer, self._stop_ids, self._decode, self._check = answer, stop_ids, decode, check
+        self._answer, self._play = answer, play
+        self._stop_ids, self._decode, self._check = stop_ids, decode, check
         self._old, self._reference = old, reference
         self._gather, self._rank = gather, rank
         self._held: dict[int, list[Item]] = {}
@@ -197,11 +218,15 @@ class RolloutFeed:
         self, prompts: Sequence[EncodedPrompt], places: Sequence[tuple[int, int]]
     ) -> list[list[EncodedAnswer]]:
         settings = self.settings
-        said = self._answer(
-            [prompt.prompt.ids.tolist() for prompt in prompts],
-            [[answer_seed(settings.seed, *place, g) for g in range(settings.group)] for place in places],
-        )
-        groups = [self._judged(prompt, answers) for prompt, answers in zip(prompts, said, strict=True)]
+        seeds = [[answer_seed(settings.seed, *place, g) for g in range(settings.group)] for place in places]
+        said: dict[int, list[Said]] = {}
+        for is_task, speak in ((False, self._answered), (True, self._played)):
+            chosen = [i for i, prompt in enumerate(prompts) if (prompt.task is not None) == is_task]
+            # A server is asked by all processes at once, by those without a question too.
+            if chosen or not is_task:
+                found = speak([prompts[i] for i in chosen], [seeds[i] for i in chosen])
+                said.update(zip(chosen, found, strict=True))
+        groups = [self._judged(prompt, said[i]) for i, prompt in enumerate(prompts)]
         flat = [answer for group in groups for answer in group]
         rows = [answer.row for answer in flat]
         old, reference = (one(rows) if one else [None] * len(rows) for one in (self._old, self._reference))
@@ -211,11 +236,29 @@ class RolloutFeed:
         )
         return [[next(done) for _ in group] for group in groups]
 
-    def _judged(self, prompt: EncodedPrompt, answers: Sequence[SampledAnswer]) -> list[EncodedAnswer]:
+    def _answered(self, prompts: Sequence[EncodedPrompt], seeds: Sequence[Sequence[int]]) -> list[list[Said]]:
+        groups = self._answer([prompt.prompt.ids.tolist() for prompt in prompts], seeds)
+        return [[self._heard(prompt, one) for one in group] for prompt, group in zip(prompts, groups, strict=True)]
+
+    def _heard(self, prompt: EncodedPrompt, answer: SampledAnswer) -> Said:
+        text = self._decode([one for one in answer.ids if one not in self._stop_ids])
+        found = self._check(prompt.source, text, prompt.answer)
+        return Said(answer.ids, [True] * len(answer.ids), answer.stopped, found)
+
+    def _played(self, prompts: Sequence[EncodedPrompt], seeds: Sequence[Sequence[int]]) -> list[list[Said]]:
+        groups = self._play(prompts, seeds)
+        return [[self._ended(prompt, one) for one in group] for prompt, group in zip(prompts, groups, strict=True)]
+
+    def _ended(self, prompt: EncodedPrompt, played: Played) -> Said:
+        """An episode is worth what its answer is, in a state that its task asks; without one, nothing."""
+        found = self._check(prompt.source, played.episode.final or "", prompt.answer)
+        if not played.has_reached_goal:
+            found = replace(found, score=0.0)
+        return Said(played.ids, played.counted, played.has_answered, found)
+
+    def _judged(self, prompt: EncodedPrompt, answers: Sequence[Said]) -> list[EncodedAnswer]:
         """The answers to one prompt with their rewards and advantages."""
-        texts = [self._decode([one for one in answer.ids if one not in self._stop_ids]) for answer in answers]
-        found = [self._check(prompt.source, text, prompt.answer) for text in texts]
-        rewards = torch.tensor([[float("nan") if one.error else one.score for one in found]])
+        rewards = torch.tensor([[float("nan") if one.found.error else one.found.score for one in answers]])
         known = rewards[~rewards.isnan()]
         is_flat = bool((known == known[0]).all()) if len(known) else True
         advantages = group_advantages(rewards, scale=self.settings.scale)[0].tolist()
@@ -228,14 +271,12 @@ class RolloutFeed:
                 advantage=advantage,
                 is_flat=is_flat,
                 stopped=answer.stopped,
-                repeats=repeated_share(answer.ids),
+                repeats=repeated_share([one for one, counts in zip(answer.ids, answer.counted, strict=True) if counts]),
                 old_logp_N=None,
                 ref_logp_N=None,
-                parts=one.parts,
+                parts=answer.found.parts,
             )
-            for g, (answer, one, reward, advantage) in enumerate(
-                zip(answers, found, rewards[0].tolist(), advantages, strict=True)
-            )
+            for g, (answer, reward, advantage) in enumerate(zip(answers, rewards[0].tolist(), advantages, strict=True))
         ]
 
 
@@ -252,9 +293,9 @@ def repeated_share(ids: Sequence[int], *, length: int = 4) -> float:
     return 1.0 - len(set(runs)) / len(runs) if runs else 0.0
 
 
-def _conversation(prompt: EncodedPrompt, answer: SampledAnswer) -> EncodedRow:
+def _conversation(prompt: EncodedPrompt, answer: Said) -> EncodedRow:
     ids = np.concatenate([prompt.prompt.ids, np.array(answer.ids, dtype="<i4")]).astype("<i4")
-    counted = np.arange(len(ids)) >= len(prompt.prompt.ids)
+    counted = np.concatenate([np.zeros(len(prompt.prompt.ids), dtype=np.bool_), np.array(answer.counted, np.bool_)])
     digest = hashlib.sha256(ids.tobytes() + counted.tobytes()).hexdigest()
     return EncodedRow(prompt.source, prompt.id, ids, counted, is_replay=False, digest=digest)
 

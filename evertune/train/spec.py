@@ -278,13 +278,15 @@ class RlSpec(TrainingSpec):
     """A stage with verifiable rewards.
 
     `verifiers` has one for each source of new rows, as a recipe writes it. `rollout_steps` steps of prompts are
-    answered at once and passed over `iterations` times; `steps` counts optimizer steps. `protect` has `at_least`,
-    `rate` and `most` for each protected source; `server` is where rollouts are made, None for here.
+    answered at once and passed over `iterations` times; `steps` counts optimizer steps; `max_steps` bounds the turns of
+    an episode. `protect` has `at_least`, `rate` and `most` for each protected source; `server` is where rollouts are
+    made, None for here.
     """
 
     verifiers: dict[str, dict[str, Any]]
     group: int
     max_new_tokens: int
+    max_steps: int
     temperature: float
     rollout_steps: int
     iterations: int
@@ -307,6 +309,7 @@ class RlSpec(TrainingSpec):
         "verifiers",
         "group",
         "max_new_tokens",
+        "max_steps",
         "temperature",
         "rollout_steps",
         "iterations",

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from evertune.agents.tasks import make_tasks
 from evertune.errors import ProbeError, RecipeError
 from evertune.plan import make_plan
 from evertune.recipe.load import load_recipe
@@ -45,10 +46,10 @@ def test_the_recipe_and_the_preset_fill_the_order(tmp_path: Path, tiny_model: Pa
 @pytest.mark.parametrize(
     "change",
     [
-        "group=4", "max_new_tokens=5", "temperature=0.9", "rollout_steps=2", "iterations=2", "scale=false",
-        "average=answers", "ratio=sequence", "clip_low=0.1", "clip_high=0.3", "kl=0.02", "replay_weight=0.5",
-        "replay_ratio=0.2", "protect={sums: {at_least: 0.5}}", "max_kl=0.1", "min_entropy=0.1", "steps=5",
-        "kl_to=other", "guard_stop={every: 2}",
+        "group=4", "max_new_tokens=5", "max_steps=5", "temperature=0.9", "rollout_steps=2", "iterations=2",
+        "scale=false", "average=answers", "ratio=sequence", "clip_low=0.1", "clip_high=0.3", "kl=0.02",
+        "replay_weight=0.5", "replay_ratio=0.2", "protect={sums: {at_least: 0.5}}", "max_kl=0.1", "min_entropy=0.1",
+        "steps=5", "kl_to=other", "guard_stop={every: 2}",
     ],
 )  # fmt: skip
 def test_every_setting_is_part_of_the_key(change: str, tmp_path: Path, tiny_model: Path) -> None:
@@ -188,6 +189,29 @@ def test_what_cannot_be_meant_is_refused_by_name(stage: str, words: str, tmp_pat
     with pytest.raises(RecipeError) as caught:
         load_recipe(recipe)
     assert words in str(caught.value)
+
+
+EPISODES = "data.sums={path: tasks.jsonl, format: episode, verifier: exact}"
+
+
+def test_a_source_of_tasks_is_played(tmp_path: Path, tiny_model: Path) -> None:
+    recipe = _write(tmp_path, tiny_model)
+    tasks = [
+        {key: value for key, value in one.items() if key != "trajectory"} for one in make_tasks("files", 4, seed=1)
+    ]
+    write_rows(tmp_path / "tasks.jsonl", tasks)
+    assert not said(check(recipe, EPISODES), "error")
+    order = _order(recipe, EPISODES, "rounds[0].stages[1].rl.steps=1")
+    facts = KINDS["rl"].perform(order.to_json(), Workspace.open(tmp_path / "run", create=True))["checkpoint"]
+    # A random model never ends a turn in time: no episode has an answer.
+    assert (facts["final"]["reward/sums"], facts["final"]["stopped"]) == (0.0, 0.0)
+    assert facts["final"]["length"] == 4.0
+    with pytest.raises(RecipeError, match="'sums' has format 'episode'; episodes are played in this process"):
+        load_recipe(recipe, overrides=[EPISODES, "rounds[0].stages[1].rl.server={url: 'http://x/v1', model: m}"])
+    write_rows(tmp_path / "tasks.jsonl", [{**tasks[0], "environment": "shell"}])
+    [(place, told), *_] = said(check(recipe, EPISODES), "error")
+    assert place == "data.sums"
+    assert "tasks.jsonl:1: found the environment 'shell', expected one of calculator" in told
 
 
 def test_parts_of_a_reward_are_logged_each(tmp_path: Path, tiny_model: Path) -> None:

@@ -146,6 +146,7 @@ def make_rl(folder: Path, model: Path, **changes: Any) -> RlSpec:
         "verifiers": {"asked": {"exact": {}}},
         "group": 4,
         "max_new_tokens": 8,
+        "max_steps": 6,
         "temperature": 1.0,
         "rollout_steps": 1,
         "iterations": 1,
