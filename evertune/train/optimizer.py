@@ -46,13 +46,21 @@ class Masters:
         trained: the parameters to train, by name; the model keeps computing with them.
         weight_decay: decoupled decay of matrices; vectors (norms, biases) do not decay.
         ema_decay: kept share of the old average at each step. The average begins at the start's weights.
+        starts: float32 weights, by name, to begin from where the model has them rounded; they are taken over.
     """
 
     def __init__(
-        self, trained: Mapping[str, nn.Parameter], *, weight_decay: float = 0.0, ema_decay: float | None = None
+        self,
+        trained: Mapping[str, nn.Parameter],
+        *,
+        weight_decay: float = 0.0,
+        ema_decay: float | None = None,
+        starts: Mapping[str, Tensor] | None = None,
     ) -> None:
         self._trained = dict(trained)
-        self.weights = {name: _master(parameter) for name, parameter in self._trained.items()}
+        starts = starts or {}
+        self.weights = {name: _master(one, starts.get(name)) for name, one in self._trained.items()}
+        self._shown: Mapping[str, Tensor] = self.weights
         self.average = {name: one.detach().clone() for name, one in self.weights.items()} if ema_decay else None
         self.after_step: list[Callable[[Mapping[str, Tensor]], None]] = []
         self._ema_decay = ema_decay or 0.0
@@ -130,7 +138,21 @@ class Masters:
     def use_average(self) -> None:
         """Give the model the averaged weights, where there is an average. Training does not go on from there."""
         if self.average is not None:
+            self._shown = self.average
             self._write(self.average)
+
+    @contextlib.contextmanager
+    def unrounded(self) -> Iterator[None]:
+        """Inside, the model's parameters are the masters themselves, or their average where it was given that; after it
+        what they were."""
+        own = {name: one.data for name, one in self._trained.items()}
+        try:
+            for name, parameter in self._trained.items():
+                parameter.data = self._shown[name].detach()
+            yield
+        finally:
+            for name, parameter in self._trained.items():
+                parameter.data = own[name]
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Everything a resumed run needs, as groups of tensors: `weights`, `moments` and, when kept, `average`."""
@@ -162,10 +184,10 @@ class Masters:
                 parameter.copy_(weights[name])
 
 
-def _master(parameter: nn.Parameter) -> Tensor:
+def _master(parameter: nn.Parameter, start: Tensor | None) -> Tensor:
     if parameter.dtype == torch.float32:
         return parameter
-    master = parameter.detach().float().clone().requires_grad_(True)
+    master = (parameter.detach().float().clone() if start is None else start.detach()).requires_grad_(True)
 
     def take_gradient(narrow: Tensor) -> None:
         if narrow.grad is not None:

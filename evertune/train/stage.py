@@ -8,7 +8,8 @@ import sys
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -214,7 +215,8 @@ def run_training(spec: TrainingSpec, workspace: Workspace, lesson: Lesson, *, as
         facts = {**_facts(spec, lesson, material, sink.history), "interference": cosines}
         if spec.plugins:
             facts["plugins"] = plugged.facts()
-        _publish(spec, workspace, opened, sink.history, facts, lesson.volatile(), plugged.carried())
+        with _as_stored(spec, opened, trainer):
+            _publish(spec, workspace, opened, sink.history, facts, lesson.volatile(), plugged.carried())
         points.clear()
     accelerator.wait_for_everyone()
     accelerator.end_training()
@@ -275,7 +277,8 @@ def make_trainer(setting: Setting, trained: Mapping[str, nn.Parameter], lesson: 
         clip=spec.clip,
         seed=spec.seed,
     )
-    masters = Masters(trained, weight_decay=spec.weight_decay, ema_decay=spec.ema_decay)
+    starts = _stored_weights(setting) if spec.keeps_master else None
+    masters = Masters(trained, weight_decay=spec.weight_decay, ema_decay=spec.ema_decay, starts=starts)
     return Trainer(
         policy,
         masters,
@@ -286,6 +289,12 @@ def make_trainer(setting: Setting, trained: Mapping[str, nn.Parameter], lesson: 
         objective=lesson.objective(setting),
         replay_ratio=lesson.replay_ratio,
     )
+
+
+def _stored_weights(setting: Setting) -> dict[str, Tensor]:
+    """The start's weights as they are stored, where the model computes with rounded ones."""
+    wide = open_model(setting.spec.start, dtype="float32", device=str(setting.accelerator.device), fold=True)
+    return {name: one.detach() for name, one in wide.model.named_parameters()}
 
 
 def interference(trainer: Trainer, material: Material) -> dict[str, float] | None:
@@ -360,18 +369,35 @@ def _write_weights(spec: TrainingSpec, opened: OpenModel, folder: Path) -> None:
         save_dense(opened.model, folder, like=spec.start)
 
 
+@contextmanager
+def _as_stored(spec: TrainingSpec, opened: OpenModel, trainer: Trainer) -> Iterator[None]:
+    """Inside, the model has the weights that are stored: those it computes with, or where the start is stored in
+    float32, the unrounded ones."""
+    if not spec.keeps_master:
+        yield
+        return
+    dtype = opened.dtype
+    with trainer.masters.unrounded():
+        opened.dtype = torch.float32
+        try:
+            yield
+        finally:
+            opened.dtype = dtype
+
+
 def _keep(spec: TrainingSpec, workspace: Workspace, opened: OpenModel, trainer: Trainer, done: int) -> None:
     """Publish the weights after a step where the recipe asks for it: an object of its own that names its stage."""
     if not spec.keep_steps or done % spec.keep_steps or done == trainer.pace.steps:
         return
     trainer.masters.check_finite(step=done)
     if trainer.accelerator.is_main_process:
-        workspace.publish(
-            kind="kept",
-            key=digest_json({"kind": "kept", "stage": spec.key, "step": done}),
-            record={"stage": spec.key, "step": done, "steps": trainer.pace.steps},
-            write=partial(_write_weights, spec, opened),
-        )
+        with _as_stored(spec, opened, trainer):
+            workspace.publish(
+                kind="kept",
+                key=digest_json({"kind": "kept", "stage": spec.key, "step": done}),
+                record={"stage": spec.key, "step": done, "steps": trainer.pace.steps},
+                write=partial(_write_weights, spec, opened),
+            )
     trainer.accelerator.wait_for_everyone()
 
 
