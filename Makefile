@@ -7,7 +7,7 @@ export GOMP_SPINCOUNT := 0
 export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test check path slow golden docs lint types bench clean
+.PHONY: demo test check path slow golden docs lint types bench gpu clean
 
 # Core packages at the committed versions, this package, and the bundled model.
 $(VENV)/.core: requirements/core.txt pyproject.toml
@@ -64,6 +64,15 @@ docs: $(VENV)/.core
 # The speed suite beside TRL and lm-eval; DATA is a folder of JSONL files, see benchmarks/suite.py.
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.suite --data $(DATA)
+
+# Training on DEVICE by its tests, then steps beside TRL with Liger; ROWS is a JSONL of chats. On a machine without a GPU:
+# make gpu DEVICE=cpu, which runs all of it but the kernels.
+DEVICE := cuda
+gpu: $(VENV)/.dev
+	@test -n "$(ROWS)" || { echo "make gpu ROWS=chats.jsonl [DEVICE=cpu]"; exit 2; }
+	if [ $(DEVICE) = cuda ]; then $(BIN)/pip install --quiet --disable-pip-version-check --editable ".[gpu]"; fi
+	EVERTUNE_TEST_DEVICE=$(DEVICE) $(BIN)/pytest tests/train
+	$(BIN)/python -m benchmarks.gpu --device $(DEVICE) --rows $(ROWS)
 
 clean:
 	rm -rf $(VENV) $(VENV)-federated demo-run

@@ -121,7 +121,14 @@ def trial(number: int, data: Path, folder: Path, given: argparse.Namespace) -> d
     recipe.write_text(text, encoding="utf-8")
     loaded = load_recipe(recipe)
     run_recipe(loaded)
-    found = blame(loaded, PROBE, rows=given.rows, items=given.items, retrain=number in given.retrain)
+    found = blame(
+        loaded,
+        PROBE,
+        label=f"trial-{number}/2-sft",
+        rows=given.rows,
+        items=given.items,
+        retrain=number in given.retrain,
+    )
     is_named = bool(found["stage"]) and found["sources"][0]["source"] == "suspect"
     return {"trial": number, "plant": plant, "named": is_named, "found": found}
 

@@ -2,13 +2,17 @@
 
     python -m benchmarks.claims --data DATA --folder WORK                    all, in the order of CLAIMS
     python -m benchmarks.claims --data DATA --folder WORK replay factors     these
-    python -m benchmarks.claims --data DATA --folder WORK --list             what each asks, and what is written of it
-    python -m benchmarks.claims --folder WORK --page docs/evidence.md        the page, of the claims that have run
+    python -m benchmarks.claims --data DATA --folder WORK --smoke            all, on a random model: minutes, no meaning
+    python -m benchmarks.claims --folder WORK --list                         what each asks, and what has run
+    python -m benchmarks.claims --folder WORK --page docs/evidence.md        page and drawings of what has run
 
-Task A is snips7 (7 commands), task B dbpedia14 (14 kinds of things); ARC-Easy and C4 text stand for general ability.
-Everything is trained and probed by `evertune run` on recipes that are left in the folder; each claim's result is
-written as soon as it is there, and what has run is not run again. A verdict is read off a 90 % interval over the
-probes' items (bootstrap, paired): one seed, so a difference between seeds is not in it, but for the soup of three.
+Task A is snips7 (7 commands), task B dbpedia14 (7 kinds of things), texts cut to 20 words; C4 text stands for general
+ability. Everything is trained and probed by `evertune run` on recipes that are left in the folder. Claims
+share their runs: the sweep over learning rate, epochs and rank serves seven of them. A result is written as soon as it
+is there; stopped and called again, the script goes on where it was.
+
+A verdict is read off a 90 % interval: over the probes' items (bootstrap, paired), so that a difference between seeds is
+not in it; over runs where the statement is about runs.
 
     holds       the interval lies on the side that the statement says
     does not    it lies on the other side
@@ -17,44 +21,41 @@ probes' items (bootstrap, paired): one seed, so a difference between seeds is no
 
 import argparse
 import datetime
+import itertools
 import json
 import os
 import platform
-import subprocess
-import sys
+import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
-RESAMPLES = 10_000
-RECIPE = """\
-evertune: 1
-name: {name}
-base: {base}
-workspace: {name}
-seed: {seed}
-academic: allow
-data:
-  commands: {{path: {data}/snips7/train.jsonl, limit: {rows}}}
-  topics: {{path: {data}/dbpedia14/train.jsonl, limit: {rows}}}
-  general: {{path: {data}/replay_dolly/train.jsonl, limit: {rows}}}
-probes:
-  commands: {{path: {data}/snips7/test.jsonl, kind: choice, limit: {items}, role: watch}}
-  topics: {{path: {data}/dbpedia14/test.jsonl, kind: choice, limit: {items}, role: watch}}
-  arc: {{path: {data}/arc_easy/test.jsonl, kind: choice, limit: {items}}}
-  c4: {{path: {data}/text_c4/test.jsonl, kind: bits_per_byte, limit: {texts}}}
-defaults: {{tune: {{lora: {{rank: 8}}}}, replay: {{share: 0.0}}, anchor: {{kl: 0.0}}}}
-# Nothing is promoted, so that every round starts from the base.
-gate: {{min_items: 100000}}
-rescue: [discard]
-numerics: {{threads: 1, dtype: {dtype}}}
-rounds:
-{rounds}"""
+from benchmarks.claims_bench import Bench, Floats, Indexes, Workspace, bootstrap, renamed_units, spearman, verdict_of
+
+LEARNING_RATES, EPOCHS, FULL_RATES = (5e-4, 1.5e-3, 4e-3), (1, 2, 4), (3e-5, 1e-4, 3e-4)
+
+
+def run_name(kind: str, lr: float, epochs: int) -> str:
+    """`full`, 1e-4, 2 -> `full-1_0e-04-x2`: a round's name has no dots."""
+    return f"{kind}-{lr:.1e}-x{epochs}".replace(".", "_")
+
+
+RANK_8 = {(lr, epochs): run_name("rank-8", lr, epochs) for lr in LEARNING_RATES for epochs in EPOCHS}
+FULL = {(lr, 1): run_name("full", lr, 1) for lr in FULL_RATES}
+RANK_64 = run_name("rank-64", 1.5e-3, 1)
+PLAIN, HOTTEST, FULL_PLAIN = RANK_8[1.5e-3, 1], RANK_8[4e-3, 4], FULL[1e-4, 1]
+NEAR = 0.05
+"""Two runs have the same gain where their accuracies differ by no more."""
+BARRIER = 0.02
+"""An error above the line between the ends by which there is a barrier (Frankle et al. 2019, arXiv:1912.05671)."""
+SHARES = (0.25, 0.5, 0.75)
+GENERAL = ("topics", "c4")
+ASKED = 48
+"""Questions on which the KL between two models is measured."""
 
 
 @dataclass(frozen=True)
@@ -63,210 +64,70 @@ class Finding:
 
     Attributes:
         figure: the number that the statement is about, and its 90 % interval.
+        threshold: above it the statement holds.
         verdict: `holds`, `does not` or `undecided`.
         reading: the figure in words.
         numbers: everything it was made from.
+        plots: `{"title", "x", "y", "lines", "series": {name: [[x, y], ...]}}` each.
     """
 
     figure: float
     low: float
     high: float
+    threshold: float
     verdict: str
     reading: str
     numbers: Mapping[str, Any]
+    plots: Sequence[Mapping[str, Any]] = field(default=())
 
 
-@dataclass(frozen=True)
-class Bench:
-    """Where recipes are run, and how large."""
-
-    data: Path
-    folder: Path
-    base: str
-    dtype: str
-    rows: int
-    items: int
-    texts: int
-    max_tokens: int
-
-    def sft(self, source: str, lr: float = 1e-3, **more: str) -> str:
-        """A stage as a line of YAML."""
-        rest = "".join(f", {name}: {value}" for name, value in more.items())
-        pace = f"epochs: 1, batch_rows: 8, micro_batch_rows: 8, max_tokens: {self.max_tokens}, too_long: drop"
-        return f"sft: {{data: [{source}], lr: {lr}, {pace}{rest}}}"
-
-    def run(self, name: str, rounds: Mapping[str, Sequence[str]], *, seed: int = 1) -> "Runs":
-        """Run a recipe of these rounds, each from the base, or what is missing of it."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        lines = []
-        for title, stages in rounds.items():
-            lines += [f"  - name: {title}", "    start: base", "    stages:", *(f"      - {one}" for one in stages)]
-        place = self.folder / f"{name}.yaml"
-        values = {**vars(self), "name": name, "seed": seed, "rounds": "\n".join(lines) + "\n"}
-        place.write_text(RECIPE.format(**{**values, "data": self.data.absolute()}))
-        done = subprocess.run([sys.executable, "-m", "evertune", "run", str(place), "--quiet"], check=False)
-        if done.returncode not in (0, 2, 4):
-            raise SystemExit(f"{place}: evertune ended with {done.returncode}")
-        return Runs(self.folder / name)
+def _judged(
+    interval: tuple[float, float, float], threshold: float, reading: str, numbers: Mapping[str, Any], **more: Any
+) -> Finding:
+    return Finding(*interval, threshold, verdict_of(*interval, threshold), reading, numbers, **more)
 
 
-@dataclass(frozen=True)
-class Runs:
-    """A finished workspace."""
-
-    place: Path
-
-    def _events(self, kind: str) -> list[dict[str, Any]]:
-        from evertune.ledger import Ledger
-
-        return [one.body for one in Ledger.open(self.place / "ledger.sqlite", create=False).events(kind)]
-
-    def scores(self, label: str, probe: str) -> Floats:
-        """Item scores, higher is better."""
-        from evertune.probe.scores import ItemScores
-        from evertune.workspace import Workspace
-
-        digest = [one["digest"] for one in self._events("checkpoint") if one["label"] == label][-1]
-        workspace = Workspace.open(self.place, create=False)
-        (key,) = [
-            one.key
-            for one in workspace.manifests()
-            if one.kind == "probe"
-            and (one.record["probe"]["checkpoint"], one.record["probe"]["probe"]) == (digest, probe)
-        ]
-        found = ItemScores.read_parquet(workspace.path(key) / "scores.parquet")
-        return np.asarray(found.score, dtype=np.float64) * (1.0 if found.direction == "higher" else -1.0)
-
-    def object(self, label: str) -> Path:
-        body = [one for one in self._events("checkpoint") if one["label"] == label][-1]
-        return self.place / "objects" / str(body["object"])
+# Runs that claims share.
 
 
-def bootstrap(statistic: Callable[[NDArray[np.int64]], float], items: int) -> tuple[float, float, float]:
-    """A statistic of item indexes and its 90 % percentile interval; resamples where it is not finite count as worst."""
-    draw = np.random.default_rng(0)
-    values = np.array([statistic(draw.integers(0, items, items)) for _ in range(RESAMPLES)])
-    values = np.where(np.isfinite(values), values, -np.inf)
-    low, high = np.quantile(values, [0.05, 0.95], method="nearest")
-    return statistic(np.arange(items)), float(low), float(high)
+def sweep(bench: Bench) -> Workspace:
+    """Task B from the base at all rates, lengths and ranks."""
+    rounds = {name: [bench.sft("topics", lr=lr, epochs=epochs)] for (lr, epochs), name in RANK_8.items()}
+    rounds |= {name: [bench.sft("topics", lr=lr, tune="full")] for (lr, _), name in FULL.items()}
+    rounds[RANK_64] = [bench.sft("topics", tune="{lora: {rank: 64}}")]
+    return bench.run("sweep", rounds, GENERAL)
 
 
-def verdict_of(figure: float, low: float, high: float, threshold: float) -> str:
-    """The statement says: above the threshold. Where there is no figure, nothing was lost that could be kept."""
-    if not np.isfinite(figure):
-        return "undecided"
-    return "holds" if low > threshold else "does not" if high < threshold else "undecided"
+SWEEP = (*RANK_8.values(), *FULL.values(), RANK_64)
 
 
-def replay(bench: Bench) -> Finding:
-    """Replay of 20 % of task A recovers at least half of what task B makes it lose."""
-    first = bench.sft("commands")
-    again = bench.sft("topics", replay="{share: 0.2, from: [commands]}")
-    runs = bench.run("replay", {"plain": [first, bench.sft("topics")], "replayed": [first, again]})
-    learnt, plain = (runs.scores(label, "commands") for label in ("plain/1-sft", "plain/2-sft"))
-    kept = runs.scores("replayed/2-sft", "commands")
-
-    def recovered(chosen: NDArray[np.int64]) -> float:
-        lost = float((learnt - plain)[chosen].mean())
-        return float((kept - plain)[chosen].mean()) / lost if lost > 0 else np.nan
-
-    figure, low, high = bootstrap(recovered, len(learnt))
-    numbers = {"learnt": learnt.mean(), "after B": plain.mean(), "after B with replay": kept.mean()}
-    gains = {name: float(runs.scores(f"{name}/2-sft", "topics").mean()) for name in ("plain", "replayed")}
-    reading = f"lost {100 * (learnt - plain).mean():.1f} points without, {100 * (learnt - kept).mean():.1f} with replay"
-    return Finding(figure, low, high, verdict_of(figure, low, high, 0.5), reading, {**numbers, "B": gains})
+def seeds(bench: Bench) -> list[Workspace]:
+    """The plain run of the sweep with three seeds."""
+    one = {PLAIN: [bench.sft("topics")]}
+    return [sweep(bench), *(bench.run(f"plain-{seed}", one, GENERAL, seed=seed) for seed in (2, 3))]
 
 
-def general(bench: Bench) -> Finding:
-    """One per cent of general text halves the drift on general text."""
-    mixed = bench.sft("topics", lr=2e-3, replay="{share: 0.01, from: [general]}")
-    runs = bench.run("general", {"plain": [bench.sft("topics", lr=2e-3)], "mixed": [mixed]})
-    start, plain, held = (runs.scores(label, "c4") for label in ("base", "plain/1-sft", "mixed/1-sft"))
-
-    def saved(chosen: NDArray[np.int64]) -> float:
-        drift = float((start - plain)[chosen].mean())
-        return 1.0 - float((start - held)[chosen].mean()) / drift if drift > 0 else np.nan
-
-    figure, low, high = bootstrap(saved, len(start))
-    reading = f"bits per byte rose by {(start - plain).mean():.4f} without, {(start - held).mean():.4f} with 1 %"
-    numbers = {"base": -start.mean(), "plain": -plain.mean(), "mixed": -held.mean()}
-    return Finding(figure, low, high, verdict_of(figure, low, high, 0.5), reading, numbers)
+def full_sibling(bench: Bench) -> Workspace:
+    """The plain full fine-tuning of the sweep with another seed."""
+    rounds = {FULL_PLAIN: [bench.sft("topics", lr=1e-4, tune="full")]}
+    return bench.run("full-2", rounds, GENERAL, seed=2)
 
 
-def ranks(bench: Bench) -> Finding:
-    """Full fine-tuning gains and loses more than LoRA of rank 64, and that more than rank 8."""
-    rounds = {"full": [bench.sft("topics", lr=1e-4, tune="full")]}
-    rounds |= {f"rank-{r}": [bench.sft("topics", tune=f"{{lora: {{rank: {r}}}}}")] for r in (64, 8)}
-    runs = bench.run("ranks", rounds)
-    gains = {name: runs.scores(f"{name}/1-sft", "topics") for name in rounds}
-    texts = {name: runs.scores(f"{name}/1-sft", "c4") for name in rounds}
-    numbers = {name: {"gain": float(gains[name].mean()), "c4": -float(texts[name].mean())} for name in rounds}
-
-    def least_step(chosen: NDArray[np.int64]) -> float:
-        order = ("full", "rank-64", "rank-8")
-        means = [float(gains[name][chosen].mean()) for name in order]
-        return min(means[0] - means[1], means[1] - means[2])
-
-    figure, low, high = bootstrap(least_step, len(gains["full"]))
-    in_order = texts["full"].mean() < texts["rank-64"].mean() < texts["rank-8"].mean()
-    reading = f"the smaller of the two steps in gain is {100 * figure:+.1f} points; losses on text "
-    reading += "are in that order" if in_order else "are not in that order"
-    verdict = verdict_of(figure, low, high, 0.0)
-    return Finding(figure, low, high, verdict if in_order or verdict != "holds" else "undecided", reading, numbers)
+def sequence(bench: Bench) -> Workspace:
+    """Task A, then task B: alone, with a fifth of replay, and averaged with what was there before."""
+    first, second = bench.sft("commands"), bench.sft("topics", lr=4e-3, epochs=2)
+    again = bench.sft("topics", lr=4e-3, epochs=2, replay="{share: 0.2, from: [commands]}")
+    rounds = {"one-by-one": [first, second], "replayed": [first, again]}
+    for share in SHARES:
+        models = ", ".join(
+            f"{name}: {{path: one-by-one/{stage}, weight: {weight}}}"
+            for name, stage, weight in (("new", "2-sft", share), ("old", "1-sft", 1 - share))
+        )
+        rounds[f"at-{int(100 * share)}"] = [f"merge: {{method: linear, models: {{{models}}}}}"]
+    return bench.run("sequence", rounds, ("commands", "topics"))
 
 
-def interpolation(bench: Bench) -> Finding:
-    """Between two tasks lies a model with 90 % of the gain and half of the loss."""
-    stages = [bench.sft("commands"), bench.sft("topics")]
-    shares = (0.25, 0.5, 0.75)
-    rounds = {}
-    for share in shares:
-        name = f"at-{int(100 * share)}"
-        new, old = (f"{{path: {name}/{label}, weight: {weight}}}" for label, weight in _ends(share))
-        rounds[name] = [*stages, f"merge: {{method: linear, models: {{new: {new}, old: {old}}}}}"]
-    runs = bench.run("interpolation", rounds)
-    labels = ["at-25/2-sft", *(f"{name}/3-merge" for name in rounds)]
-    learnt, begun = runs.scores("at-25/1-sft", "commands"), runs.scores("at-25/1-sft", "topics")
-    old = {label: runs.scores(label, "commands") for label in labels}
-    new = {label: runs.scores(label, "topics") for label in labels}
-
-    def best(chosen: NDArray[np.int64]) -> float:
-        """The largest share of the loss that is avoided, among those that keep 90 % of the gain."""
-        gain = float((new[labels[0]] - begun)[chosen].mean())
-        lost = float((learnt - old[labels[0]])[chosen].mean())
-        kept = [one for one in labels[1:] if gain > 0 and float((new[one] - begun)[chosen].mean()) >= 0.9 * gain]
-        if lost <= 0:
-            return np.nan
-        return max((1.0 - float((learnt - old[one])[chosen].mean()) / lost for one in kept), default=0.0)
-
-    figure, low, high = bootstrap(best, min(len(learnt), len(begun)))
-    numbers = {one: {"A": float(old[one].mean()), "B": float(new[one].mean())} for one in labels}
-    reading = f"among those with 90 % of the gain, at most {100 * figure:.0f} % of the loss is avoided"
-    return Finding(
-        figure, low, high, verdict_of(figure, low, high, 0.5), reading, {"A learnt": learnt.mean(), **numbers}
-    )
-
-
-def _ends(share: float) -> list[tuple[str, float]]:
-    return [("2-sft", share), ("1-sft", 1.0 - share)]
-
-
-def _three(bench: Bench) -> list[Runs]:
-    return [bench.run(f"seed-{seed}", {"topics": [bench.sft("topics")]}, seed=seed) for seed in (1, 2, 3)]
-
-
-def soup(bench: Bench) -> Finding:
-    """A soup of three seeds is better than its members are on the mean."""
-    members = _three(bench)
-    models = ", ".join(f"{'abc'[i]}: {{path: {one.object('topics/1-sft')}}}" for i, one in enumerate(members))
-    runs = bench.run("soup", {"soup": [f"merge: {{method: linear, models: {{{models}}}}}"]})
-    own = np.mean([one.scores("topics/1-sft", "topics") for one in members], axis=0)
-    mixed = runs.scores("soup/1-merge", "topics")
-    figure, low, high = bootstrap(lambda chosen: float((mixed - own)[chosen].mean()), len(own))
-    reading = f"the soup has {100 * mixed.mean():.1f}, its members {100 * own.mean():.1f} on the mean"
-    return Finding(
-        figure, low, high, verdict_of(figure, low, high, 0.0), reading, {"soup": mixed.mean(), "members": own.mean()}
-    )
+# The claims.
 
 
 def factors(bench: Bench) -> Finding:
@@ -274,94 +135,367 @@ def factors(bench: Bench) -> Finding:
     from evertune.federated.aggregation import aggregation_error, mean_of_factors
     from evertune.model.adapter import read_factors
 
-    updates = [read_factors(one.object("topics/1-sft")) for one in _three(bench)]
-    pairs = [(0, 1), (0, 2), (1, 2)]
-    halves = [0.5, 0.5]
-    errors = [
-        aggregation_error(mean_of_factors(two, halves).factors, two, halves)
-        for two in ([updates[i], updates[j]] for i, j in pairs)
-    ]
-    thirds = [1 / 3] * 3
-    figure = aggregation_error(mean_of_factors(updates, thirds).factors, updates, thirds)
-    low, high = min([figure, *errors]), max([figure, *errors])
+    updates = [read_factors(one.folder(f"{PLAIN}/1-sft")) for one in seeds(bench)]
+
+    def off(some: Sequence[Any]) -> float:
+        shares = [1 / len(some)] * len(some)
+        return aggregation_error(mean_of_factors(some, shares).factors, some, shares)
+
+    figure, pairs = off(updates), [off(two) for two in itertools.combinations(updates, 2)]
     reading = f"off by {100 * figure:.0f} % of the mean's norm for three clients"
-    numbers = {"three": figure, "pairs": errors, "interval": "the range over three and all pairs"}
-    return Finding(figure, low, high, verdict_of(figure, low, high, 0.1), reading, numbers)
+    numbers = {"three": figure, "pairs": pairs, "interval": "the range over three and all pairs"}
+    return _judged((figure, min(figure, *pairs), max(figure, *pairs)), 0.1, reading, numbers)
+
+
+def soup(bench: Bench) -> Finding:
+    """A soup of three seeds is better than its members are on the mean."""
+    members = seeds(bench)
+    models = ", ".join(f"{'abc'[i]}: {{path: {one.folder(f'{PLAIN}/1-sft')}}}" for i, one in enumerate(members))
+    runs = bench.run("soup", {"soup": [f"merge: {{method: linear, models: {{{models}}}}}"]}, GENERAL)
+    own = np.mean([one.scores(f"{PLAIN}/1-sft", "topics") for one in members], axis=0)
+    mixed = runs.scores("soup/1-merge", "topics")
+    interval = bootstrap(lambda chosen: float((mixed - own)[chosen].mean()), len(own))
+    reading = f"the soup has {100 * mixed.mean():.1f}, its members {100 * own.mean():.1f} on the mean"
+    return _judged(interval, 0.0, reading, {"soup": mixed.mean(), "members": own.mean()})
+
+
+def replay(bench: Bench) -> Finding:
+    """Replay of 20 % of task A recovers at least half of what task B makes it lose."""
+    runs = sequence(bench)
+    learnt, plain = (runs.scores(f"one-by-one/{stage}", "commands") for stage in ("1-sft", "2-sft"))
+    kept = runs.scores("replayed/2-sft", "commands")
+
+    def recovered(chosen: Indexes) -> float:
+        lost = float((learnt - plain)[chosen].mean())
+        return float((kept - plain)[chosen].mean()) / lost if lost > 0 else np.nan
+
+    gains = {name: runs.scores(f"{name}/2-sft", "topics").mean() for name in ("one-by-one", "replayed")}
+    reading = (
+        f"lost {100 * (learnt - plain).mean():.1f} points without, {100 * (learnt - kept).mean():.1f} with replay; "
+    )
+    reading += f"B at {100 * gains['one-by-one']:.1f} and {100 * gains['replayed']:.1f}"
+    numbers = {"learnt": learnt.mean(), "after B": plain.mean(), "after B with replay": kept.mean(), "B": gains}
+    return _judged(bootstrap(recovered, len(learnt)), 0.5, reading, numbers)
+
+
+def interpolation(bench: Bench) -> Finding:
+    """Between two tasks lies a model with 90 % of the gain and half of the loss."""
+    runs = sequence(bench)
+    ends = ("one-by-one/1-sft", "one-by-one/2-sft")
+    between = [f"at-{int(100 * share)}/1-merge" for share in SHARES]
+    old = {label: runs.scores(label, "commands") for label in (*ends, *between)}
+    new = {label: runs.scores(label, "topics") for label in (*ends, *between)}
+
+    def best(chosen: Indexes) -> float:
+        """The largest share of the loss that is avoided, among those that keep 90 % of the gain."""
+        gain = float((new[ends[1]] - new[ends[0]])[chosen].mean())
+        lost = float((old[ends[0]] - old[ends[1]])[chosen].mean())
+        kept = [one for one in between if gain > 0 and float((new[one] - new[ends[0]])[chosen].mean()) >= 0.9 * gain]
+        if lost <= 0:
+            return np.nan
+        return max((1.0 - float((old[ends[0]] - old[one])[chosen].mean()) / lost for one in kept), default=0.0)
+
+    interval = bootstrap(best, min(map(len, (*old.values(), *new.values()))))
+    line = [[float(old[one].mean()), float(new[one].mean())] for one in (ends[0], *between, ends[1])]
+    reading = f"among those with 90 % of the gain, at most {100 * interval[0]:.0f} % of the loss is avoided"
+    drawing = {
+        "title": "From A's model to B's",
+        "x": "accuracy on A",
+        "y": "accuracy on B",
+        "lines": True,
+        "series": {"linear path": line},
+    }
+    numbers = {one: {"A": old[one].mean(), "B": new[one].mean()} for one in (*ends, *between)}
+    return _judged(interval, 0.5, reading, numbers, plots=[drawing])
+
+
+def general(bench: Bench) -> Finding:
+    """One per cent of general text halves the drift on general text."""
+    runs = sweep(bench)
+    mixed = bench.sft("topics", lr=4e-3, epochs=4, replay="{share: 0.01, from: [general]}")
+    bench.run("general", {"mixed": [mixed]}, GENERAL)
+    start, plain, held = (runs.scores(label, "c4") for label in ("base", f"{HOTTEST}/1-sft", "mixed/1-sft"))
+
+    def saved(chosen: Indexes) -> float:
+        drift = float((start - plain)[chosen].mean())
+        return 1.0 - float((start - held)[chosen].mean()) / drift if drift > 0 else np.nan
+
+    reading = f"bits per byte rose by {(start - plain).mean():.4f} without, {(start - held).mean():.4f} with 1 %"
+    numbers = {"base": -start.mean(), "plain": -plain.mean(), "mixed": -held.mean()}
+    return _judged(bootstrap(saved, len(start)), 0.5, reading, numbers)
+
+
+def ranks(bench: Bench) -> Finding:
+    """Full fine-tuning gains and loses more than LoRA of rank 64, and that more than rank 8."""
+    runs, names = sweep(bench), (FULL_PLAIN, RANK_64, PLAIN)
+    gains, texts = ([runs.scores(f"{name}/1-sft", probe) for name in names] for probe in ("topics", "c4"))
+
+    def least_step(values: Sequence[Floats], sign: float) -> Callable[[Indexes], float]:
+        def step(chosen: Indexes) -> float:
+            means = [sign * float(one[chosen].mean()) for one in values]
+            return min(means[0] - means[1], means[1] - means[2])
+
+        return step
+
+    gained = bootstrap(least_step(gains, 1.0), len(gains[0]))
+    lost = bootstrap(least_step(texts, -1.0), len(texts[0]))
+    verdicts = {verdict_of(*gained, 0.0), verdict_of(*lost, 0.0)}
+    verdict = "does not" if "does not" in verdicts else verdicts.pop() if len(verdicts) == 1 else "undecided"
+    reading = f"the smaller of the two steps in gain is {100 * gained[0]:+.1f} points, "
+    reading += f"in bits per byte lost {lost[0]:+.4f} ({lost[1]:+.4f} to {lost[2]:+.4f})"
+    numbers: dict[str, Any] = {
+        name: {"gain": gain.mean(), "c4": -text.mean()} for name, gain, text in zip(names, gains, texts, strict=True)
+    }
+    return Finding(*gained, 0.0, verdict, reading, {**numbers, "lost": lost})
+
+
+@dataclass(frozen=True)
+class Point:
+    """A run of the sweep: what it gained, in accuracy, and lost, in bits per byte of each text."""
+
+    name: str
+    lr: float
+    epochs: int
+    gain: float
+    lost: Floats
+
+
+def pace(bench: Bench) -> Finding:
+    """Drop grows with learning rate and with epochs at matched gain."""
+    runs = sweep(bench)
+    start, begun = runs.scores("base", "c4"), runs.scores("base", "topics").mean()
+    families = [
+        [
+            Point(name, lr, epochs, runs.scores(f"{name}/1-sft", "topics").mean() - begun, start - texts)
+            for (lr, epochs), name in family.items()
+            for texts in [runs.scores(f"{name}/1-sft", "c4")]
+        ]
+        for family in (RANK_8, FULL)
+    ]
+    pairs = {by: [pair for one in families for pair in matched_pairs(one, by)] for by in ("lr", "epochs")}
+    steps = {by: np.mean([hot.lost - mild.lost for mild, hot in some], axis=0) for by, some in pairs.items() if some}
+    if len(steps) < len(pairs):
+        interval = (np.nan, np.nan, np.nan)
+    else:
+        interval = bootstrap(lambda chosen: min(float(one[chosen].mean()) for one in steps.values()), len(start))
+    told = [f"{by}: {len(some)} pairs, {_mean_of(steps.get(by)):+.4f} bits per byte" for by, some in pairs.items()]
+    series = {
+        f"rank 8, lr {lr:g}": [[one.gain, float(one.lost.mean())] for one in families[0] if one.lr == lr]
+        for lr in LEARNING_RATES
+    }
+    series["full"] = [[one.gain, float(one.lost.mean())] for one in families[1]]
+    axes = {"x": "gain on the task, accuracy", "y": "bits per byte lost on C4"}
+    drawing = {"title": "What a gain costs, by rate; dots are lengths", **axes, "lines": True, "series": series}
+    numbers = {
+        "runs": {one.name: {"gain": one.gain, "lost": one.lost.mean()} for family in families for one in family},
+        "pairs": {by: [[mild.name, hot.name] for mild, hot in some] for by, some in pairs.items()},
+    }
+    return _judged(interval, 0.0, "; ".join(told), numbers, plots=[drawing])
+
+
+def _mean_of(values: Floats | None) -> float:
+    return float("nan") if values is None else float(values.mean())
+
+
+def matched_pairs(points: Sequence[Point], by: str) -> list[tuple[Point, Point]]:
+    """Pairs of runs of about the same gain that differ in `lr` alone, or in `epochs` alone; the smaller first."""
+    other = "epochs" if by == "lr" else "lr"
+    return [
+        (mild, hot)
+        for mild, hot in itertools.permutations(points, 2)
+        if getattr(mild, by) < getattr(hot, by)
+        and getattr(mild, other) == getattr(hot, other)
+        and abs(mild.gain - hot.gain) <= NEAR
+    ]
+
+
+def kl(bench: Bench) -> Finding:
+    """KL on new-task prompts predicts the general drop better than weight distance."""
+    places = [(sweep(bench), name) for name in SWEEP]
+    places += [(one, PLAIN) for one in seeds(bench)[1:]] + [(full_sibling(bench), FULL_PLAIN)]
+    start = places[0][0].scores("base", "c4").mean()
+    lost = np.array([start - runs.scores(f"{name}/1-sft", "c4").mean() for runs, name in places])
+    nats = np.array(_divergences(bench, [runs.folder(f"{name}/1-sft") for runs, name in places]))
+    moved = np.array([runs.event(f"{name}/1-sft")["drift"]["to_base"] for runs, name in places])
+
+    def better(chosen: Indexes) -> float:
+        return spearman(nats[chosen], lost[chosen]) - spearman(moved[chosen], lost[chosen])
+
+    interval = bootstrap(better, len(lost))
+    rho = {"KL": spearman(nats, lost), "distance": spearman(moved, lost)}
+    reading = f"over {len(lost)} runs the rank correlation with the drop is {rho['KL']:.2f} of KL, "
+    reading += f"{rho['distance']:.2f} of distance"
+    numbers = {
+        "spearman": rho,
+        "runs": [
+            {"run": f"{name}, {runs.place.name}", "nats": float(a), "distance": float(b), "lost": float(c)}
+            for (runs, name), a, b, c in zip(places, nats, moved, lost, strict=True)
+        ],
+    }
+    kinds = {"LoRA": [not name.startswith("full") for _, name in places]}
+    kinds["full"] = [not one for one in kinds["LoRA"]]
+    plots = [
+        {
+            "title": title,
+            "x": x,
+            "y": "bits per byte lost on C4",
+            "lines": False,
+            "series": {
+                kind: [[float(a), float(b)] for a, b, is_in in zip(values, lost, chosen, strict=True) if is_in]
+                for kind, chosen in kinds.items()
+            },
+        }
+        for title, x, values in (
+            ("KL", "KL(base, tuned) on the task's answers, nats a token", nats),
+            ("Weight distance", "relative L2 distance to the base", moved),
+        )
+    ]
+    return _judged(interval, 0.0, reading, numbers, plots=plots)
+
+
+def _divergences(bench: Bench, folders: Sequence[Path]) -> list[float]:
+    """Mean exact KL(base || tuned) where the task's questions are answered, along the right answer; nats a token."""
+    import torch
+
+    from evertune.model.checkpoint import describe
+    from evertune.model.open import open_model
+    from evertune.plan import make_plan
+    from evertune.probe.compare import divergence, texts_of
+    from evertune.probe.suite import Probe
+    from evertune.recipe.load import load_recipe
+
+    torch.set_num_threads(1)
+    plan = make_plan(load_recipe(bench.folder / "sweep.yaml"))
+    (probe,) = [one for one in plan.probes if isinstance(one, Probe) and one.name == "topics"]
+    base = open_model(plan.base, dtype=bench.dtype)
+    texts = texts_of(base.codec, probe, most=ASKED)
+    return [divergence(base, open_model(describe(one), dtype=bench.dtype), texts)["nats"] for one in folders]
+
+
+def barrier(bench: Bench) -> Finding:
+    """The linear path between siblings has no barrier, between strangers it has."""
+    first, second = sweep(bench).folder(f"{FULL_PLAIN}/1-sft"), full_sibling(bench).folder(f"{FULL_PLAIN}/1-sft")
+    stranger = bench.folder / "stranger"
+    if not (stranger / "config.json").is_file():
+        shutil.rmtree(stranger, ignore_errors=True)
+        renamed_units(second, stranger.with_suffix(".making"), seed=1)
+        stranger.with_suffix(".making").rename(stranger)
+    ends = {"siblings": second, "strangers": stranger}
+    rounds = {}
+    for name, other in ends.items():
+        for share in (*SHARES, 1.0) if name == "strangers" else SHARES:
+            models = f"a: {{path: {first.absolute()}, weight: {1 - share}}}, "
+            models += f"b: {{path: {other.absolute()}, weight: {share}}}"
+            more = "different_starts: allow, dtype: bfloat16, output: model"
+            rounds[f"{name}-{int(100 * share)}"] = [f"merge: {{method: linear, models: {{{models}}}, {more}}}"]
+    runs = bench.run("barrier", rounds, ("topics", "c4"))
+    start, sibling = (one.scores(f"{FULL_PLAIN}/1-sft", "topics") for one in (sweep(bench), full_sibling(bench)))
+    other = runs.scores("strangers-100/1-merge", "topics")
+    paths = {
+        name: [start, *(runs.scores(f"{name}-{int(100 * share)}/1-merge", "topics") for share in SHARES), end]
+        for name, end in (("siblings", sibling), ("strangers", other))
+    }
+
+    def height(path: Sequence[Floats], chosen: Indexes) -> float:
+        return barrier_of([1.0 - float(one[chosen].mean()) for one in path], (0.0, *SHARES, 1.0))
+
+    def margin(chosen: Indexes) -> float:
+        return min(BARRIER - height(paths["siblings"], chosen), height(paths["strangers"], chosen) - BARRIER)
+
+    everything = np.arange(len(start))
+    heights = {name: height(path, everything) for name, path in paths.items()}
+    reading = f"error above the line between the ends: {100 * heights['siblings']:.1f} points between siblings, "
+    reading += f"{100 * heights['strangers']:.1f} between strangers; the figure is the distance from {BARRIER:.0%}"
+    series = {
+        name: [[share, float(one.mean())] for share, one in zip((0.0, *SHARES, 1.0), path, strict=True)]
+        for name, path in paths.items()
+    }
+    axes = {"x": "share of the second model", "y": "accuracy on the task"}
+    drawing = {"title": "On the line between two models", **axes, "lines": True, "series": series}
+    numbers = {"heights": heights, "paths": series, "stranger": "the sibling with its units renamed: the same function"}
+    return _judged(bootstrap(margin, len(start)), 0.0, reading, numbers, plots=[drawing])
+
+
+def barrier_of(errors: Sequence[float], shares: Sequence[float]) -> float:
+    """How far the highest error on a path lies above the straight line between its ends' errors; at least 0."""
+    return max(one - ((1 - share) * errors[0] + share * errors[-1]) for one, share in zip(errors, shares, strict=True))
+
+
+def self_sft(bench: Bench) -> Finding:
+    """Refreshed self-SFT drops less than SFT on answers of another."""
+    answers = "{samples: 6, keep: verified, max_new_tokens: 12, temperature: 1.0}"
+    pace_ = "lr: 1.5e-3, epochs: 1, batch_rows: 8, micro_batch_rows: 8"
+    own = f"distill: {{data: [asked], teachers: start, answers: {answers}, weight: 0.0, {pace_}}}"
+    runs = bench.run("self", {"taught": [bench.sft("asked")] * 3, "own": [own] * 3}, ("named", "c4"))
+    labels = {
+        name: [f"{name}/{i + 1}-{kind}" for i in range(3)] for name, kind in (("taught", "sft"), ("own", "distill"))
+    }
+    start, begun = runs.scores("base", "c4"), runs.scores("base", "named").mean()
+    taught, self_ = (runs.scores(labels[name][-1], "c4") for name in ("taught", "own"))
+    gains = {name: runs.scores(each[-1], "named").mean() - begun for name, each in labels.items()}
+    interval = bootstrap(lambda chosen: float((self_ - taught)[chosen].mean()), len(start))
+    verdict = verdict_of(*interval, 0.0)
+    if verdict == "holds" and gains["own"] < gains["taught"] / 2:
+        verdict = "undecided"
+    reading = f"bits per byte rose by {(start - taught).mean():+.4f} on the data's answers "
+    reading += (
+        f"(gain {100 * gains['taught']:+.1f} points), by {(start - self_).mean():+.4f} on its own, asked again before "
+    )
+    reading += f"each of three passes (gain {100 * gains['own']:+.1f})"
+    series = {
+        name: [
+            [float(runs.scores(one, "named").mean() - begun), float((start - runs.scores(one, "c4")).mean())]
+            for one in each
+        ]
+        for name, each in {"the data's answers": labels["taught"], "own answers": labels["own"]}.items()
+    }
+    axes = {"x": "gain on the task, accuracy", "y": "bits per byte lost on C4"}
+    drawing = {"title": "After each of three passes", **axes, "lines": True, "series": series}
+    answered = [runs.event(one)["answered"] for one in labels["own"]]
+    numbers = {"gains": gains, "answered": answered, "passes": series}
+    return Finding(*interval, 0.0, verdict, reading, numbers, [drawing])
 
 
 CLAIMS: Mapping[str, Callable[[Bench], Finding]] = {
     "factors": factors,
-    "replay": replay,
     "soup": soup,
-    "interpolation": interpolation,
-    "general": general,
     "ranks": ranks,
+    "pace": pace,
+    "kl": kl,
+    "general": general,
+    "replay": replay,
+    "interpolation": interpolation,
+    "barrier": barrier,
+    "self-sft": self_sft,
 }
-NOT_WRITTEN = {
-    "pace": "drop grows with learning rate and epochs at matched gain",
-    "kl": "KL on new-task prompts predicts the general drop better than weight distance",
-    "barrier": "the linear path between siblings has no barrier, between strangers it has",
-    "self-sft": "refreshed self-SFT drops less than SFT on a teacher's answers",
-}
+NEEDS_ABILITY = ("self-sft",)
+"""Claims that a random model cannot be asked: it answers nothing rightly."""
 
 
 def measure(bench: Bench, names: Sequence[str]) -> None:
     """Run the claims that have no result yet; each is written down when it is there."""
-    place = bench.folder / "claims.json"
-    found = json.loads(place.read_text()) if place.is_file() else {}
+    bench.write()
     for name in names:
+        found = read_results(bench.folder)
         if name in found:
-            print(f"{name}: {found[name]['verdict']} (has run)")
+            print(f"{name}: {found[name]['verdict']} (has run)", flush=True)
             continue
+        began = time.monotonic()
         one = CLAIMS[name](bench)
+        minutes = (time.monotonic() - began) / 60
         machine = {"date": str(datetime.date.today()), "machine": platform.machine(), "cores": os.cpu_count()}
-        size = {"base": bench.base, "rows": bench.rows, "items": bench.items}
-        found[name] = {**vars(one), "says": CLAIMS[name].__doc__, **machine, **size}
-        place.write_text(json.dumps(found, indent=2, default=float) + "\n")
-        print(f"{name}: {one.verdict}: {one.reading}")
+        size = {key: getattr(bench, key) for key in ("base", "rows", "asked", "items", "texts")}
+        found[name] = {**vars(one), "says": CLAIMS[name].__doc__, "minutes": minutes, **machine, **size}
+        made = bench.folder / "claims.json.making"
+        made.write_text(json.dumps(found, indent=2, default=float) + "\n")
+        made.replace(bench.folder / "claims.json")
+        print(f"{name}: {one.verdict}: {one.reading}  ({minutes:.1f} minutes)", flush=True)
 
 
-def page_of(found: Mapping[str, Mapping[str, Any]]) -> str:
-    """The page, from results alone; a bar is the interval, a mark the figure."""
-    lines = [
-        "# Evidence",
-        "",
-        "Published statements, tried again with `python -m benchmarks.claims` (its head says how a verdict is read).",
-        "Each is one small model, one seed unless it says otherwise, and few items: what does not hold here may hold",
-        "elsewhere.",
-        "",
-        "| statement | figure | 90 % | verdict | reading |",
-        "|---|---|---|---|---|",
-    ]
-    for one in found.values():
-        is_there = np.isfinite([one["figure"], one["low"], one["high"]]).all()
-        figure = f"{one['figure']:.2f} | {one['low']:.2f} to {one['high']:.2f}" if is_there else "none | none"
-        lines.append(f"| {one['says']} | {figure} | **{one['verdict']}** | {one['reading']} |")
-    lines += ["", "```text"]
-    for name, one in found.items():
-        lines.append(f"{name:<14} |{_bar(one['low'], one['high'], one['figure'])}|")
-    lines += [f"{'':<14}  {'-1':<20}{'0':^20}{'1':>20}", "```", ""]
-    rest = [f"{name} ({CLAIMS[name].__doc__})" for name in CLAIMS if name not in found]
-    if rest:
-        lines += ["Written and not run yet: " + "; ".join(rest), ""]
-    lines += ["Not written yet: " + "; ".join(f"{name} ({says})" for name, says in NOT_WRITTEN.items()) + ".", ""]
-    runs = sorted({f"{one['date']}, {one['base']}, {one['rows']} rows, {one['items']} items" for one in found.values()})
-    lines += ["Run: " + "; ".join(runs) + "."] if runs else []
-    return "\n".join(lines) + "\n"
-
-
-def _bar(low: float, high: float, figure: float, width: int = 61) -> str:
-    def place(value: float) -> int:
-        return round((min(max(value, -1.0), 1.0) + 1.0) / 2.0 * (width - 1))
-
-    cells = [" "] * width
-    if not np.isfinite([low, high, figure]).all():
-        return "".join(cells)
-    cells[width // 2] = ":"
-    for i in range(place(low), place(high) + 1):
-        cells[i] = "-"
-    cells[place(figure)] = "o"
-    return "".join(cells)
+def read_results(folder: Path) -> dict[str, Any]:
+    """What has run."""
+    place = folder / "claims.json"
+    return dict(json.loads(place.read_text())) if place.is_file() else {}
 
 
 def main() -> None:
@@ -372,30 +506,38 @@ def main() -> None:
     parser.add_argument("--base", default="smollm2-135m")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--rows", type=int, default=160, help="training rows of each task")
-    parser.add_argument("--items", type=int, default=100, help="items of each choice probe")
+    parser.add_argument("--asked", type=int, default=64, help="questions that the model answers itself")
+    parser.add_argument("--items", type=int, default=120, help="items of each choice probe")
     parser.add_argument("--texts", type=int, default=40, help="texts of C4")
-    parser.add_argument("--max-tokens", type=int, default=256)
+    parser.add_argument("--characters", type=int, default=800, help="at which texts are cut")
+    parser.add_argument("--smoke", action="store_true", help="a random model and few rows; the verdicts mean nothing")
     parser.add_argument("--page", type=Path, help="write the page of what has run, and run nothing")
     parser.add_argument("--list", action="store_true", help="say what there is, and run nothing")
     given = parser.parse_args()
     unknown = sorted(set(given.claims) - set(CLAIMS))
     if unknown:
         parser.error(f"no claim {unknown[0]!r}; there are: {', '.join(CLAIMS)}")
-    place = given.folder / "claims.json"
-    found = json.loads(place.read_text()) if place.is_file() else {}
     if given.list:
+        found = read_results(given.folder)
         for name, one in CLAIMS.items():
             print(f"{name:<14} {found[name]['verdict'] if name in found else 'not run':<10} {one.__doc__}")
         return
     if given.page:
-        given.page.write_text(page_of(found))
+        from benchmarks.claims_page import write_page
+
+        write_page(read_results(given.folder), {name: str(one.__doc__) for name, one in CLAIMS.items()}, given.page)
         return
     if given.data is None:
         parser.error("--data is needed to run claims")
-    bench = Bench(
-        given.data, given.folder, given.base, given.dtype, given.rows, given.items, given.texts, given.max_tokens
-    )
-    measure(bench, given.claims or list(CLAIMS))
+    names = given.claims or list(CLAIMS)
+    if given.smoke:
+        bench = Bench(given.data, given.folder, "tiny-random", "float32", 16, 8, 20, 8, 300)
+        names = [one for one in names if one not in NEEDS_ABILITY]
+        print(f"smoke: a random model; left out: {', '.join(NEEDS_ABILITY)}", flush=True)
+    else:
+        sizes = (given.rows, given.asked, given.items, given.texts, given.characters)
+        bench = Bench(given.data, given.folder, given.base, given.dtype, *sizes)
+    measure(bench, names)
 
 
 if __name__ == "__main__":

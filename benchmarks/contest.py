@@ -28,11 +28,21 @@ ENVIRONMENT = {
 
 class Turns:
     """A contestant's side: `begin` when it is ready, then `wait`, a step, `tell`, again and again; `wait` is False at
-    the end."""
+    the end. On a GPU its work is waited for, and its memory is what counts."""
+
+    def __init__(self, device: str = "cpu") -> None:
+        self._is_gpu = device == "cuda"
 
     def begin(self) -> None:
-        Path("/proc/self/clear_refs").write_text("5")  # the highest memory so far is forgotten
-        self._memory = memory_mib("VmRSS")
+        if self._is_gpu:
+            import torch
+
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            self._memory = torch.cuda.memory_allocated() / 2**20
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # the highest memory so far is forgotten
+            self._memory = memory_mib("VmRSS")
         self._say({"ready": True})
 
     def wait(self) -> bool:
@@ -41,8 +51,15 @@ class Turns:
         return line == "go"
 
     def tell(self, **facts: Any) -> None:
+        if self._is_gpu:
+            import torch
+
+            torch.cuda.synchronize()
+            highest = torch.cuda.max_memory_allocated() / 2**20
+        else:
+            highest = memory_mib("VmHWM")
         wall, cpu = time.monotonic() - self._wall, _cpu_seconds() - self._cpu
-        peak = memory_mib("VmHWM") - self._memory
+        peak = highest - self._memory
         self._say({"cpu": cpu, "wall": wall, "peak_mib": peak, "ready_mib": self._memory, **facts})
 
     @staticmethod

@@ -30,6 +30,7 @@ from benchmarks.contest import Contestant, Turns, interleave, machine, spread
 RANK = 16
 TRL_WAYS: dict[str, dict[str, Any]] = {
     "trl": {"train_sampling_strategy": "group_by_length"},
+    "trl-liger": {"train_sampling_strategy": "group_by_length", "use_liger_kernel": True},
     "trl-random": {},
     "trl-packing": {"packing": True, "max_length": 640},
     "trl-checkpointing": {"train_sampling_strategy": "group_by_length", "gradient_checkpointing": True},
@@ -52,7 +53,7 @@ def plain(options: argparse.Namespace) -> None:
 
 
 def trl(options: argparse.Namespace) -> None:
-    for one in _contest(options.only or list(TRL_WAYS), options):
+    for one in _contest(options.only or [name for name in TRL_WAYS if not name.endswith("liger")], options):
         print(one, flush=True)
 
 
@@ -68,20 +69,20 @@ def _contest(names: Sequence[str], options: argparse.Namespace) -> Iterator[str]
     contestants = []
     for name in names:
         command = [sys.executable, "-m", "benchmarks.step", "contestant", "--name", name, "--tune", options.tune]
-        for key in ("rows", "model", "batch", "micro", "steps", "rounds", "threads"):
+        for key in ("rows", "model", "batch", "micro", "steps", "rounds", "threads", "device"):
             command += [f"--{key}", str(getattr(options, key))]
         contestants.append(Contestant.start(name, command, threads=options.threads, log=folder / f"{name}.log"))
     for done in range(options.rounds):
         interleave(contestants, steps=options.steps)
         yield f"round {done + 1} of {options.rounds}"
-        yield from table(contestants, steps=options.steps)
+        yield from table(contestants, steps=options.steps, unit=unit_of(options.device))
     for one in contestants:
         one.stop()
     if options.out:
-        first = contestants[0]
+        first, unit = contestants[0], unit_of(options.device)
         results = {
-            f"{one.name} / {first.name}, CPU time of a token": one.total("cpu") / one.total("tokens")
-            * first.total("tokens") / first.total("cpu")
+            f"{one.name} / {first.name}, {unit} time of a token": one.total(unit.lower()) / one.total("tokens")
+            * first.total("tokens") / first.total(unit.lower())
             for one in contestants[1:]
         }  # fmt: skip
         results |= {
@@ -94,20 +95,26 @@ def _contest(names: Sequence[str], options: argparse.Namespace) -> Iterator[str]
         Path(options.out).write_text(json.dumps(results))
 
 
-def table(contestants: Sequence[Contestant], *, steps: int) -> Iterator[str]:
+def unit_of(device: str) -> str:
+    """The time that tells: of the processor, or, where a GPU works, of the clock."""
+    return "wall" if device == "cuda" else "CPU"
+
+
+def table(contestants: Sequence[Contestant], *, steps: int, unit: str) -> Iterator[str]:
     """Per round of `steps` steps: tokens per second, and time per token against the first contestant."""
     first = contestants[0]
     rounds = range(len(first.told) // steps)
 
-    def per_token(one: Contestant, unit: str, which: int) -> float:
+    def per_token(one: Contestant, kind: str, which: int) -> float:
         told = one.told[which * steps : (which + 1) * steps]
-        return sum(each[unit] for each in told) / sum(each["tokens"] for each in told)
+        return sum(each[kind] for each in told) / sum(each["tokens"] for each in told)
 
-    yield f"| | tokens per CPU s | per wall s | CPU time of {first.name}, times | highest resident MiB |"
+    memory = "resident" if unit == "CPU" else "allocated"
+    yield f"| | tokens per CPU s | per wall s | {unit} time of {first.name}, times | highest {memory} MiB |"
     yield "|---|---|---|---|---|"
     for one in contestants:
-        cpu, wall = ([1 / per_token(one, unit, r) for r in rounds] for unit in ("cpu", "wall"))
-        ratios = [per_token(one, "cpu", r) / per_token(first, "cpu", r) for r in rounds]
+        cpu, wall = ([1 / per_token(one, kind, r) for r in rounds] for kind in ("cpu", "wall"))
+        ratios = [per_token(one, unit.lower(), r) / per_token(first, unit.lower(), r) for r in rounds]
         peak = max(each["ready_mib"] + each["peak_mib"] for each in one.told)
         yield f"| {one.name} | {spread(cpu, 0)} | {spread(wall, 0)} | {spread(ratios)} | {peak:.0f} |"
 
@@ -125,7 +132,7 @@ def contestant(options: argparse.Namespace) -> None:
 
 
 def _evertune(options: argparse.Namespace) -> None:
-    turns = Turns()
+    turns = Turns(options.device)
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(
             options, Path(folder), anchor=ANCHORS.get(options.name), has_replay=options.name in ANCHORS
@@ -166,11 +173,12 @@ def make_trainer(options: argparse.Namespace, folder: Path, *, anchor: Any, has_
         batch_rows=options.batch, micro_batch_rows=options.micro, max_tokens=1024, too_long="error",
         weight_decay=0.0, clip=1.0, gradient_checkpointing=False, ema_decay=None, save_steps=10**6,
         anchor=AnchorSpec(kl=0.1, direction="forward", reference=base, **anchor) if anchor else None,
-        plugins=[], seed=1, dtype="bfloat16", device="cpu", threads=options.threads, track=[],
+        plugins=[], seed=1, dtype="bfloat16", device=options.device, threads=options.threads, track=[],
+        kernels="liger" if options.name == "evertune-liger" else "torch",
     )  # fmt: skip
     workspace = Workspace.open(folder / "workspace", create=True)
-    accelerator = make_accelerator(device="cpu", track=[], logging_dir=folder)
-    opened, trained = open_trained(spec, accelerator)
+    accelerator = make_accelerator(device=options.device, track=[], logging_dir=folder)
+    opened, trained = open_trained(spec, str(accelerator.device))
     lesson = _Supervised(spec)
     material = lesson.load(opened.codec, world_size=1)
     began = time.process_time()
@@ -188,7 +196,7 @@ def _trl(options: argparse.Namespace) -> None:
     from trl import SFTConfig, SFTTrainer
 
     folder = model_folder(options.model)
-    turns = Turns()
+    turns = Turns(options.device)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     chats = _chats(options)
@@ -201,8 +209,8 @@ def _trl(options: argparse.Namespace) -> None:
         ways |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": max(1, options.batch * 110 // 640)}
     config = SFTConfig(
         output_dir=tempfile.mkdtemp(), max_steps=(options.steps + 1) * options.rounds + 1, learning_rate=1e-5,
-        lr_scheduler_type="constant", use_cpu=True, report_to=[], save_strategy="no", logging_strategy="no",
-        disable_tqdm=True, seed=1, dataloader_num_workers=0, **ways,
+        lr_scheduler_type="constant", use_cpu=options.device == "cpu", report_to=[], save_strategy="no",
+        logging_strategy="no", disable_tqdm=True, seed=1, dataloader_num_workers=0, **ways,
     )  # fmt: skip
     lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
 
@@ -240,7 +248,7 @@ def _loop(options: argparse.Namespace) -> None:
     from peft import LoraConfig, get_peft_model
 
     folder = model_folder(options.model)
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(options.device)
     if options.tune == "lora":
         model = get_peft_model(
             model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear"), autocast_adapter_dtype=False
@@ -251,7 +259,7 @@ def _loop(options: argparse.Namespace) -> None:
     rows = sorted(_labelled(options), key=lambda row: -len(row[0]))
     batches = [rows[i : i + options.batch] for i in range(0, len(rows), options.batch)]
     order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(1)).tolist()
-    turns, step = Turns(), 0
+    turns, step = Turns(options.device), 0
 
     def perform() -> int:
         batch = batches[order[step % len(order)]]
@@ -262,6 +270,7 @@ def _loop(options: argparse.Namespace) -> None:
                 torch.nn.utils.rnn.pad_sequence([one[i] for one in part], batch_first=True, padding_value=fill)
                 for i, fill in ((0, 0), (1, -100))
             )
+            ids, labels = ids.to(options.device), labels.to(options.device)
             model(input_ids=ids, labels=labels, num_items_in_batch=counted, use_cache=False).loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         adam.step()
@@ -366,6 +375,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6, help="steps of a round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--only", nargs="*", help="these contestants, the first one is compared with")
     parser.add_argument("--out", help="a JSON file for the ratios")
     parser.add_argument("--name", help=argparse.SUPPRESS)

@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -112,6 +113,9 @@ class Workers:
         command = [*shlex.split(self._launch or ""), "-m", "evertune.worker", str(place)]
         if command[0] == "-m":
             command = [sys.executable, *command]
+        # What is installed beside this Python comes first: it need not be activated.
+        places = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+        command[0] = shutil.which(command[0], path=places) or command[0]
         try:
             child = subprocess.Popen(command)
         except OSError as error:

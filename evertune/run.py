@@ -140,7 +140,9 @@ def run_recipe(loaded: LoadedRecipe, *, display: Display | None = None, start_me
             plan=plan,
             workspace=workspace,
             ledger=Ledger.open(workspace.root / "ledger.sqlite", create=True),
-            workers=Workers(start_method=start_method, launch=plan.recipe.launch),
+            workers=Workers(
+                start_method=start_method, launch=plan.recipe.launch.command if plan.recipe.launch else None
+            ),
             display=display or Display(quiet=True),
         )
         _recover(session)

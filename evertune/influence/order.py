@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 # Raised by hand when the meaning of a push changes.
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,8 @@ from evertune.merge.interpolate import scan
 from evertune.model.checkpoint import Checkpoint
 from evertune.model.forward import Forward, Tokens, score_rows
 from evertune.model.open import OpenModel, open_model
+from evertune.model.packing import read_tree
+from evertune.model.tree import grow
 from evertune.probe.loss import LossItem, loss_items
 from evertune.probe.scores import ItemScores
 from evertune.probe.suite import Probe
@@ -136,6 +138,8 @@ def pushes(opened: OpenModel, asked: Sequence[LossItem], rows: Sequence[Sampled]
     loss, gradients = probe_gradient(opened, asked, weights)
     norm = _norm(gradients.values())
     if norm == 0.0:
+        if loss > 1e-6:
+            raise AssertionError(f"a loss of {loss} nats has no gradient by the layers' weights")
         return loss, np.zeros(len(rows))
     length = STEP * _norm(weights.values())
     texts = [one for row in rows for one in row.texts]
@@ -191,6 +195,30 @@ def mean_hidden(opened: OpenModel, rows: Sequence[Sampled]) -> NDArray[np.float6
 def _items_loss(forward: Forward, items: Sequence[LossItem]) -> Tensor:
     """Sum of the items' losses."""
     texts = [one for item in items for one in item.texts]
+    likelihoods = _tree_likelihoods(forward, texts) if forward.can_pack else _padded_likelihoods(forward, texts)
+    losses, place = [], 0
+    for item in items:
+        scaled = torch.stack([likelihoods[place + k] * scale for k, scale in enumerate(item.scales)])
+        place += len(item.texts)
+        losses.append(-(scaled.log_softmax(dim=0)[item.right] if len(scaled) > 1 else scaled[0]))
+    return torch.stack(losses).sum()
+
+
+def _tree_likelihoods(forward: Forward, texts: Sequence[Tokens]) -> list[Tensor]:
+    """Log-likelihood of each text's counted tokens, with gradient; what the texts share is read once."""
+    found: dict[int, Tensor] = {}
+    for tree in grow([one.ids[:-1] for one in texts], budget=BATCH_TOKENS):
+        outputs = read_tree(forward.decoder, tree, device=forward.device)
+        for i, places in tree.places.items():
+            counted = [t for t in range(1, len(texts[i].ids)) if texts[i].counted[t]]
+            hidden_NH = outputs.last_hidden_state[0, [places[t - 1] for t in counted]]
+            logp_NV = forward.logits(outputs, hidden_NH).log_softmax(dim=-1)
+            words_N = torch.tensor([texts[i].ids[t] for t in counted], device=forward.device)
+            found[i] = logp_NV.gather(1, words_N.unsqueeze(1)).sum()
+    return [found[i] for i in range(len(texts))]
+
+
+def _padded_likelihoods(forward: Forward, texts: Sequence[Tokens]) -> list[Tensor]:
     ids_BT, _ = forward.pad([one.ids for one in texts])
     counted_BT = torch.zeros_like(ids_BT, dtype=torch.bool)
     for b, one in enumerate(texts):
@@ -201,13 +229,7 @@ def _items_loss(forward: Forward, items: Sequence[LossItem]) -> Tensor:
     asked_BT[:, :-1] = counted_BT[:, 1:]
     logp_NV = forward.logits(outputs, outputs.last_hidden_state[asked_BT]).log_softmax(dim=-1)
     taken_N = logp_NV.gather(1, ids_BT[:, 1:][asked_BT[:, :-1]].unsqueeze(1)).squeeze(1)
-    likelihoods = [part.sum() for part in taken_N.split(counted_BT.sum(dim=1).tolist())]
-    losses, place = [], 0
-    for item in items:
-        scaled = torch.stack([likelihoods[place + k] * scale for k, scale in enumerate(item.scales)])
-        place += len(item.texts)
-        losses.append(-(scaled.log_softmax(dim=0)[item.right] if len(scaled) > 1 else scaled[0]))
-    return torch.stack(losses).sum()
+    return [part.sum() for part in taken_N.split(counted_BT.sum(dim=1).tolist())]
 
 
 def _batches(items: Sequence[LossItem]) -> list[list[LossItem]]:

@@ -60,7 +60,6 @@ class Codec:
         folder: Path,
         *,
         tokenizer: Tokenizer,
-        tokenizer_digest: str,
         template: str | None,
         special_tokens: Mapping[str, str],
         stop_ids: frozenset[int],
@@ -72,14 +71,20 @@ class Codec:
         self.stop_ids = stop_ids
         self.pad_id = pad_id
         self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-        self.parts: dict[str, Any] = {
-            "tokenizer": tokenizer_digest,
-            "template": template,
-            "special_tokens": dict(special_tokens),
-            "stop_ids": sorted(stop_ids),
-        }
-        self.digest = digest_json(self.parts)
         self._special_tokens = special_tokens
+
+    @cached_property
+    def parts(self) -> dict[str, Any]:
+        return {
+            "tokenizer": _tokenizer_digest(self.folder / "tokenizer.json"),
+            "template": self.template,
+            "special_tokens": dict(self._special_tokens),
+            "stop_ids": sorted(self.stop_ids),
+        }
+
+    @cached_property
+    def digest(self) -> str:
+        return digest_json(self.parts)
 
     @cached_property
     def _compiled(self) -> Template:
@@ -198,7 +203,6 @@ def load_codec(folder: Path) -> Codec:
     codec = Codec(
         folder,
         tokenizer=tokenizer,
-        tokenizer_digest=_tokenizer_digest(folder / "tokenizer.json"),
         template=_template_text(folder, config),
         special_tokens=special_tokens,
         stop_ids=stop_ids,

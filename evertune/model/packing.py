@@ -11,7 +11,7 @@ the name `NAME` in transformers' registry; asked without rows, that is transform
 
 # B rows, T tokens of all rows, t of one row, Q queries of a block, H heads, K key heads, G = H / K, D head width
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -62,7 +62,7 @@ def enable_packing(model: Any) -> bool:
     return is_exact
 
 
-def packed_hidden(decoder: nn.Module, rows: Sequence[Tensor]) -> Tensor:
+def packed_hidden(decoder: Callable[..., Any], rows: Sequence[Tensor]) -> Tensor:
     """Last hidden states (T, H) of all tokens of the rows, one row after the other.
 
     Args:
@@ -76,9 +76,8 @@ def packed_hidden(decoder: nn.Module, rows: Sequence[Tensor]) -> Tensor:
     return hidden_TH
 
 
-@torch.no_grad()
 def read_tree(decoder: nn.Module, tree: Tree, *, device: torch.device) -> Any:
-    """Outputs of the decoder for all tokens of a tree, in their order, without gradient.
+    """Outputs of the decoder for all tokens of a tree, in their order.
 
     Args:
         decoder: of a model that `enable_packing` has accepted.
@@ -87,7 +86,7 @@ def read_tree(decoder: nn.Module, tree: Tree, *, device: torch.device) -> Any:
     return _read(decoder, ids_1T, positions_1T, {TREE: tree.runs()})
 
 
-def _read(decoder: nn.Module, ids_1T: Tensor, positions_1T: Tensor, kind: dict[str, Any]) -> Any:
+def _read(decoder: Callable[..., Any], ids_1T: Tensor, positions_1T: Tensor, kind: dict[str, Any]) -> Any:
     # A mask that is ready is taken as it is, so that none of (T, T) is made; attention here reads the rows instead.
     no_mask = torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=ids_1T.device)
     return decoder(input_ids=ids_1T, position_ids=positions_1T, attention_mask=no_mask, use_cache=False, **kind)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from evertune.recipe.schema import Recipe, Rung, Tune, Verifier
+from evertune.recipe.schema import Launch, Recipe, Rung, Tune, Verifier
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 BARE_NAMES = {model.__name__: list(model.bare_names) for model in (Verifier, Tune, Rung)}
@@ -13,6 +13,8 @@ def recipe_json_schema() -> dict[str, Any]:
     schema = Recipe.model_json_schema(by_alias=True)
     for name, words in BARE_NAMES.items():
         schema["$defs"][name] = {"anyOf": [{"enum": words}, schema["$defs"][name]]}
+    command = schema["$defs"][Launch.__name__]
+    schema["$defs"][Launch.__name__] = {"anyOf": [command["properties"]["command"], command]}
     return {"$schema": DIALECT, **_closed(schema), "title": "Evertune recipe"}
 
 

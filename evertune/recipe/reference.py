@@ -100,10 +100,10 @@ def _without_bare_names(model: dict[str, Any]) -> dict[str, Any]:
     """A model that may stand as a bare name: the mapping, with the names in its description."""
     for one in model.get("anyOf", []):
         if "properties" in one:
-            words = ", ".join(
-                f"`{word}`" for word in next(other["enum"] for other in model["anyOf"] if "enum" in other)
-            )
-            return {**one, "description": f"{one['description']} Bare names: {words}."}
+            words: list[str] = next((other["enum"] for other in model["anyOf"] if "enum" in other), [])
+            names = ", ".join(f"`{word}`" for word in words)
+            told = f" Bare names: {names}." if words else ""
+            return {**one, "description": f"{one['description']}{told}"}
     return model
 
 

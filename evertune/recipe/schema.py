@@ -1437,9 +1437,27 @@ class Numerics(Config):
     """`auto` is a GPU where there is one."""
     threads: int | None = Field(None, gt=0)
     """CPU threads; all available cores when not given."""
+    kernels: Literal["torch", "liger"] = "torch"
+    """Of a trained stage's cross-entropy where no anchor is added to it. `liger`: fused Triton kernels on a GPU, from
+    the extra `gpu`."""
     versions: Literal["recorded", "strict"] = "recorded"
     """What results of other package versions are worth. `recorded`: they stand, and the ledger names the versions.
     `strict`: versions are part of every key, and what other ones made is made anew."""
+
+
+class Launch(Config):
+    """How trained stages start on several processes."""
+
+    command: Annotated[str, Field(min_length=1)]
+    """Put before `-m evertune.worker JOB`, such as `torchrun --nproc-per-node 2`."""
+    fsdp: bool = False
+    """Shard weights, gradients and optimizer state over the processes (torch's FSDP2), where a model does not fit one
+    device. Else each process holds the whole model. Not with plug-ins."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare(cls, value: Any) -> Any:
+        return {"command": value} if isinstance(value, str) else value
 
 
 Tracker = Literal["trackio", "tensorboard", "mlflow", "wandb"]
@@ -1486,8 +1504,9 @@ class Recipe(Config):
     """Updates, in order; each starts where the promoted ones before it lead."""
     numerics: Numerics = Numerics()
     """Precision, device and threads."""
-    launch: str | None = None
-    """Command that starts a training process, such as `torchrun --nproc-per-node 2`."""
+    launch: Launch | None = None
+    """How trained stages start on several processes: a command such as `torchrun --nproc-per-node 2`, alone or with
+    options."""
     track: list[Tracker] = []
     """Trackers that get the metrics beside the JSONL file, through their own libraries."""
 
@@ -1516,6 +1535,14 @@ def _check_references(recipe: Recipe) -> None:
         *_adapt_problems(recipe),
         *_teacher_problems(recipe),
     ]
+    if recipe.launch is not None and recipe.launch.fsdp:
+        problems += [
+            f"{one.place}.{kind}.{name}: found a plug-in with 'launch.fsdp'; expected none: plug-ins see whole weights "
+            "and gradients"
+            for one in placed_stages(recipe)
+            if isinstance(one.stage.settings, Training)
+            for kind, name, _ in one.stage.settings.plugins
+        ]
     if recipe.academic == "refuse":
         problems += [
             f"{place}: found an academic method, {method}, which is not production-validated; expected "

@@ -63,6 +63,8 @@ def training_fields(place: Place, settings: ResolvedTraining) -> dict[str, Any]:
         "threads": plan.numerics["threads"],
         "track": list(plan.recipe.track),
         "folder": str(plan.loaded.folder),
+        "kernels": plan.recipe.numerics.kernels,
+        "fsdp": plan.recipe.launch is not None and plan.recipe.launch.fsdp,
     }
 
 
@@ -82,7 +84,7 @@ def _plain(value: Any) -> Any:
 def training_key(version: int, spec: TrainingSpec) -> str:
     """Digest of what the result depends on; where files lie, names and bookkeeping are left out."""
     facts = spec.to_json()
-    for name in ("key", "label", "threads", "track", "save_steps", "keep_steps", "folder"):
+    for name in ("key", "label", "threads", "track", "save_steps", "keep_steps", "folder", "fsdp"):
         del facts[name]
     facts |= {name: one.digest for name, one in vars(spec).items() if isinstance(one, Checkpoint)}
     if facts.get("server"):  # where it is, and how it is asked, makes no other answers
@@ -91,6 +93,8 @@ def training_key(version: int, spec: TrainingSpec) -> str:
     for name in ("mix", "adapt", "guard_stop", "replay_ratio", "protect", "server"):
         if not facts.get(name, True):
             del facts[name]
+    if facts["kernels"] == "torch":
+        del facts["kernels"]
     for name in ("adapt", "guard_stop"):
         if name in facts:
             del facts[name]["probes"]

@@ -8,15 +8,19 @@ counted position: what comes after it would be computed for nothing.
 
 # B rows, T tokens of the longest row, t of one row, N counted positions, H hidden
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from evertune.data.encode import EncodedRow
 from evertune.model.packing import packed_hidden
+
+Decoder = Callable[..., Any]
+"""A model's decoder: keyword inputs as transformers names them -> outputs with `last_hidden_state`."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ def collate(rows: Sequence[EncodedRow], *, pad_id: int, device: torch.device) ->
     return MicroBatch(tuple(rows), ids_BT.to(device), predicts_BT.to(device))
 
 
-def counted_hidden(decoder: nn.Module, batch: MicroBatch, *, is_packed: bool) -> Tensor:
+def counted_hidden(decoder: Decoder, batch: MicroBatch, *, is_packed: bool) -> Tensor:
     """Last hidden states (N, H) at the counted positions, row by row.
 
     Args:

@@ -108,7 +108,7 @@ class Distillation:
         penalised = penalty_terms(penalties, rows, counts, device=policy.device)
         # Cross-entropy weighs differently where a teacher teaches, so it comes as terms too.
         found = head_loss(hidden_NH, batch.targets_N, head=policy.head, ce_weight=0.0, terms=[*terms, *penalised])
-        found.loss.backward()  # type: ignore[no-untyped-call]
+        policy.backward(found.loss)
         zero = found.ce_sum.new_zeros(())
         distilled = sum((found.term_sums[one.name] for one in terms if one.name.startswith("distill ")), zero)
         untaught, taught = (found.term_sums.get(name, zero) for name in ("ce untaught", "ce taught"))

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from evertune.errors import CheckpointError
+from evertune.train.kernels import liger_cross_entropy_sum
 from evertune.train.losses import cross_entropy_sum
 from evertune.train.penalty import ClosedForm, PositionValues
 
@@ -39,10 +40,14 @@ _LOGIT_TRANSFORMS: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class Head:
-    """The linear map from hidden states to logits: weight (V, H), bias (V,) or None."""
+    """The linear map from hidden states to logits: weight (V, H), bias (V,) or None.
+
+    has_liger: cross-entropy without further terms goes through Liger's kernels.
+    """
 
     weight_VH: Tensor
     bias_V: Tensor | None
+    has_liger: bool = False
 
     def log_probabilities(self, hidden_NH: Tensor) -> Tensor:
         """(N, V) float32, in one piece: the caller chunks."""
@@ -51,6 +56,23 @@ class Head:
     def chunk_positions(self) -> int:
         """How many positions fit a chunk of logits."""
         return max(1, CHUNK_ELEMENTS // self.weight_VH.shape[0])
+
+
+class ModuleHead(Head):
+    """The head of a model whose weights are other tensors at other times, as those of a sharded one are: asked each
+    time."""
+
+    def __init__(self, linear: torch.nn.Linear, *, has_liger: bool = False) -> None:
+        object.__setattr__(self, "_linear", linear)
+        object.__setattr__(self, "has_liger", has_liger)
+
+    @property
+    def weight_VH(self) -> Tensor:  # type: ignore[override]
+        return self._linear.weight  # type: ignore[attr-defined, no-any-return]
+
+    @property
+    def bias_V(self) -> Tensor | None:  # type: ignore[override]
+        return self._linear.bias  # type: ignore[attr-defined, no-any-return]
 
 
 @dataclass(frozen=True)
@@ -163,6 +185,9 @@ def head_loss(
         targets_N: those next tokens.
         chunk_positions: positions per chunk; by memory when not given.
     """
+    if head.has_liger and not terms:
+        ce_sum = liger_cross_entropy_sum(hidden_NH, targets_N, head.weight_VH, head.bias_V)
+        return HeadLoss(loss=ce_weight * ce_sum, ce_sum=ce_sum.detach(), term_sums={})
     step = chunk_positions or head.chunk_positions()
 
     is_closed = all(isinstance(one.values, ClosedForm) for one in terms)

@@ -12,6 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, Protocol
@@ -24,7 +25,7 @@ from evertune.data.encode import Item
 from evertune.errors import TrainingError
 from evertune.train.batch import counted_positions
 from evertune.train.objective import CrossEntropy, Objective, Policy, StepCounts
-from evertune.train.optimizer import Masters, Schedule, rate_factor
+from evertune.train.optimizer import Masters, Schedule, joint_norm, over_shards, own, rate_factor
 from evertune.train.penalty import GradientRule, Penalty
 from evertune.train.resume import ResumePoints
 from evertune.train.sink import Metrics, Sink
@@ -100,6 +101,7 @@ class Trainer:
         losses: of the step under way, for rules.
         replay_ratio: where given, the replayed rows' part of each step, their penalties included, is weighed so that
             its gradient has this share of the norm of the new rows' gradient. Else the objective's weights stand.
+        whole: what the feed runs the model in, where it does.
     """
 
     policy: Policy
@@ -111,6 +113,7 @@ class Trainer:
     objective: Objective = CrossEntropy()  # noqa: RUF009 - it holds nothing
     rules: Sequence[GradientRule] = ()
     replay_ratio: float | None = None
+    whole: Callable[[], AbstractContextManager[None]] = nullcontext
     losses: Metrics = field(default_factory=dict)
 
     def add_rule(self, rule: GradientRule) -> None:
@@ -124,7 +127,8 @@ class Trainer:
         Raises:
             TrainingError: loss or gradient is NaN or Inf; the weights are then as they were before the step.
         """
-        prepared = self.feed.prepare(step)
+        with self.whole():
+            prepared = self.feed.prepare(step)
         counts = self.count(step)
         self.policy.model.train()
         sums, told = self._accumulate(step, counts)
@@ -165,17 +169,17 @@ class Trainer:
         if self.replay_ratio is None:
             return self._sweep(step, counts), {}
         sums = self._sweep(step, counts, is_replay=False)
-        own = self.masters.gradients()
+        new = self.masters.gradients()
         self.masters.zero_gradients()
         sums += self._sweep(step, counts, is_replay=True)
         replayed = self.masters.gradients()
-        norms = [float(torch.nn.utils.get_total_norm(list(one.values()))) for one in (own, replayed)]
+        norms = [float(joint_norm(one)) for one in (new, replayed)]
         # A step without new rows has nothing to be measured against, and a norm of 0 nothing to weigh.
         has_both = counts.replayed < counts.rows and norms[1] > 0.0
         weight = self.replay_ratio * norms[0] / norms[1] if has_both else 1.0
         for name, one in replayed.items():
-            own[name] = own[name].add_(one, alpha=weight) if name in own else one.mul_(weight)
-        self.masters.set_gradients(own)
+            new[name] = new[name].add_(one, alpha=weight) if name in new else one.mul_(weight)
+        self.masters.set_gradients(new)
         return sums, {"replay_weight": weight} if counts.replayed else {}
 
     def _sweep(self, step: int, counts: StepCounts, *, is_replay: bool | None = None) -> Tensor:
@@ -190,7 +194,9 @@ class Trainer:
             if items:
                 with dropout_seed(self.policy.device, self.pace.seed, step, micro_step, rank):
                     sums += self.backward(items, counts)
-        if self.accelerator.num_processes > 1:
+        if self.policy.sharded is not None:
+            self.policy.sharded.finish()
+        elif self.accelerator.num_processes > 1:
             for weight in self.masters.weights.values():
                 local = torch.zeros_like(weight) if weight.grad is None else weight.grad
                 weight.grad = self.accelerator.reduce(local, "sum")
@@ -284,8 +290,8 @@ def train(
             is_stopping = may_save and _any_process(trainer.accelerator, bool(requests))
             if may_save and (done // save_steps > (done - every) // save_steps or is_stopping):
                 trainer.masters.check_finite(step=done)
-                if trainer.accelerator.is_main_process:
-                    points.save(done, trainer.state(), sink.history)
+                if trainer.policy.sharded is not None or trainer.accelerator.is_main_process:
+                    points.save(done, trainer.state(), sink.history, is_sharded=trainer.policy.sharded is not None)
                 trainer.accelerator.wait_for_everyone()
             if is_stopping:
                 raise KeyboardInterrupt
@@ -300,6 +306,8 @@ def gradient_of(trainer: Trainer, items: Sequence[Item]) -> dict[str, Tensor]:
     trainer.policy.model.eval()
     trainer.masters.zero_gradients()
     trainer.objective.backward(trainer.policy, items, count_items(items, trainer.objective, ()), ())
+    if trainer.policy.sharded is not None:
+        trainer.policy.sharded.finish()
     gradients = {name: one.clone() for name, one in trainer.masters.gradients().items()}
     trainer.masters.zero_gradients()
     return gradients
@@ -320,8 +328,14 @@ def count_items(items: Sequence[Item], objective: Objective, penalties: Sequence
 
 def cosine(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
     """Cosine of two gradients, tensor by tensor in float64 sums; 0 when one of them vanishes."""
-    dot = sum(float((one[name].double() * other[name].double()).sum()) for name in one if name in other)
-    norms = [math.sqrt(sum(float(each.double().square().sum()) for each in all_.values())) for all_ in (one, other)]
+    dots = [(own(one[name]).double() * own(other[name]).double()).sum() for name in one if name in other]
+    parts = dots + [own(each).double().square().sum() for all_ in (one, other) for each in all_.values()]
+    if not parts:
+        return 0.0
+    values = over_shards(parts, [*one.values(), *other.values()])
+    dot = sum(values[: len(dots)])
+    squares = values[len(dots) :]
+    norms = [math.sqrt(sum(each)) for each in (squares[: len(one)], squares[len(one) :])]
     return dot / (norms[0] * norms[1]) if min(norms) > 0.0 else 0.0
 
 
@@ -364,9 +378,9 @@ def make_accelerator(*, device: str, track: Sequence[str], logging_dir: Any) -> 
     for name, asked in UNSUPPORTED.items():
         if os.environ.get(name, "").lower() in ("1", "true", "yes"):
             raise TrainingError(
-                f"launch: {name} asks for {asked}, and a stage trains one whole model in each process.",
-                remedy="Launch without it (torchrun, or 'accelerate launch --multi-gpu'), or train with an external "
-                "stage.",
+                f"launch: {name} asks for {asked}, and each process would get a whole copy instead.",
+                remedy="Launch without it (torchrun, or 'accelerate launch --multi-gpu'). For sharded weights write "
+                "'launch: {command: torchrun --nproc-per-node 2, fsdp: true}'. Or train with an external stage.",
             )
     if device == "cuda" and not torch.cuda.is_available():
         raise TrainingError(

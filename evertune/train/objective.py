@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from evertune.data.encode import EncodedRow, Item
-from evertune.train.batch import MicroBatch, collate, counted_hidden, counted_positions
+from evertune.train.batch import Decoder, MicroBatch, collate, counted_hidden, counted_positions
 from evertune.train.head import Head, PositionTerm, head_loss
 from evertune.train.penalty import Penalty
+from evertune.train.sharding import ShardedDecoder
 
 
 @dataclass(frozen=True)
@@ -25,10 +26,15 @@ class Policy:
     are not packed."""
 
     model: nn.Module
-    decoder: nn.Module
+    decoder: Decoder
     head: Head
     pad_id: int
     is_packed: bool = False
+
+    @property
+    def sharded(self) -> ShardedDecoder | None:
+        """The decoder, where the model lies in shards over the processes."""
+        return self.decoder if isinstance(self.decoder, ShardedDecoder) else None
 
     @property
     def device(self) -> torch.device:
@@ -42,6 +48,13 @@ class Policy:
     def counted_hidden(self, batch: MicroBatch) -> Tensor:
         """Last hidden states (N, H) at the counted positions."""
         return counted_hidden(self.decoder, batch, is_packed=self.is_packed)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the loss's gradient to the model's."""
+        if self.sharded is not None:
+            self.sharded.backward(loss)
+        else:
+            loss.backward()  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)
@@ -94,7 +107,7 @@ class CrossEntropy:
         terms = penalty_terms(penalties, rows, counts, device=policy.device)
         ce_weight = 1.0 / counts.divisors["loss"]
         found = head_loss(hidden_NH, batch.targets_N, head=policy.head, ce_weight=ce_weight, terms=terms)
-        found.loss.backward()  # type: ignore[no-untyped-call]
+        policy.backward(found.loss)
         return torch.stack([found.ce_sum, *penalty_sums(penalties, found.term_sums, like=found.ce_sum)])
 
 
@@ -136,7 +149,7 @@ def backward_beside_replay(
             sums["replay_loss"] = found.ce_sum
         for name, value in found.term_sums.items():
             penalised[name] = penalised[name] + value if name in penalised else value
-    torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
+    policy.backward(torch.stack(losses).sum())
     return torch.stack([*sums.values(), *penalty_sums(penalties, penalised, like=losses[0].detach())])
 
 

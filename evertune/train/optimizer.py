@@ -2,11 +2,13 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from evertune.errors import TrainingError
 
@@ -37,7 +39,8 @@ def rate_factor(step: int, *, steps: int, warmup: int, schedule: Schedule) -> fl
 class Masters:
     """The trained weights in float32, with their gradients, AdamW's moments and, when asked, their average.
 
-    What is in `after_step` is called with the weights after each step, before the model and the average follow them.
+    `shown` is what the model has been given, unrounded: the weights, in the end their average where there is one. What
+    is in `after_step` is called with the weights after each step, before the model and the average follow them.
 
     A float32 parameter is its own master. A narrower one gets a copy; its gradient is added to the copy's in float32
     as soon as a backward pass has formed it, and freed, so micro-batches do not round away in bfloat16.
@@ -60,7 +63,7 @@ class Masters:
         self._trained = dict(trained)
         starts = starts or {}
         self.weights = {name: _master(one, starts.get(name)) for name, one in self._trained.items()}
-        self._shown: Mapping[str, Tensor] = self.weights
+        self.shown: Mapping[str, Tensor] = self.weights
         self.average = {name: one.detach().clone() for name, one in self.weights.items()} if ema_decay else None
         self.after_step: list[Callable[[Mapping[str, Tensor]], None]] = []
         self._ema_decay = ema_decay or 0.0
@@ -91,7 +94,7 @@ class Masters:
             TrainingError: a gradient is NaN or Inf; names the step and the first such tensor.
         """
         gradients = self.gradients()
-        norm = torch.nn.utils.get_total_norm(list(gradients.values()))
+        norm = joint_norm(gradients)
         if not torch.isfinite(norm):
             raise _not_finite(gradients, "gradient of", step)
         if largest_norm is not None:
@@ -126,7 +129,7 @@ class Masters:
     def check_finite(self, *, step: int) -> None:
         """Raise TrainingError naming the first trained tensor, or average, that holds NaN or Inf."""
         for what, tensors in (("weight", self.weights), ("average of", self.average or {})):
-            if not all(bool(torch.isfinite(one).all()) for one in tensors.values()):
+            if _unfinished(tensors):
                 raise _not_finite(tensors, what, step)
 
     @torch.no_grad()
@@ -138,21 +141,8 @@ class Masters:
     def use_average(self) -> None:
         """Give the model the averaged weights, where there is an average. Training does not go on from there."""
         if self.average is not None:
-            self._shown = self.average
+            self.shown = self.average
             self._write(self.average)
-
-    @contextlib.contextmanager
-    def unrounded(self) -> Iterator[None]:
-        """Inside, the model's parameters are the masters themselves, or their average where it was given that; after it
-        what they were."""
-        own = {name: one.data for name, one in self._trained.items()}
-        try:
-            for name, parameter in self._trained.items():
-                parameter.data = self._shown[name].detach()
-            yield
-        finally:
-            for name, parameter in self._trained.items():
-                parameter.data = own[name]
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Everything a resumed run needs, as groups of tensors: `weights`, `moments` and, when kept, `average`."""
@@ -184,6 +174,32 @@ class Masters:
                 parameter.copy_(weights[name])
 
 
+def joint_norm(gradients: Mapping[str, Tensor]) -> Tensor:
+    """L2 norm of all of them together, over all processes where they lie in shards."""
+    return full(torch.nn.utils.get_total_norm(list(gradients.values())))
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that may lie in shards; all processes call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def own(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor that may lie in shards."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def over_shards(values: Sequence[Tensor], like: Iterable[Tensor]) -> list[float]:
+    """Numbers that each process has computed from its own parts, summed over those that hold the shards of `like`;
+    as they are where nothing lies in shards. In one exchange: all processes call it."""
+    told = torch.stack(list(values))
+    mesh = next((one.device_mesh for one in like if isinstance(one, DTensor)), None)
+    if mesh is not None:
+        dist.all_reduce(told, group=mesh.get_group())
+    found: list[float] = told.tolist()
+    return found
+
+
 def _master(parameter: nn.Parameter, start: Tensor | None) -> Tensor:
     if parameter.dtype == torch.float32:
         return parameter
@@ -199,8 +215,16 @@ def _master(parameter: nn.Parameter, start: Tensor | None) -> Tensor:
     return master
 
 
+def _unfinished(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of those that hold NaN or Inf, in any process."""
+    if not tensors:
+        return []
+    bad = [(~torch.isfinite(own(one))).any().float() for one in tensors.values()]
+    return [name for name, one in zip(tensors, over_shards(bad, tensors.values()), strict=True) if one]
+
+
 def _not_finite(tensors: Mapping[str, Tensor], what: str, step: int) -> TrainingError:
-    name = next((name for name, one in tensors.items() if not torch.isfinite(one).all()), "their joint norm")
+    name = next(iter(_unfinished(tensors)), "their joint norm")
     return TrainingError(
         f"step {step}: {what} {name} is not finite (NaN or Inf).",
         remedy="Lower lr or raise warmup; the start checkpoint and all resume points before are intact.",

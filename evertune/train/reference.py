@@ -23,11 +23,12 @@ from evertune.model.adapter import without_new
 from evertune.model.checkpoint import Checkpoint
 from evertune.model.open import OpenModel, open_model
 from evertune.model.packing import enable_packing
-from evertune.train.batch import collate, counted_hidden
+from evertune.train.batch import Decoder, collate, counted_hidden
 from evertune.train.cache import ReferenceCache
 from evertune.train.head import Head, split_model, target_log_probabilities
 from evertune.train.losses import bucket, forward_kl, reverse_kl, top_words
 from evertune.train.penalty import PositionValues, Slope
+from evertune.train.sharding import ShardedDecoder
 
 Direction = Literal["forward", "reverse"]
 TOP_WORDS = 64
@@ -54,7 +55,7 @@ class LiveReference:
     def __init__(
         self,
         model: nn.Module,
-        decoder: nn.Module,
+        decoder: Decoder,
         head: Head,
         *,
         frozen: Callable[[], AbstractContextManager[None]],
@@ -224,6 +225,7 @@ class ReferenceSource:
         opened: the policy in memory.
         is_start: the policy with its trained adapter off *is* the reference.
         cache, tmp: the workspace's folders.
+        sharded: how the policy is read where it lies in shards.
     """
 
     reference: Checkpoint
@@ -231,6 +233,7 @@ class ReferenceSource:
     is_start: bool
     cache: Path
     tmp: Path
+    sharded: ShardedDecoder | None = None
 
     def live(self) -> LiveReference:
         """The reference beside the policy.
@@ -240,7 +243,7 @@ class ReferenceSource:
         """
         if self.is_start:
             frozen: Callable[[], AbstractContextManager[None]] = partial(without_new, self.opened)
-            return self._live(self.opened, frozen)
+            return self._live(self.opened, frozen, self.sharded)
         dtype = str(self.opened.dtype).removeprefix("torch.")
         other = open_model(self.reference, dtype=dtype, device=str(self.opened.device))
         if other.codec.digest != self.opened.codec.digest:
@@ -281,15 +284,21 @@ class ReferenceSource:
         if kind == "top64":
             return CachedTop(cache, device)
         if self.is_start:
-            return CachedHidden(cache, split_model(self.opened.model)[1])
+            return CachedHidden(cache, self.sharded.head if self.sharded else split_model(self.opened.model)[1])
         tensors = cache.head()
         assert tensors is not None, "the cache was not completed"
         bias = tensors.get("bias")
         return CachedHidden(cache, Head(tensors["weight"].to(device), None if bias is None else bias.to(device)))
 
-    def _live(self, opened: OpenModel, frozen: Callable[[], AbstractContextManager[None]]) -> LiveReference:
-        decoder, head = split_model(opened.model)
-        is_packed = enable_packing(opened.model)
+    def _live(
+        self,
+        opened: OpenModel,
+        frozen: Callable[[], AbstractContextManager[None]],
+        sharded: ShardedDecoder | None = None,
+    ) -> LiveReference:
+        decoder: Decoder
+        decoder, head = (sharded, sharded.head) if sharded else split_model(opened.model)
+        is_packed = sharded.is_packed if sharded else enable_packing(opened.model)
         return LiveReference(
             opened.model, decoder, head, frozen=frozen, pad_id=opened.codec.pad_id, is_packed=is_packed
         )

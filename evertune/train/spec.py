@@ -153,7 +153,7 @@ class TrainingSpec:
 
     `key` names the object it publishes, `label` the stage for people. `weights` are shares of the new rows by source,
     `share` the replayed share of the stream; exactly one of `epochs` and `steps` is given. `folder` is the recipe's,
-    where the modules of verifiers are looked for.
+    where the modules of verifiers are looked for. `fsdp` shards the model over the processes of the stage.
     """
 
     key: str
@@ -165,6 +165,8 @@ class TrainingSpec:
     mix: dict[str, Any] | None = field(default=None, kw_only=True)
     folder: str = field(default="", kw_only=True)
     keep_steps: int | None = field(default=None, kw_only=True)
+    fsdp: bool = field(default=False, kw_only=True)
+    kernels: Literal["torch", "liger"] = field(default="torch", kw_only=True)
     replay: list[RowsRef]
     share: float
     adapt: AdaptSpec | None = field(default=None, kw_only=True)

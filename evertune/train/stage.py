@@ -2,15 +2,15 @@
 door; what differs between kinds is a `Lesson`.
 """
 
+import contextlib
 import re
 import resource
 import sys
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from evertune.data.encode import EncodedRow
 from evertune.data.stream import Stretches
 from evertune.hashing import digest_json
 from evertune.methods import standing_of
-from evertune.model.adapter import add_adapter, read_factors, save_new
+from evertune.model.adapter import add_adapter, new_parameters, read_factors, save_new
 from evertune.model.checkpoint import Checkpoint
 from evertune.model.codec import Codec
 from evertune.model.export import save_dense
@@ -35,13 +35,15 @@ from evertune.train.anchor import Anchor, anchors
 from evertune.train.distance import stage_drift
 from evertune.train.guarded import GuardedFeed, guard_brake
 from evertune.train.head import split_model
+from evertune.train.kernels import require_liger
 from evertune.train.loop import Feed, Pace, Trainer, cosine, gradient_of, make_accelerator, train
 from evertune.train.material import Material
 from evertune.train.objective import Objective, Policy
-from evertune.train.optimizer import Masters, warmup_steps
+from evertune.train.optimizer import Masters, full, warmup_steps
 from evertune.train.plugins import plug_in
 from evertune.train.reference import Reference, ReferenceSource
 from evertune.train.resume import METRICS, ResumePoints
+from evertune.train.sharding import ShardedDecoder, shard
 from evertune.train.sink import Metrics, Sink, require_trackers, start_trackers, to_lines, without_volatile
 from evertune.train.spec import CARRIED, AnchorSpec, TrainingSpec
 from evertune.workspace import Manifest, Workspace
@@ -120,6 +122,7 @@ class Setting:
     accelerator: Accelerator
     workspace: Workspace
     ask: Ask | None = None
+    sharded: ShardedDecoder | None = None
 
     def source(self, reference: Checkpoint) -> ReferenceSource:
         """Where a reference's outputs come from."""
@@ -129,13 +132,15 @@ class Setting:
             is_start=self.spec.is_lora and reference.digest == self.spec.start.digest,
             cache=self.workspace.cache,
             tmp=self.workspace.tmp,
+            sharded=self.sharded,
         )
 
     def complete(self, source: ReferenceSource, kind: str, rows: Sequence[EncodedRow]) -> None:
         """Store what is missing of a reference's outputs, once for all processes."""
-        if self.accelerator.is_main_process:
-            source.complete(kind, rows)
-        self.accelerator.wait_for_everyone()
+        with self.sharded.whole() if self.sharded else contextlib.nullcontext():
+            if self.accelerator.is_main_process:
+                source.complete(kind, rows)
+            self.accelerator.wait_for_everyone()
 
 
 def gatherer(setting: Setting) -> Callable[[list[Any]], list[Any]]:
@@ -188,7 +193,9 @@ def run_training(spec: TrainingSpec, workspace: Workspace, lesson: Lesson, *, as
     accelerator = make_accelerator(device=spec.device, track=spec.track, logging_dir=points.folder / "trackers")
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)
-    opened, trained = open_trained(spec, accelerator)
+    # A model that is to be sharded goes to its device layer by layer.
+    device = "cpu" if spec.fsdp else str(accelerator.device)
+    opened, trained = open_trained(spec, device)
     lesson.begin(trained)
     material = lesson.load(opened.codec, world_size=accelerator.num_processes)
     trainer = make_trainer(Setting(spec, opened, material, accelerator, workspace, ask), trained, lesson)
@@ -196,7 +203,7 @@ def run_training(spec: TrainingSpec, workspace: Workspace, lesson: Lesson, *, as
     at_start = interference(trainer, material) if lesson.can_compare else None
     found = points.newest()
     if found is not None:
-        trainer.load_state(found.state)
+        trainer.load_state(found.state(like=trainer.masters.weights))
     first, history = (found.step, found.history) if found is not None else (0, [])
     trainer.feed.recall(history)
     accelerator.wait_for_everyone()
@@ -211,12 +218,13 @@ def run_training(spec: TrainingSpec, workspace: Workspace, lesson: Lesson, *, as
     )
     trainer.masters.use_average()
     cosines = _start_and_end(at_start, interference(trainer, material)) if lesson.can_compare else None
+    performance = {"peak_memory_bytes": peak_memory(accelerator.device), **lesson.volatile()}
+    written = whole_model(spec, opened, trainer)
     if accelerator.is_main_process:
         facts = {**_facts(spec, lesson, material, sink.history), "interference": cosines}
         if spec.plugins:
             facts["plugins"] = plugged.facts()
-        with _as_stored(spec, opened, trainer):
-            _publish(spec, workspace, opened, sink.history, facts, lesson.volatile(), plugged.carried())
+        _publish(spec, workspace, written, sink.history, facts, performance, plugged.carried())
         points.clear()
     accelerator.wait_for_everyone()
     accelerator.end_training()
@@ -230,9 +238,11 @@ def _brake(spec: TrainingSpec, lesson: Lesson, metrics: Metrics) -> str | None:
     return (guard_brake(metrics, spec.guard_stop) if spec.guard_stop else None) or lesson.brake(metrics)
 
 
-def open_trained(spec: TrainingSpec, accelerator: Accelerator) -> tuple[OpenModel, Mapping[str, nn.Parameter]]:
-    """The start in memory and the parameters to train: a new adapter's over the frozen start, or all of them."""
-    device = str(accelerator.device)
+def open_trained(
+    spec: TrainingSpec, device: str, *, dtype: str | None = None
+) -> tuple[OpenModel, Mapping[str, nn.Parameter]]:
+    """The start in memory and the parameters to train: a new adapter's over the frozen start, or all of them, in the
+    stage's dtype where no other is asked for."""
     if spec.is_lora:
         opened = open_model(spec.start, dtype=spec.dtype, device=device)
         lora = spec.tune["lora"]
@@ -245,9 +255,9 @@ def open_trained(spec: TrainingSpec, accelerator: Accelerator) -> tuple[OpenMode
             seed=spec.seed,
         )
     else:
-        opened = open_model(spec.start, dtype=spec.dtype, device=device, fold=True)
+        opened = open_model(spec.start, dtype=dtype or spec.dtype, device=device, fold=True)
         opened.model.requires_grad_(True)
-        trained = dict(opened.model.named_parameters())
+        trained = trained_parameters(spec, opened)
     if spec.gradient_checkpointing:
         with warnings.catch_warnings():
             # Its new name is not in every transformers 5 that the package accepts.
@@ -256,11 +266,42 @@ def open_trained(spec: TrainingSpec, accelerator: Accelerator) -> tuple[OpenMode
     return opened, trained
 
 
+def trained_parameters(spec: TrainingSpec, opened: OpenModel) -> dict[str, nn.Parameter]:
+    """What a stage trains of an open model, by name, as it is at present."""
+    return new_parameters(opened) if spec.is_lora else dict(opened.model.named_parameters())
+
+
+def whole_model(spec: TrainingSpec, opened: OpenModel, trainer: Trainer) -> OpenModel:
+    """The trained model in one piece, to be written: the one in memory, or in the memory of the main process one put
+    together from the shards, or from the masters where these are stored. All processes call it."""
+    if trainer.policy.sharded is None and not spec.keeps_master:
+        return opened
+    is_main = trainer.accelerator.is_main_process
+    dtype = "float32" if spec.keeps_master else spec.dtype
+    whole, trained = open_trained(spec, "cpu", dtype=dtype) if is_main else (opened, {})
+    for name, weight in trainer.masters.shown.items():
+        value = full(weight.detach())
+        if is_main:
+            trained[name].data.copy_(value)
+    return whole
+
+
 def make_trainer(setting: Setting, trained: Mapping[str, nn.Parameter], lesson: Lesson) -> Trainer:
     """Everything a step needs, the anchor's reference included."""
     spec, opened = setting.spec, setting.opened
     decoder, head = split_model(opened.model)
+    if spec.kernels == "liger":
+        require_liger(setting.accelerator.device)
+        head = replace(head, has_liger=True)
     policy = Policy(opened.model, decoder, head, opened.codec.pad_id, is_packed=enable_packing(opened.model))
+    # What is stored, where the model computes with its rounding.
+    starts = dict(open_trained(spec, str(opened.device), dtype="float32")[1]) if spec.keeps_master else {}
+    if spec.fsdp:
+        sharded = shard(opened.model, decoder, head, is_packed=policy.is_packed, trained=trained, starts=starts)
+        trained = trained_parameters(spec, opened)
+        opened.device = setting.accelerator.device
+        policy = replace(policy, decoder=sharded, head=sharded.head)
+        setting = replace(setting, sharded=sharded)
     feed = lesson.feed(setting, policy)
     if spec.guard_stop is not None:
         assert setting.ask is not None, "the stage ends where guards fall, and nothing asks them"
@@ -277,7 +318,6 @@ def make_trainer(setting: Setting, trained: Mapping[str, nn.Parameter], lesson: 
         clip=spec.clip,
         seed=spec.seed,
     )
-    starts = _stored_weights(setting) if spec.keeps_master else None
     masters = Masters(trained, weight_decay=spec.weight_decay, ema_decay=spec.ema_decay, starts=starts)
     return Trainer(
         policy,
@@ -288,13 +328,8 @@ def make_trainer(setting: Setting, trained: Mapping[str, nn.Parameter], lesson: 
         penalties,
         objective=lesson.objective(setting),
         replay_ratio=lesson.replay_ratio,
+        whole=setting.sharded.whole if setting.sharded and feed is not setting.material else contextlib.nullcontext,
     )
-
-
-def _stored_weights(setting: Setting) -> dict[str, Tensor]:
-    """The start's weights as they are stored, where the model computes with rounded ones."""
-    wide = open_model(setting.spec.start, dtype="float32", device=str(setting.accelerator.device), fold=True)
-    return {name: one.detach() for name, one in wide.model.named_parameters()}
 
 
 def interference(trainer: Trainer, material: Material) -> dict[str, float] | None:
@@ -356,7 +391,7 @@ def _publish(
         seconds = sum(one["seconds"] for one in history)
         tokens = sum(one["tokens"] for one in history)
         volatile = {"time": time.time(), "seconds": seconds, "tokens_per_second": tokens / max(seconds, 1e-9)}
-        volatile |= {"peak_memory_bytes": peak_memory(opened.model.device), **performance}
+        volatile |= performance
         return {"checkpoint": {**facts, "bytes": size, "drift": drift}, "volatile": volatile}
 
     workspace.publish(kind="checkpoint", key=spec.key, record={}, write=write)
@@ -369,35 +404,19 @@ def _write_weights(spec: TrainingSpec, opened: OpenModel, folder: Path) -> None:
         save_dense(opened.model, folder, like=spec.start)
 
 
-@contextmanager
-def _as_stored(spec: TrainingSpec, opened: OpenModel, trainer: Trainer) -> Iterator[None]:
-    """Inside, the model has the weights that are stored: those it computes with, or where the start is stored in
-    float32, the unrounded ones."""
-    if not spec.keeps_master:
-        yield
-        return
-    dtype = opened.dtype
-    with trainer.masters.unrounded():
-        opened.dtype = torch.float32
-        try:
-            yield
-        finally:
-            opened.dtype = dtype
-
-
 def _keep(spec: TrainingSpec, workspace: Workspace, opened: OpenModel, trainer: Trainer, done: int) -> None:
     """Publish the weights after a step where the recipe asks for it: an object of its own that names its stage."""
     if not spec.keep_steps or done % spec.keep_steps or done == trainer.pace.steps:
         return
     trainer.masters.check_finite(step=done)
+    written = whole_model(spec, opened, trainer)
     if trainer.accelerator.is_main_process:
-        with _as_stored(spec, opened, trainer):
-            workspace.publish(
-                kind="kept",
-                key=digest_json({"kind": "kept", "stage": spec.key, "step": done}),
-                record={"stage": spec.key, "step": done, "steps": trainer.pace.steps},
-                write=partial(_write_weights, spec, opened),
-            )
+        workspace.publish(
+            kind="kept",
+            key=digest_json({"kind": "kept", "stage": spec.key, "step": done}),
+            record={"stage": spec.key, "step": done, "steps": trainer.pace.steps},
+            write=partial(_write_weights, spec, written),
+        )
     trainer.accelerator.wait_for_everyone()
 
 

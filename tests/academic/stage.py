@@ -77,7 +77,7 @@ def spec_with(folder: Path, model: Path, name: str, options: dict[str, Any] | No
 def bench_of(folder: Path, spec: SftSpec) -> Bench:
     """What the stage's plug-in is made from, with everything real."""
     accelerator = make_accelerator(device="cpu", track=[], logging_dir=folder)
-    opened, trained = open_trained(spec, accelerator)
+    opened, trained = open_trained(spec, str(accelerator.device))
     material = load_material(spec, opened.codec, world_size=1)
     workspace = open_workspace(folder / "w")
     trainer = make_trainer(Setting(spec, opened, material, accelerator, workspace), trained, _lesson(spec))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from evertune.influence import push as push_module
 from evertune.influence.order import SourceOrder
 from evertune.influence.push import (
     Sampled,
@@ -20,7 +21,7 @@ from evertune.influence.push import (
 from evertune.model.checkpoint import describe
 from evertune.model.forward import Forward, Tokens, score_rows
 from evertune.model.open import OpenModel, open_model
-from evertune.probe.loss import loss_items
+from evertune.probe.loss import LossItem, loss_items
 from evertune.probe.score import score_probe
 from evertune.probe.suite import Probe, load_probe
 
@@ -154,3 +155,44 @@ def test_the_worst_source_comes_first_and_replays_to_the_same_numbers(
     # The two ends are one model here: all points agree, and the push is their mean.
     assert first["along"] == pytest.approx([first["push"]] * 3, rel=1e-3)
     assert sum(one["rows"] for one in found["clusters"]) == 8
+
+
+def test_a_loss_that_no_layer_has_a_gradient_of_is_not_called_a_push_of_zero(
+    opened: OpenModel, probe: Probe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = score_probe(opened, probe)
+    asked = loss_items(opened.codec, probe, before=scores, after=scores, most=2)
+    found = push_module.probe_gradient(opened, asked, _layer_weights(opened.model))
+    silent = {name: torch.zeros_like(one) for name, one in found[1].items()}
+    monkeypatch.setattr(push_module, "probe_gradient", lambda *_: (found[0], silent))
+    with pytest.raises(AssertionError, match="no gradient"):
+        pushes(opened, asked, [])
+
+
+def test_what_items_share_is_read_once_with_the_gradient_that_each_text_has_alone(
+    opened: OpenModel, probe: Probe
+) -> None:
+    scores = score_probe(opened, probe)
+    asked = loss_items(opened.codec, probe, before=scores, after=scores, most=6)
+    weights = _layer_weights(opened.model)
+    forward = Forward(opened)
+    assert forward.can_pack
+    loss, together = probe_gradient(opened, asked, weights)
+    for one in weights.values():
+        one.requires_grad_(True)
+    alone = torch.stack([_items_loss_alone(opened, item) for item in asked]).mean()
+    expected = torch.autograd.grad(alone, list(weights.values()))
+    for one in weights.values():
+        one.requires_grad_(False)
+    assert loss == pytest.approx(alone.item(), rel=1e-5)
+    for (name, found), each in zip(together.items(), expected, strict=True):
+        torch.testing.assert_close(found, each, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def _items_loss_alone(opened: OpenModel, item: LossItem) -> torch.Tensor:
+    found = []
+    for text, scale in zip(item.texts, item.scales, strict=True):
+        ids = torch.tensor([text.ids])
+        logp = opened.model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+        found.append(scale * logp[torch.tensor(text.counted[1:])].sum())
+    return -torch.stack(found).log_softmax(0)[item.right]

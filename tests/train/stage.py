@@ -1,6 +1,7 @@
 """A small stage to train in tests: rows of made-up sums, a tiny model, a workspace."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def make_spec(folder: Path, model: Path, **changes: Any) -> SftSpec:
         "plugins": [],
         "seed": 7,
         "dtype": "float32",
-        "device": "cpu",
+        "device": os.environ.get("EVERTUNE_TEST_DEVICE", "cpu"),
         "threads": None,
         "track": [],
         **changes,

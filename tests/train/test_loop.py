@@ -2,8 +2,6 @@
 
 import importlib.util
 import json
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from evertune.train.loop import cosine, dropout_seed, make_accelerator
 from evertune.train.penalty import PositionValues
 from evertune.train.sft import run_sft
 from evertune.train.sink import Sink, require_trackers, start_trackers
-from tests.train.stage import make_spec, open_workspace, published_weights
+from tests.train.stage import make_spec, open_workspace
 from tests.train.test_reference import ROWS
 
 
@@ -160,26 +158,6 @@ def test_cuda_without_a_device_is_an_error_and_not_the_cpu(tmp_path, monkeypatch
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(TrainingError, match="no CUDA device"):
         make_accelerator(device="cuda", track=[], logging_dir=tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", [{"tune": {"lora": {"rank": 4}}}, {"tune": {"full": {}}, "lr": 1e-3}])
-@pytest.mark.parametrize("micro_batch_rows", [1, 3])
-def test_two_processes_train_what_one_does(tmp_path, tiny_model, kind, micro_batch_rows):
-    spec = make_spec(tmp_path, tiny_model, anchor={"on": "replay"}, micro_batch_rows=micro_batch_rows, **kind)
-    alone, launched = open_workspace(tmp_path / "alone"), open_workspace(tmp_path / "launched")
-    facts = run_sft(spec, alone)["checkpoint"]
-    job = tmp_path / "job.json"
-    job.write_text(json.dumps({"kind": "sft", "workspace": str(launched.root), "spec": spec.to_json()}))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29611"]
-    subprocess.run([*command, "-m", "evertune.worker", str(job)], check=True, timeout=300, cwd=Path.cwd())
-    answer = json.loads(job.with_suffix(".result.json").read_text())
-    losses = answer["result"]["checkpoint"]["losses"]
-    for ours, theirs in zip(facts["losses"], losses, strict=True):
-        assert ours[1] == pytest.approx(theirs[1], abs=1e-5)
-    one, other = published_weights(alone, spec), published_weights(launched, spec)
-    for name in one:
-        assert torch.allclose(one[name], other[name], atol=2e-5)
 
 
 @pytest.mark.parametrize(
