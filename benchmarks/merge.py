@@ -225,8 +225,9 @@ def _cpu(who: int) -> float:
 
 # A merge through the package's front functions, which prints where its CPU seconds went.
 DRIVER = """
-import json, sys, time
+import gc, json, sys, time
 started = time.process_time()
+gc.disable()  # as the command does
 from pathlib import Path
 import numpy as np
 from evertune.merge.config import load_config
@@ -243,6 +244,7 @@ merged = run_merge(plan, out, threads=threads)
 parts = vars(merged.seconds)
 print(json.dumps({"imports": imported - started, "planning": planned - imported,
                   "after_imports": time.process_time() - imported, **parts}))
+gc.freeze()
 """
 
 

@@ -1,7 +1,10 @@
 """`evertune merge`: merge models, look at them before, take an adapter out after."""
 
+import gc
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -42,6 +45,11 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Merge models into a new folder. A merge that was killed goes on when the same command is given again."""
+    with _uncollected():
+        _run(config, out, dry_run=dry_run, threads=threads, as_json=as_json)
+
+
+def _run(config: Path, out: Path | None, *, dry_run: bool, threads: int | None, as_json: bool) -> None:
     from evertune.errors import RecipeError
     from evertune.merge.config import load_config
     from evertune.merge.describe_plan import plan_body, plan_lines
@@ -62,6 +70,20 @@ def run(
     if show:
         typer.echo("\r" + " " * 40 + "\r", nl=False, err=True)
     _tell(result.body(), result.lines(), as_json=as_json)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without Python's collector: what is imported for a merge stays until the end, and to walk it again and again, and
+    once more when the process ends, costs as much as to import it."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if was_on:
+            gc.enable()
 
 
 @app.command("methods")

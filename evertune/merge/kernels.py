@@ -37,6 +37,7 @@ _FULL = tuple(
         (0x7FF0000000000000, 0x0010000000000000, 0x8000000000000000),
     )
 )
+_NO_WORDS = np.empty(0, np.uint64)
 # A magnitude is a float32 without its sign: 31 bits, whose order as integers is their order as numbers.
 MAGNITUDE_BITS = 31
 # Of a band of magnitudes.
@@ -106,16 +107,17 @@ def is_finite(raw: Array, code: int) -> bool:
         raw: bytes, uint8.
         code: BF16, F16, F32 or F64.
     """
-    words, rest = words_of(raw)
-    return not has_full_exponent(words, *_FULL[code]) and not has_full_exponent(rest, *_FULL[code])
+    return not any(len(words) and has_full_exponent(words, *_FULL[code]) for words in words_of(raw))
 
 
 def words_of(raw: Array) -> tuple[Array, Array]:
     """Bytes as 64-bit words, and what is left over as one word, or none."""
     whole = len(raw) & ~7
-    words, rest = raw[:whole].view(np.uint64), np.zeros(8 if len(raw) % 8 else 0, np.uint8)
-    rest[: len(raw) - whole] = raw[whole:]
-    return words if words.flags.aligned else words.copy(), rest.view(np.uint64)
+    words, rest = raw[:whole].view(np.uint64), _NO_WORDS
+    if whole < len(raw):
+        rest = np.zeros(1, np.uint64)
+        rest.view(np.uint8)[: len(raw) - whole] = raw[whole:]
+    return words if words.flags.aligned else words.copy(), rest
 
 
 def decode(raw: Array, code: int, out: Array) -> None:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from evertune.errors import CheckpointError
 from evertune.hashing import canonical_json, digest_file, digest_json
-from evertune.model.header import read_header
+from evertune.model.header import DTYPE_BITS, read_header
 
 Form = Literal["model", "adapter"]
 
@@ -31,6 +31,8 @@ MODEL_FILES = (
     "special_tokens_map.json",
     "chat_template.jinja",
 )
+# Types of numbers that are no integers, as safetensors names them.
+_FLOATS = ("BF16", "F16", "F32", "F64")
 _PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".msgpack", ".h5")
 _SHARD = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors$")
 # Fields of adapter_config.json that say where something lies, not what the adapter computes.
@@ -115,6 +117,21 @@ def weight_files(folder: Path) -> list[Path]:
         if not file.is_file():
             raise CheckpointError(f"{folder}: shard {file.name} is missing.", remedy="Fetch the model folder again.")
     return files
+
+
+def is_stored_wide(checkpoint: Checkpoint) -> bool:
+    """Whether most numbers of a model, or of the one an adapter stands on, are stored in float32 or wider.
+
+    Raises:
+        CheckpointError: as `weight_files`, or a header contradicts its file.
+    """
+    bits = [
+        (DTYPE_BITS[info.dtype], info.bytes * 8 // DTYPE_BITS[info.dtype])
+        for file in weight_files(checkpoint.base.path)
+        for info in read_header(file).values()
+        if info.dtype in _FLOATS
+    ]
+    return 2 * sum(count for width, count in bits if width >= 32) > sum(count for _, count in bits)
 
 
 def vocabulary_of(checkpoint: Checkpoint) -> int:

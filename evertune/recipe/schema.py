@@ -1435,7 +1435,8 @@ class Numerics(Config):
     """How numbers are computed. Bits repeat on the same machine class only."""
 
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of weights and activations; trained weights keep a float32 master copy."""
+    """Of weights and activations; trained weights keep a float32 master copy. Where every weight is trained, that copy
+    is stored if the start is stored in float32, as a merge's master is; otherwise it is rounded to this."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` is a GPU where there is one."""
     threads: int | None = Field(None, gt=0)

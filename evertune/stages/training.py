@@ -102,6 +102,8 @@ def training_key(version: int, spec: TrainingSpec) -> str:
     facts["replay"] = [[ref.source, ref.digest] for ref in spec.replay]
     if spec.anchor is not None:
         facts["anchor"]["reference"] = spec.anchor.reference.digest
+    if spec.keeps_master:
+        facts["master"] = "float32"
     facts["plugins"] = [one.identity() for one in spec.plugins]
     return digest_json({"kind": spec.kind, "version": version, **facts})
 

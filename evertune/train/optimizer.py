@@ -39,7 +39,8 @@ def rate_factor(step: int, *, steps: int, warmup: int, schedule: Schedule) -> fl
 class Masters:
     """The trained weights in float32, with their gradients, AdamW's moments and, when asked, their average.
 
-    What is in `after_step` is called with the weights after each step, before the model and the average follow them.
+    `shown` is what the model has been given, unrounded: the weights, in the end their average where there is one. What
+    is in `after_step` is called with the weights after each step, before the model and the average follow them.
 
     A float32 parameter is its own master. A narrower one gets a copy; its gradient is added to the copy's in float32
     as soon as a backward pass has formed it, and freed, so micro-batches do not round away in bfloat16.
@@ -48,13 +49,21 @@ class Masters:
         trained: the parameters to train, by name; the model keeps computing with them.
         weight_decay: decoupled decay of matrices; vectors (norms, biases) do not decay.
         ema_decay: kept share of the old average at each step. The average begins at the start's weights.
+        starts: float32 weights, by name, to begin from where the model has them rounded; they are taken over.
     """
 
     def __init__(
-        self, trained: Mapping[str, nn.Parameter], *, weight_decay: float = 0.0, ema_decay: float | None = None
+        self,
+        trained: Mapping[str, nn.Parameter],
+        *,
+        weight_decay: float = 0.0,
+        ema_decay: float | None = None,
+        starts: Mapping[str, Tensor] | None = None,
     ) -> None:
         self._trained = dict(trained)
-        self.weights = {name: _master(parameter) for name, parameter in self._trained.items()}
+        starts = starts or {}
+        self.weights = {name: _master(one, starts.get(name)) for name, one in self._trained.items()}
+        self.shown: Mapping[str, Tensor] = self.weights
         self.average = {name: one.detach().clone() for name, one in self.weights.items()} if ema_decay else None
         self.after_step: list[Callable[[Mapping[str, Tensor]], None]] = []
         self._ema_decay = ema_decay or 0.0
@@ -132,6 +141,7 @@ class Masters:
     def use_average(self) -> None:
         """Give the model the averaged weights, where there is an average. Training does not go on from there."""
         if self.average is not None:
+            self.shown = self.average
             self._write(self.average)
 
     def state(self) -> dict[str, dict[str, Tensor]]:
@@ -190,10 +200,10 @@ def over_shards(values: Sequence[Tensor], like: Iterable[Tensor]) -> list[float]
     return found
 
 
-def _master(parameter: nn.Parameter) -> Tensor:
+def _master(parameter: nn.Parameter, start: Tensor | None) -> Tensor:
     if parameter.dtype == torch.float32:
         return parameter
-    master = parameter.detach().float().clone().requires_grad_(True)
+    master = (parameter.detach().float().clone() if start is None else start.detach()).requires_grad_(True)
 
     def take_gradient(narrow: Tensor) -> None:
         if narrow.grad is not None:

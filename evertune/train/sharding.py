@@ -137,7 +137,13 @@ class ShardedDecoder:
 
 
 def shard(
-    model: Any, decoder: nn.Module, head: Head, *, is_packed: bool, trained: Mapping[str, nn.Parameter]
+    model: Any,
+    decoder: nn.Module,
+    head: Head,
+    *,
+    is_packed: bool,
+    trained: Mapping[str, nn.Parameter],
+    starts: Mapping[str, Tensor],
 ) -> ShardedDecoder:
     """Shard a model in place over all processes, and move it to their devices layer by layer.
 
@@ -146,6 +152,7 @@ def shard(
     Args:
         decoder, head, is_packed: of the model, as they were found while it was whole.
         trained: become float32 masters; the rest keeps its dtype.
+        starts: what these begin from, by name, where the model has it rounded.
 
     Raises:
         TrainingError: there is one process only; the architecture names no layers; a parameter was not sharded.
@@ -156,8 +163,8 @@ def shard(
             remedy="Start several, such as `launch: {command: torchrun --nproc-per-node 2, fsdp: true}`.",
         )
     dtype = next(iter(trained.values())).dtype
-    for parameter in trained.values():
-        parameter.data = parameter.data.float()
+    for name, parameter in trained.items():
+        parameter.data = starts[name].detach() if name in starts else parameter.data.float()
     device = "cuda" if dist.get_backend() != "gloo" and torch.cuda.is_available() else "cpu"
     mesh = init_device_mesh(device, (dist.get_world_size(),), mesh_dim_names=("shard",))
     layers = _layers(model)

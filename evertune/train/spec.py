@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, Self
 
-from evertune.model.checkpoint import Checkpoint
+from evertune.model.checkpoint import Checkpoint, is_stored_wide
 
 # Settings that a result depends on and that a reader of the ledger wants to see.
 _SETTINGS = (
@@ -201,6 +201,12 @@ class TrainingSpec:
     @property
     def is_lora(self) -> bool:
         return "lora" in self.tune
+
+    @property
+    def keeps_master(self) -> bool:
+        """Whether every weight is trained in bfloat16 from a start that is stored in float32, such as a merge's master.
+        It trains on from the stored numbers then, and stores as wide ones: rounding must not add up over rounds."""
+        return not self.is_lora and self.dtype == "bfloat16" and is_stored_wide(self.start)
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -238,8 +238,11 @@ def _brake(spec: TrainingSpec, lesson: Lesson, metrics: Metrics) -> str | None:
     return (guard_brake(metrics, spec.guard_stop) if spec.guard_stop else None) or lesson.brake(metrics)
 
 
-def open_trained(spec: TrainingSpec, device: str) -> tuple[OpenModel, Mapping[str, nn.Parameter]]:
-    """The start in memory and the parameters to train: a new adapter's over the frozen start, or all of them."""
+def open_trained(
+    spec: TrainingSpec, device: str, *, dtype: str | None = None
+) -> tuple[OpenModel, Mapping[str, nn.Parameter]]:
+    """The start in memory and the parameters to train: a new adapter's over the frozen start, or all of them, in the
+    stage's dtype where no other is asked for."""
     if spec.is_lora:
         opened = open_model(spec.start, dtype=spec.dtype, device=device)
         lora = spec.tune["lora"]
@@ -252,7 +255,7 @@ def open_trained(spec: TrainingSpec, device: str) -> tuple[OpenModel, Mapping[st
             seed=spec.seed,
         )
     else:
-        opened = open_model(spec.start, dtype=spec.dtype, device=device, fold=True)
+        opened = open_model(spec.start, dtype=dtype or spec.dtype, device=device, fold=True)
         opened.model.requires_grad_(True)
         trained = trained_parameters(spec, opened)
     if spec.gradient_checkpointing:
@@ -269,14 +272,15 @@ def trained_parameters(spec: TrainingSpec, opened: OpenModel) -> dict[str, nn.Pa
 
 
 def whole_model(spec: TrainingSpec, opened: OpenModel, trainer: Trainer) -> OpenModel:
-    """The trained model in one piece, to be written: the one in memory, or one put together from the shards in the
-    memory of the main process. All processes call it."""
-    if trainer.policy.sharded is None:
+    """The trained model in one piece, to be written: the one in memory, or in the memory of the main process one put
+    together from the shards, or from the masters where these are stored. All processes call it."""
+    if trainer.policy.sharded is None and not spec.keeps_master:
         return opened
     is_main = trainer.accelerator.is_main_process
-    whole, trained = open_trained(spec, "cpu") if is_main else (opened, {})
-    for name, parameter in trained_parameters(spec, opened).items():
-        value = full(parameter.detach())
+    dtype = "float32" if spec.keeps_master else spec.dtype
+    whole, trained = open_trained(spec, "cpu", dtype=dtype) if is_main else (opened, {})
+    for name, weight in trainer.masters.shown.items():
+        value = full(weight.detach())
         if is_main:
             trained[name].data.copy_(value)
     return whole
@@ -290,8 +294,10 @@ def make_trainer(setting: Setting, trained: Mapping[str, nn.Parameter], lesson: 
         require_liger(setting.accelerator.device)
         head = replace(head, has_liger=True)
     policy = Policy(opened.model, decoder, head, opened.codec.pad_id, is_packed=enable_packing(opened.model))
+    # What is stored, where the model computes with its rounding.
+    starts = dict(open_trained(spec, str(opened.device), dtype="float32")[1]) if spec.keeps_master else {}
     if spec.fsdp:
-        sharded = shard(opened.model, decoder, head, is_packed=policy.is_packed, trained=trained)
+        sharded = shard(opened.model, decoder, head, is_packed=policy.is_packed, trained=trained, starts=starts)
         trained = trained_parameters(spec, opened)
         opened.device = setting.accelerator.device
         policy = replace(policy, decoder=sharded, head=sharded.head)
@@ -312,7 +318,7 @@ def make_trainer(setting: Setting, trained: Mapping[str, nn.Parameter], lesson: 
         clip=spec.clip,
         seed=spec.seed,
     )
-    masters = Masters(trained, weight_decay=spec.weight_decay, ema_decay=spec.ema_decay)
+    masters = Masters(trained, weight_decay=spec.weight_decay, ema_decay=spec.ema_decay, starts=starts)
     return Trainer(
         policy,
         masters,

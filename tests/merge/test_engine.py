@@ -21,6 +21,7 @@ from evertune.hashing import digest_file
 from evertune.merge import engine
 from evertune.merge import plan as planning
 from evertune.merge.engine import JOURNAL, run_merge
+from evertune.merge.methods import METHODS
 from evertune.merge.output import OutputFiles
 from evertune.merge.plan import kept_chunk_bytes, plan_merge
 from evertune.merge.run import check_planned
@@ -54,10 +55,10 @@ def small_segments(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small_segments")
-@pytest.mark.parametrize("method", ["linear", "slerp", "model_stock", "ties", "dare_ties", "della", "sce"])
+@pytest.mark.parametrize("method", METHODS)
 def test_threads_and_files_change_no_byte(family: Path, tmp_path: Path, method: str) -> None:
-    models = {"e0": {}, "e1": {}} if method == "slerp" else {"e0": {}, "e1": {}, "e2": {}}
-    base = {} if method == "linear" else {"base": "base"}
+    models: dict[str, Any] = {name: {} for name in ("e0", "e1", "e2")[: {"interpolate": 1, "slerp": 2}.get(method, 3)]}
+    base = {} if METHODS[method].base == "none" else {"base": "base"}
     plain = merge(family, f"plain-{method}", method, models, **base)
     threaded = merge(family, f"threads-{method}", method, models, threads=4, **base)
     first, second = (one.checkpoint.path / "model.safetensors" for one in (plain, threaded))

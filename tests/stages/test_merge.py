@@ -155,6 +155,31 @@ def test_rounding_a_merge_in_the_line_is_warned_of_and_told_by_the_ledger(tmp_pa
     assert not facts["merge"]["numbers"]["old"]["rounded_before"]
 
 
+def test_a_model_trained_from_a_master_goes_into_the_next_merge_unrounded(tmp_path: Path, tiny_model: Path) -> None:
+    # Two rounds of every weight, computed in bfloat16: train, average, train from the average's master, average again.
+    recipe = _write(tmp_path, tiny_model)
+    changes = ["defaults.tune={full: {}}", "numerics.dtype=bfloat16", "rounds[0].stages[0].sft.epochs=1"]
+    plan = make_plan(load_recipe(recipe, overrides=changes))
+    workspace = Workspace.open(tmp_path / "run", create=True)
+    champion = describe(tmp_path / "model")
+    for _ in range(2):
+        made = [champion]
+        for number, kind in enumerate(("sft", "merge")):
+            order = KINDS[kind].order(Place(plan, plan.recipe.rounds[0], number, made=made, champion=champion))
+            facts = KINDS[kind].perform(order.to_json(), workspace)["checkpoint"]
+            made.append(describe(workspace.path(order.key)))
+        assert facts["merge"]["numbers"] == {
+            name: {"stored": "float32", "vectors": [], "rounded_before": False} for name in ("new", "old")
+        }
+        start, trained, merged = (dict(open_model(one, dtype="float32").model.named_parameters()) for one in made)
+        for name in merged:
+            exact = 0.75 * trained[name].double() + 0.25 * start[name].double()
+            assert torch.equal(merged[name], exact.float()), name
+            # And what was trained is no rounded copy.
+            assert not torch.equal(trained[name], trained[name].bfloat16().float()), name
+        champion = made[-1]
+
+
 @pytest.mark.path
 def test_a_round_that_ends_in_a_merge_is_probed_judged_and_recorded(tmp_path: Path, tiny_model: Path) -> None:
     recipe = _write(tmp_path, tiny_model)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from evertune.hashing import digest_file, digest_json
 from evertune.model.checkpoint import Checkpoint, describe
@@ -70,6 +70,18 @@ def make_spec(folder: Path, model: Path, **changes: Any) -> SftSpec:
     spec = SftSpec(key="0" * 64, **settings)
     # A test that changes how the stage is cut up still wants an object of its own.
     return replace(spec, key=digest_json(spec.to_json()))
+
+
+def write_rounded(model: Path, to: Path) -> Path:
+    """The same model in one file, stored in bfloat16."""
+    to.mkdir()
+    for file in (one for one in model.iterdir() if one.is_file()):
+        if file.suffix == ".safetensors":
+            narrow = {name: tensor.bfloat16() for name, tensor in load_file(file).items()}
+            save_file(narrow, to / file.name, {"format": "pt"})
+        else:
+            (to / file.name).write_bytes(file.read_bytes())
+    return to
 
 
 def anchor(reference: Checkpoint, **changes: Any) -> AnchorSpec:

@@ -16,7 +16,15 @@ from evertune.train.sft import run_sft
 from evertune.train.spec import SftSpec
 from evertune.workspace import Workspace
 from tests.tiny import write_tiny_model
-from tests.train.stage import anchor, make_spec, open_workspace, published_weights, same_bits, write_rows
+from tests.train.stage import (
+    anchor,
+    make_spec,
+    open_workspace,
+    published_weights,
+    same_bits,
+    write_rounded,
+    write_rows,
+)
 
 PLAIN = {"tune": {"lora": {"rank": 4, "dropout": 0.0}}}
 FULL: dict[str, Any] = {"tune": {"full": {}}, "lr": 1e-3}
@@ -266,6 +274,7 @@ def test_a_row_that_is_too_long_is_an_error_or_reported(tmp_path, tiny_model, wo
 
 
 def test_bfloat16_keeps_small_steps_in_its_masters(tmp_path, tiny_model, workspace):
-    facts, weights = _train(tmp_path, tiny_model, workspace, dtype="bfloat16", steps=10, **FULL)
+    model = write_rounded(tiny_model, tmp_path / "narrow")
+    facts, weights = _train(tmp_path, model, workspace, dtype="bfloat16", steps=10, **FULL)
     assert {one.dtype for one in weights.values()} == {torch.bfloat16}
     assert facts["final"]["loss"] < facts["losses"][0][1]
