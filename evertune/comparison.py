@@ -449,7 +449,7 @@ def read_run(place: Path, method: str, tasks: Sequence[Task], seed: int) -> RunR
         new_rows=sum(shown),
         tokens=sum(one.body["tokens"] for one in made.values()),
         seconds=sum(one.volatile["seconds"] for one in made.values()),
-        peak_bytes=max(one.volatile.get("peak_memory_bytes", 0) for one in made.values()),
+        peak_bytes=max(one.volatile["peak_memory_bytes"] for one in made.values()),
     )
 
 

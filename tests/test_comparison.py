@@ -159,6 +159,13 @@ def test_the_table_says_what_it_does_not_know(place: Path) -> None:
     assert "one run a method, so no intervals" in lines[-1]
 
 
+def test_a_page_that_cannot_be_written_is_refused_before_anything_is_trained(place: Path) -> None:
+    page = place.parent / "nowhere" / "page.md"
+    told = evertune("compare", place, "--methods", "naive", "--page", page, code=3)
+    assert "--page: no folder" in told
+    assert not (place.parent / "run").exists()
+
+
 def test_the_page_has_every_run_and_keeps_what_was_written_by_hand() -> None:
     from evertune.comparison import Comparison, RunResult
 

@@ -37,8 +37,11 @@ def compare(
     """
     from evertune.comparison import compare as run_all
     from evertune.comparison_table import comparison_lines
+    from evertune.errors import RecipeError
     from evertune.recipe.load import load_recipe
 
+    if page is not None and not page.absolute().parent.is_dir():
+        raise RecipeError(f"--page: no folder {page.parent}.", remedy="Make it, or name another page.")
     loaded = load_recipe(recipe, overrides=overrides or ())
     try:
         made = run_all(
@@ -77,10 +80,11 @@ def _write_page(page: Path, made: "Comparison", base: str, command: str) -> None
     import platform
 
     from evertune.comparison_table import comparison_page
+    from evertune.workspace import write_atomically
 
     facts = f"{datetime.datetime.now(tz=datetime.UTC).date()}, {platform.machine()}, {os.cpu_count()} cores, {base}"
     before = page.read_text(encoding="utf-8") if page.is_file() else ""
-    page.write_text(comparison_page(made, command=command, facts=facts, before=before), encoding="utf-8")
+    write_atomically(page, comparison_page(made, command=command, facts=facts, before=before).encode("utf-8"))
 
 
 def _listed(text: str) -> list[str]:

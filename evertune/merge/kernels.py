@@ -154,12 +154,20 @@ def encode(values: Array, code: int, raw: Array) -> int:
 
 
 @compiled
+def carried(bits: Any, up: Any) -> Any:
+    """float32's bits, their upper half rounded; `up` is 1 where the middle between two results goes up."""
+    # The carry would turn a NaN of all ones into a zero.
+    is_full = (bits & np.uint32(0x7F800000)) == np.uint32(0x7F800000)
+    return bits if is_full else np.uint32(bits + np.uint32(0x7FFF) + up)
+
+
+@compiled
 def round_to_bf16(values: Array, words: Array) -> bool:
     """float32 to bfloat16's bits; whether all are finite. What is too large becomes Inf, as does a NaN or stays one."""
     found = np.uint32(0)
     for i in range(values.shape[0]):
         bits = np.float32(values[i]).view(np.uint32)
-        rounded = np.uint32(bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
+        rounded = carried(bits, (bits >> np.uint32(16)) & np.uint32(1))
         words[i] = np.uint16(rounded >> np.uint32(16))
         # As in `has_full_exponent`.
         found |= np.uint32(rounded & np.uint32(0x7F800000)) + np.uint32(0x00800000)
@@ -178,7 +186,7 @@ def round_twice_as_wide_to_bf16(values: Array, words: Array) -> None:
         below = middle & (abs(values[i]) < abs(np.float64(single)))
         even = np.uint32(bits >> np.uint32(16)) & np.uint32(1)
         up = np.uint32(1) if above else np.uint32(0) if below else even
-        words[i] = np.uint16(np.uint32(bits + np.uint32(0x7FFF) + up) >> np.uint32(16))
+        words[i] = np.uint16(carried(bits, up) >> np.uint32(16))
 
 
 @compiled

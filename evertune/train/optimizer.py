@@ -129,7 +129,7 @@ class Masters:
     def check_finite(self, *, step: int) -> None:
         """Raise TrainingError naming the first trained tensor, or average, that holds NaN or Inf."""
         for what, tensors in (("weight", self.weights), ("average of", self.average or {})):
-            if _unfinished(tensors):
+            if _names_not_finite(tensors):
                 raise _not_finite(tensors, what, step)
 
     @torch.no_grad()
@@ -215,7 +215,7 @@ def _master(parameter: nn.Parameter, start: Tensor | None) -> Tensor:
     return master
 
 
-def _unfinished(tensors: Mapping[str, Tensor]) -> list[str]:
+def _names_not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     """Names of those that hold NaN or Inf, in any process."""
     if not tensors:
         return []
@@ -224,7 +224,7 @@ def _unfinished(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def _not_finite(tensors: Mapping[str, Tensor], what: str, step: int) -> TrainingError:
-    name = next(iter(_unfinished(tensors)), "their joint norm")
+    name = next(iter(_names_not_finite(tensors)), "their joint norm")
     return TrainingError(
         f"step {step}: {what} {name} is not finite (NaN or Inf).",
         remedy="Lower lr or raise warmup; the start checkpoint and all resume points before are intact.",

@@ -175,8 +175,7 @@ def test_what_items_share_is_read_once_with_the_gradient_that_each_text_has_alon
     scores = score_probe(opened, probe)
     asked = loss_items(opened.codec, probe, before=scores, after=scores, most=6)
     weights = _layer_weights(opened.model)
-    forward = Forward(opened)
-    assert forward.can_pack
+    assert Forward(opened).can_pack
     loss, together = probe_gradient(opened, asked, weights)
     for one in weights.values():
         one.requires_grad_(True)
@@ -187,6 +186,15 @@ def test_what_items_share_is_read_once_with_the_gradient_that_each_text_has_alon
     assert loss == pytest.approx(alone.item(), rel=1e-5)
     for (name, found), each in zip(together.items(), expected, strict=True):
         torch.testing.assert_close(found, each, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_where_rows_cannot_be_packed_the_loss_is_the_same(opened: OpenModel, probe: Probe) -> None:
+    scores = score_probe(opened, probe)
+    asked = loss_items(opened.codec, probe, before=scores, after=scores, most=6)
+    forward = Forward(opened)
+    together = _items_loss(forward, asked)
+    forward.can_pack = False
+    torch.testing.assert_close(_items_loss(forward, asked), together, rtol=1e-5, atol=1e-6)
 
 
 def _items_loss_alone(opened: OpenModel, item: LossItem) -> torch.Tensor:

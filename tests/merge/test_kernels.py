@@ -72,6 +72,16 @@ def test_wider_numbers_pass_through_and_the_bad_ones_are_counted(code: int, dtyp
     assert np.array_equal(raw.view(dtype)[[0, 1, 5]], values[[0, 1, 5]])
 
 
+@pytest.mark.parametrize("bits", [0x7F800000, 0x7F800001, 0x7FC00000, 0x7FFFFFFF, 0xFFFFFFFF, 0x7F7FFFFF])
+def test_no_number_that_does_not_fit_bfloat16_is_written_as_one_that_does(bits: int) -> None:
+    values = np.array([1.0, 0.0, 2.0], np.float32)
+    values.view(np.uint32)[1] = bits
+    with np.errstate(invalid="ignore"):
+        wider = values.astype(np.float64)
+    for wide in (values, wider):
+        assert kernels.encode(wide, kernels.BF16, np.empty(6, np.uint8)) == 1
+
+
 @pytest.mark.parametrize(
     ("counter", "stream", "key", "expected"),
     [
