@@ -51,6 +51,14 @@ def test_a_research_method_needs_no_leave(tmp_path: Path) -> None:
     assert first_sft(loaded).penalties["l2sp"].weight == 0.01
 
 
+def test_what_sees_whole_weights_is_refused_where_they_lie_in_shards(tmp_path: Path) -> None:
+    launch = "launch: {command: torchrun --nproc-per-node 2, fsdp: %s}\n"
+    recipe = with_plugins("penalties: {ewc: {}}").replace("name: team\n", "name: team\n" + launch)
+    told = refused(tmp_path, recipe % "true")
+    assert "rounds[0].stages[0].sft.penalties.ewc: found a plug-in with 'launch.fsdp'; expected none" in told
+    load_text(tmp_path, recipe % "false")
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [
