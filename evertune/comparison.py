@@ -24,10 +24,11 @@ from evertune.display import Display
 from evertune.errors import RecipeError
 from evertune.ledger import Ledger
 from evertune.measure.matrix import backward_transfer, forgetting
+from evertune.recipe.fields import REPLAYABLE
 from evertune.recipe.load import LoadedRecipe, load_recipe
 from evertune.recipe.plugins import Kind, find_plugin, installed
 from evertune.recipe.presets import resolve_sft
-from evertune.recipe.schema import REPLAYABLE, Round, Sft
+from evertune.recipe.schema import Round, Sft
 from evertune.run import run_recipe
 from evertune.workspace import Workspace
 

@@ -28,8 +28,9 @@ from evertune.probe.flips import flips_of
 from evertune.probe.job import probe_key
 from evertune.probe.scores import ItemScores
 from evertune.probe.suite import AnyProbe, load_probe
+from evertune.recipe.fields import REPLAYABLE
 from evertune.recipe.load import LoadedRecipe
-from evertune.recipe.schema import REPLAYABLE, Recipe, Round, kept_sources
+from evertune.recipe.schema import Recipe, Round, kept_sources
 from evertune.train.spec import RowsRef
 from evertune.workspace import Workspace
 

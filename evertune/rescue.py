@@ -10,20 +10,9 @@ from typing import Any
 
 from evertune.gate import GateSettings, ProbeFacts, Verdict, judge
 from evertune.probe.scores import ItemScores
+from evertune.recipe.fields import REPLAYABLE
 from evertune.recipe.presets import ResolvedTraining, resolve_stage
-from evertune.recipe.schema import (
-    REPLAYABLE,
-    Anchor,
-    Distill,
-    Recipe,
-    Replay,
-    Round,
-    Rung,
-    Stage,
-    Teacher,
-    Training,
-    kept_sources,
-)
+from evertune.recipe.schema import Anchor, Distill, Recipe, Replay, Round, Rung, Stage, Teacher, Training, kept_sources
 
 Scores = Mapping[str, ItemScores]
 # A share of the update, or one for each block of layers.

@@ -29,8 +29,9 @@ from evertune.model.checkpoint import describe
 from evertune.model.codec import load_codec
 from evertune.plan import Plan, make_plan
 from evertune.process import Workers
+from evertune.recipe.fields import REPLAYABLE
 from evertune.recipe.load import LoadedRecipe, load_recipe
-from evertune.recipe.schema import REPLAYABLE, Round, Training, kept_sources
+from evertune.recipe.schema import Round, Training, kept_sources
 from evertune.report import build_report
 from evertune.report.monitor import Dimension
 from evertune.report.rounds import champion_line

@@ -20,10 +20,11 @@ from evertune.probe.flips import flips_of
 from evertune.probe.job import probe_key
 from evertune.probe.scores import ItemScores
 from evertune.probe.suite import AnyProbe, load_probe
+from evertune.recipe.fields import Config
 from evertune.recipe.load import load_recipe
 from evertune.recipe.overrides import override
 from evertune.recipe.problems import problem_lines
-from evertune.recipe.schema import Config, Gate, Numerics, Probe
+from evertune.recipe.schema import Gate, Numerics, Probe
 from evertune.recipe.strict_yaml import Document, read_yaml
 
 GENERAL = Path(__file__).parent / "general" / "suite.yaml"
@@ -121,7 +122,9 @@ def load_gate(overrides: Sequence[str] = ()) -> Gate:
     try:
         return _GateFile.model_validate(document.value).gate
     except ValidationError as error:
-        raise RecipeError("\n".join(problem_lines(error, document.value, document.places)[:10])) from None
+        raise RecipeError(
+            "\n".join(problem_lines(error, document.value, document.places, root=_GateFile)[:10])
+        ) from None
 
 
 def _from_yaml(path: Path, overrides: Sequence[str]) -> Suite:
@@ -140,7 +143,9 @@ def _from_document(document: Document, overrides: Sequence[str], *, source: str,
     try:
         parts = SuiteFile.model_validate(document.value)
     except ValidationError as error:
-        raise RecipeError("\n".join(problem_lines(error, document.value, document.places)[:10])) from None
+        raise RecipeError(
+            "\n".join(problem_lines(error, document.value, document.places, root=SuiteFile)[:10])
+        ) from None
     return _suite(parts, source=source, root=root)
 
 

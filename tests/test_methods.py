@@ -21,12 +21,13 @@ from evertune.methods import (
     used_in,
     weakest,
 )
-from evertune.recipe import schema
+from evertune.recipe import merging, schema
 from tests.command import evertune
 from tests.recipe.texts import VALID, load_text
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ("production", "research", "academic")
+MODELS = vars(merging) | vars(schema)
 # Options of the recipe that choose between things, but no method: the plain case, or a container of others.
 NO_METHOD = {
     "Tune.full": "the plain case",
@@ -92,13 +93,13 @@ def test_a_link_into_the_code_that_breaks_is_found(monkeypatch: pytest.MonkeyPat
 
 def _options() -> dict[str, Any]:
     """`Model.field` -> annotation, of every field of the schema."""
-    models = [one for one in vars(schema).values() if isinstance(one, type) and issubclass(one, schema.Config)]
+    models = [one for one in MODELS.values() if isinstance(one, type) and issubclass(one, schema.Config)]
     return {f"{one.__name__}.{name}": field.annotation for one in models for name, field in one.model_fields.items()}
 
 
 def _is_choice(key: str, annotation: Any) -> bool:
     """An option that turns something on: a key of a one-key model, or an optional model of its own."""
-    model = getattr(schema, key.partition(".")[0])
+    model = MODELS[key.partition(".")[0]]
     if issubclass(model, schema.OneKey):
         return model is not schema.Verifier
     parts = getattr(annotation, "__args__", (annotation,))

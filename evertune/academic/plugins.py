@@ -4,8 +4,8 @@ from typing import Literal
 
 from pydantic import ConfigDict, Field
 
+from evertune.recipe.fields import Config, Names, NonNegative, Positive, Share
 from evertune.recipe.plugins import Plugin
-from evertune.recipe.schema import Config, Names, NonNegative, Positive, Share
 
 
 class Memory(Config):

@@ -23,9 +23,10 @@ from evertune.model.bundled import home, resolve_base
 from evertune.model.checkpoint import Checkpoint, describe
 from evertune.model.codec import Codec, load_codec
 from evertune.probe.suite import AnyProbe, load_probe
+from evertune.recipe.fields import REPLAYABLE, StageSettings
 from evertune.recipe.load import LoadedRecipe
 from evertune.recipe.presets import resolve_stage
-from evertune.recipe.schema import NAMED_REFERENCES, REPLAYABLE, Recipe, StageSettings, kept_sources, placed_stages
+from evertune.recipe.schema import NAMED_REFERENCES, Recipe, kept_sources, placed_stages
 
 LEAKS_SHOWN = 5
 

@@ -10,8 +10,9 @@ from evertune.data.rows import read_rows
 from evertune.model.bundled import resolve_base
 from evertune.model.checkpoint import describe
 from evertune.model.codec import Codec, load_codec
+from evertune.recipe.fields import REPLAYABLE
 from evertune.recipe.load import LoadedRecipe
-from evertune.recipe.schema import REPLAYABLE, placed_stages
+from evertune.recipe.schema import placed_stages
 
 NO_LIMIT = 1 << 30
 

@@ -37,19 +37,10 @@ from evertune.data.replay import drop_duplicates
 from evertune.data.rows import Row, digest_rows
 from evertune.hashing import digest_file, digest_json
 from evertune.model.checkpoint import describe, vocabulary_of
+from evertune.recipe.fields import REPLAYABLE, StageSettings
 from evertune.recipe.plugins import find_plugin
 from evertune.recipe.presets import ResolvedDistill, ResolvedExternal, ResolvedTraining, resolve_stage
-from evertune.recipe.schema import (
-    ADAPTING,
-    REPLAYABLE,
-    Recipe,
-    Round,
-    Stage,
-    StageSettings,
-    Training,
-    kept_sources,
-    placed_stages,
-)
+from evertune.recipe.schema import ADAPTING, Recipe, Round, Stage, Training, kept_sources, placed_stages
 from evertune.train.distill_spec import check_teacher, check_words
 from evertune.verifiers import located, validate
 

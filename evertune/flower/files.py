@@ -11,8 +11,9 @@ from evertune.federated.spec import SETTINGS, FederatedSpec
 from evertune.hashing import digest_file, digest_json
 from evertune.model.bundled import resolve_base
 from evertune.model.checkpoint import Checkpoint, describe
+from evertune.recipe.fields import Config, Name, NonNegative, PlaceText, Positive, RowFormat
 from evertune.recipe.problems import problem_lines
-from evertune.recipe.schema import Config, Name, Noise, NonNegative, PlaceText, Positive, RowFormat
+from evertune.recipe.schema import Noise
 from evertune.recipe.strict_yaml import read_yaml
 from evertune.train.spec import RowsRef
 
@@ -40,7 +41,7 @@ class _File(Config):
         try:
             found = cls.model_validate(document.value)
         except ValidationError as error:
-            raise RecipeError("\n".join(problem_lines(error, document.value, document.places))) from None
+            raise RecipeError("\n".join(problem_lines(error, document.value, document.places, root=cls))) from None
         return found.model_copy(update={"folder": str(path.absolute().parent)})
 
     def resolve(self, path: str) -> Path:

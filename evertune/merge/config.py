@@ -8,8 +8,8 @@ from pydantic import ValidationError, model_validator
 
 from evertune.errors import RecipeError
 from evertune.merge.methods import METHODS, Method
+from evertune.recipe.merging import Blocks, Match, Merge, MergeMethod
 from evertune.recipe.problems import problem_lines
-from evertune.recipe.schema import Blocks, Match, Merge, MergeMethod
 from evertune.recipe.strict_yaml import Document, Steps, read_yaml
 
 SHOWN_PROBLEMS = 10

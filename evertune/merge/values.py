@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from evertune.errors import MergeError
-from evertune.recipe.schema import Blocks, Match
+from evertune.recipe.merging import Blocks, Match
 
 _LAYER = re.compile(r"\.(\d+)\.")
 _FIRST = re.compile(r"(^|\.)(embed_tokens|wte|wpe|word_embeddings|embed_in|tok_embeddings|embeddings?)\.")

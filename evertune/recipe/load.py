@@ -74,7 +74,7 @@ def load_recipe(path: Path, *, overrides: Sequence[str] = ()) -> LoadedRecipe:
     try:
         recipe = Recipe.model_validate(document.value)
     except ValidationError as error:
-        lines = problem_lines(error, document.value, document.places)
+        lines = problem_lines(error, document.value, document.places, root=Recipe)
         more = [f"... and {len(lines) - SHOWN_PROBLEMS} more."] if len(lines) > SHOWN_PROBLEMS else []
         raise RecipeError("\n".join(lines[:SHOWN_PROBLEMS] + more)) from None
     return LoadedRecipe(recipe=recipe, path=path, places=document.places)

@@ -6,10 +6,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
+from evertune.recipe.fields import Config, NoOptions, StageSettings
+from evertune.recipe.merging import Merge
 from evertune.recipe.schema import (
     Anchor,
     Answers,
-    Config,
     Demonstration,
     Distill,
     Dpo,
@@ -18,10 +19,8 @@ from evertune.recipe.schema import (
     Federated,
     GuardStop,
     Lora,
-    Merge,
     Mix,
     Noise,
-    NoOptions,
     OnPolicy,
     Protected,
     Recipe,
@@ -30,7 +29,6 @@ from evertune.recipe.schema import (
     Rl,
     RolloutServer,
     Sft,
-    StageSettings,
     Teacher,
     Training,
     Tune,

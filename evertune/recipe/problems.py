@@ -15,7 +15,6 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from evertune.recipe.plugins import GROUPS, Kind, find_plugin
-from evertune.recipe.schema import Recipe
 from evertune.recipe.strict_yaml import Steps, spell
 
 _TYPES = {
@@ -50,7 +49,7 @@ class _Problem:
 
 
 def problem_lines(
-    error: ValidationError, value: Any, places: Mapping[Steps, str], *, root: type[BaseModel] = Recipe
+    error: ValidationError, value: Any, places: Mapping[Steps, str], *, root: type[BaseModel]
 ) -> list[str]:
     """One line per problem: where it stands, its path, what was found, what was expected.
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from evertune.methods import methods
+from evertune.recipe import merging
 from evertune.recipe import schema as recipe_schema
 from evertune.recipe.json_schema import recipe_json_schema
 from evertune.recipe.presets import PRESETS, SOURCES, Preset
@@ -55,7 +56,7 @@ def _section(name: str, model: dict[str, Any]) -> str:
 
 def _method_links(model: str, key: str) -> Iterator[str]:
     """A link to the row of each method that a key selects; a model has the keys of those it is derived from."""
-    lineage = {one.__name__ for one in getattr(recipe_schema, model).__mro__}
+    lineage = {one.__name__ for one in (vars(merging) | vars(recipe_schema))[model].__mro__}
     for method in methods().values():
         places = [place.partition("=")[0].split(".") for place in method.keys]
         if any(owner in lineage and field == key for owner, field in places):

@@ -1,35 +1,42 @@
 """The recipe: a tree of small frozen models, checked in full before any weight is loaded.
 
 A field is here only when code reads it. `None` means "not asked for": the preset or the stage decides. YAML and
-Python build the same objects; `problems.py` adds file, line and "did you mean" to what goes wrong here.
+Python build the same objects; `problems.py` adds file, line and "did you mean" to what goes wrong here. What the models
+are made of is in `fields.py`, a merge in `merging.py`.
 """
 
 import shlex
 import string
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
-    SerializerFunctionWrapHandler,
-    model_serializer,
     model_validator,
 )
 
 from evertune.methods import Method, methods, named
+from evertune.recipe.fields import (
+    REPLAYABLE,
+    Config,
+    Name,
+    Names,
+    NonNegative,
+    NoOptions,
+    OneKey,
+    PlaceText,
+    Points,
+    Positive,
+    RowFormat,
+    Share,
+    StageSettings,
+)
+from evertune.recipe.merging import Merge
 from evertune.recipe.plugins import Kind, check_options, find_plugin
-
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
-Share = Annotated[float, Field(ge=0.0, lt=1.0, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
-Points = Annotated[float, Field(gt=0.0, lt=1.0, allow_inf_nan=False)]
-
 
 # Checkpoints that a setting may name by a word; anything else is a path.
 NAMED_REFERENCES = ("start", "sft", "base", "champion")
@@ -42,81 +49,6 @@ RESERVED = {
     OWN_SOURCES: "the sources of a round, where it is consolidated",
     ALL_SOURCES: "those of a round and of all before it",
 }
-
-PlaceText = Annotated[str, Field(min_length=1)]
-
-
-class Config(BaseModel):
-    """Frozen, unknown keys refused, no silent conversion of strings to numbers."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, defer_build=True)
-
-
-class NoOptions(Config):
-    """Takes no options: `{}`."""
-
-
-class OneKey(Config):
-    """Exactly one of its keys is given; a key of `bare_names` may stand alone, `full` for `{full: {}}`."""
-
-    bare_names: ClassVar[tuple[str, ...]] = ()
-    noun: ClassVar[str]
-
-    @model_validator(mode="before")
-    @classmethod
-    def _bare_name(cls, value: Any) -> Any:
-        known = f"expected {', '.join(cls.bare_names)}, or a mapping with one key"
-        if cls.bare_names and isinstance(value, str):
-            if value not in cls.bare_names:
-                raise ValueError(f"found {value!r}, {known}")
-            return {value: {}}
-        if isinstance(value, dict):
-            # `tune: {lora: }` is how people write a key without options.
-            is_alone = len(value) == 1
-            return {
-                key: {} if is_alone and one is None and key in cls.bare_names else one for key, one in value.items()
-            }
-        return value
-
-    @model_validator(mode="after")
-    def _one_key(self) -> Self:
-        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
-        if len(given) != 1:
-            known = ", ".join(type(self).model_fields)
-            raise ValueError(f"{self.noun} has exactly one key of: {known}; found {', '.join(given) or 'none'}")
-        return self
-
-    @model_serializer(mode="wrap")
-    def _given_key(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Only the key that is given: what a resolved recipe says does not change when another key comes to exist."""
-        return {name: value for name, value in handler(self).items() if getattr(self, name) is not None}
-
-    @property
-    def kind(self) -> str:
-        return next(name for name in type(self).model_fields if getattr(self, name) is not None)
-
-
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
-def _without_repeats(names: list[str]) -> list[str]:
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise ValueError(f"'{repeated[0]}' stands twice")
-    return names
-
-
-Names = Annotated[
-    list[Name],
-    BeforeValidator(_as_list, json_schema_input_type=Name | list[Name]),
-    Field(min_length=1),
-    AfterValidator(_without_repeats),
-]
-
-RowFormat = Literal["messages", "preference", "verifiable", "episode", "choice", "text"]
-# Formats of rows that can be replayed: what a stage with cross-entropy reads.
-REPLAYABLE: tuple[RowFormat, ...] = ("messages", "text")
 
 
 class DataSource(Config):
@@ -401,30 +333,6 @@ class Ema(Config):
 
     decay: float = Field(0.99, gt=0.0, lt=1.0)
     """Kept share of the old average at each step. 0.99 suits runs below 2,000 steps."""
-
-
-class StageSettings(Config):
-    """What any kind of stage can be asked; a kind that reads no rows answers nothing."""
-
-    formats: ClassVar[tuple[RowFormat, ...]] = ()
-    """Formats of the sources of new rows it reads."""
-    is_private: ClassVar[bool] = False
-    """Its rows belong to others and are not kept for later replay."""
-
-    @property
-    def new_sources(self) -> list[str]:
-        """Names of the sources of new rows."""
-        return []
-
-    @property
-    def replayed_sources(self) -> list[str]:
-        """Names of the sources that the stage itself asks to replay."""
-        return []
-
-    @property
-    def remembered_sources(self) -> list[str]:
-        """Names of the sources that its plug-ins remember, `history` among them."""
-        return []
 
 
 def _plugins_of(kind: Kind) -> BeforeValidator:
@@ -989,99 +897,6 @@ class Federated(StageSettings):
     @property
     def new_sources(self) -> list[str]:
         return list(dict.fromkeys(name for sources in self.clients.values() for name in sources))
-
-
-MergeMethod = Literal[
-    "linear", "ema", "interpolate", "task_arithmetic", "slerp", "model_stock", "ties", "dare_linear", "dare_ties",
-    "della_linear", "della", "breadcrumbs", "breadcrumbs_ties", "sce", "ram", "magmax",
-]  # fmt: skip
-Number = Annotated[float, Field(allow_inf_nan=False)]
-
-
-class Blocks(Config):
-    """One value for each of equally many layers, in order of depth."""
-
-    blocks: list[Number] = Field(min_length=1)
-    """Values; the layers are divided among them."""
-
-
-class Match(Config):
-    """A value for the tensors whose name matches."""
-
-    match: str | None = None
-    """A glob for the whole name of a tensor; without one, every tensor."""
-    value: float | list[Number] | Blocks
-    """For these tensors."""
-
-
-def _number(value: object) -> object:
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-
-Value = Annotated[Number | list[Number] | list[Match] | Blocks, BeforeValidator(_number, json_schema_input_type=object)]
-
-
-class MergeModel(Config):
-    """One model that goes in."""
-
-    path: PlaceText
-    """Folder of a Hugging Face model or of a PEFT adapter, relative to this file. In a stage also `start` (what the
-    stage starts from), `origin` (what the round starts from), `sft`, `base`, `champion`, or the label of an earlier
-    stage, such as `maths/1-sft`: experts trained in rounds that start from the base."""
-    weight: Value | None = None
-    """How much it counts; 1 when not given. Below 0 forgets, in methods on task vectors."""
-    density: Value | None = None
-    """Share of its task vector that stays; the merge's `density` when not given."""
-
-
-class Merge(StageSettings):
-    """Several models become one. Methods, their papers and what they are worth: docs/merging.md."""
-
-    method: MergeMethod
-    """`evertune merge methods` lists them with paper and standing."""
-    base: PlaceText | None = None
-    """Folder of the model that all others were trained from: task vectors are differences from it."""
-    models: dict[Name, MergeModel] = Field(min_length=1)
-    """What goes in, by a name for messages. The order counts for `ema` and `slerp` only."""
-    scale: Value | None = Field(None, alias="lambda")
-    """The merged task vector counts this many times; 1 when not given."""
-    t: Value | None = None
-    """Share of the second model, for `slerp` and `interpolate`; 0.5 when not given."""
-    decay: float | None = Field(None, ge=0.0, lt=1.0)
-    """For `ema`: share of the old average that each next model keeps; 0.5 when not given."""
-    density: Value | None = None
-    """Share of each task vector that stays."""
-    normalize: bool | None = None
-    """Divide by the sum of weights; what the method's paper does when not given."""
-    epsilon: float | None = Field(None, ge=0.0, le=0.5)
-    """For `della`: keeping probabilities run from density - epsilon to density + epsilon; 0.15 when not given."""
-    gamma: float | None = Field(None, ge=0.0, lt=1.0)
-    """For `breadcrumbs`: share of the largest changes that is left out; 0.01 when not given."""
-    boost: float | None = Field(None, ge=0.0, allow_inf_nan=False)
-    """For `ram`: how much an expert's own changes gain for what it shares; 0 when not given, 0.1 in RAM+."""
-    boost_limit: float | None = Field(None, ge=0.0, allow_inf_nan=False)
-    """For `ram`: the largest ratio of shared to own changes that counts; 0.2 when not given."""
-    seed: int = Field(0, ge=0, lt=2**63)
-    """Seeds what is drawn: dropped elements, and which of equally large ones stay."""
-    dtype: Literal["bfloat16", "float16", "float32"] | None = None
-    """Of the result; the base's, or the first model's, tensor by tensor, when not given. A stage writes `float32` when
-    not given: what is merged again and again must not be rounded each time."""
-    output: Literal["auto", "model", "adapter"] = "auto"
-    """`auto`: an adapter where that is exact (a linear method on adapters over one base), else a model."""
-    rank: int | None = Field(None, gt=0)
-    """Rank of a resulting adapter: the best of that rank, and the lost energy is reported. All when not given."""
-    shard_gb: float = Field(5.0, gt=0.0, allow_inf_nan=False)
-    """Largest weights file, in 10^9 bytes."""
-    config_from: Name | None = None
-    """Model whose config, tokenizer and template the result gets; the base, or the first model, when not given."""
-    vocabulary: Literal["same", "by_token"] = "same"
-    """`same` refuses differing tokenizers. `by_token` takes, for each token of the result's tokenizer, the row of the
-    model that has it; a model without it does not change it."""
-    different_starts: Literal["refuse", "allow"] = "refuse"
-    """Models whose weights are as good as unrelated do not merge; `allow` tries."""
-    compat: Literal["mergekit"] | None = None
-    """Follow mergekit where it differs: sign ties count as plus, division by signed weights, DARE scaled to the L1
-    norm, SLERP straight above a cosine of 0.9995, Model Stock's share unbounded."""
 
 
 class Stage(OneKey):

@@ -7,8 +7,9 @@ from typing import Any, Protocol
 
 from evertune.model.checkpoint import Checkpoint, describe
 from evertune.plan import Plan
+from evertune.recipe.fields import StageSettings
 from evertune.recipe.presets import Resolved, resolve_stage
-from evertune.recipe.schema import Round, StageSettings
+from evertune.recipe.schema import Round
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from evertune.errors import MergeError, RecipeError
 from evertune.merge.config import load_config
 from evertune.merge.plan import plan_merge
 from evertune.merge.values import Depths, check_globs, resolve
-from evertune.recipe.schema import Blocks, Match
+from evertune.recipe.merging import Blocks, Match
 from tests.merge.folders import configure, merge, tensors_of, write_family
 
 NAMES = [

@@ -10,9 +10,9 @@ import pytest
 
 from evertune.errors import RecipeError
 from evertune.methods import methods
+from evertune.recipe.fields import Config
 from evertune.recipe.load import load_recipe
 from evertune.recipe.plugins import GROUPS, Plugin, find_plugin, installed
-from evertune.recipe.schema import Config
 from tests.recipe.texts import changed, first_sft, load_text
 
 PLACE = "          lr: 1e-4\n"
