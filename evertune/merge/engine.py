@@ -332,8 +332,11 @@ class _Work:
         sums.fill(0)
         inputs = opened.inputs
         span = inputs.tensor.span(segment)
-        for chunk in reader.sample(inputs) if one.of_sample else reader.chunks(inputs, *span, keep=True):
+        chunks = reader.chunks(inputs, *span, keep=True, check=not opened.rule.shows_nan)
+        for chunk in reader.sample(inputs) if one.of_sample else chunks:
             one.gather(chunk, opened.state, sums)
+        if opened.rule.shows_nan and not np.isfinite(sums).all():
+            reader.check_finite(inputs, *span)
         with opened.lock:
             if is_shared:
                 opened.sums[0] += sums
@@ -369,12 +372,13 @@ class _Work:
         tensor = opened.inputs.tensor
         width, first = DTYPE_BITS[tensor.dtype] // 8, tensor.span(segment)[0]
         not_counted = np.empty(0, np.int64)
-        for chunk in reader.chunks(opened.inputs, *tensor.span(segment)):
+        for chunk in reader.chunks(opened.inputs, *tensor.span(segment), check=not opened.rule.shows_nan):
             place = (chunk.begin - first) * width
             merged = reader.room.take("merged", (chunk.count,), chunk.like.dtype)
             opened.rule.apply(chunk, opened.state, merged, not_counted)
             bad = kernels.encode(merged, FLOATS[tensor.dtype], data[place : place + chunk.count * width])
             if bad:
+                reader.check_finite(opened.inputs, chunk.begin, chunk.begin + chunk.count)
                 raise MergeError(
                     f"{tensor.name}: {bad} of {chunk.count} merged values do not fit into {tensor.dtype}, beginning at "
                     f"element {chunk.begin}.",

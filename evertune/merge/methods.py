@@ -87,12 +87,14 @@ class Rule:
         one asks for no count.
     leaves_out: whether it does.
     whole_rows: chunks are whole rows of the last dimension.
+    shows_nan: a NaN or Inf of any model is one in the totals of its passes, and in the result of `apply` at its place.
     """
 
     apply: Callable[[Chunk, State, Array, Array], None]
     passes: tuple[Pass, ...] = ()
     leaves_out: bool = False
     whole_rows: bool = False
+    shows_nan: bool = False
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ def linear(settings: Settings) -> Rule:
         check_weight_sum(weights)
         weights, total = weights / total, 1.0
 
-    return Rule(lambda chunk, state, out, kept: _sum(chunk, 0, 1, weights[1:], total, out))
+    return Rule(lambda chunk, state, out, kept: _sum(chunk, 0, 1, weights[1:], total, out), shows_nan=True)
 
 
 def ema(settings: Settings) -> Rule:
@@ -138,7 +140,7 @@ def ema(settings: Settings) -> Rule:
     shares = [decay**last, *((1.0 - decay) * decay ** (last - i) for i in range(1, last + 1))]
     weights = np.array(shares)
 
-    return Rule(lambda chunk, state, out, kept: _sum(chunk, 0, 1, weights[1:], 1.0, out))
+    return Rule(lambda chunk, state, out, kept: _sum(chunk, 0, 1, weights[1:], 1.0, out), shows_nan=True)
 
 
 def interpolate(settings: Settings) -> Rule:
@@ -146,7 +148,7 @@ def interpolate(settings: Settings) -> Rule:
     if settings.t == 1.0:
         return copy_of_first()
     weights = np.array([settings.t])
-    return Rule(lambda chunk, state, out, kept: _sum(chunk, 1, 0, weights, 1.0, out))
+    return Rule(lambda chunk, state, out, kept: _sum(chunk, 1, 0, weights, 1.0, out), shows_nan=True)
 
 
 def copy_of_first() -> Rule:
@@ -157,7 +159,7 @@ def copy_of_first() -> Rule:
 def task_arithmetic(settings: Settings) -> Rule:
     """base + lambda sum_k w_k tau_k."""
     weights, base = settings.scale * _mean_weights(settings), settings.experts
-    return Rule(lambda chunk, state, out, kept: _sum(chunk, base, 0, weights, 1.0, out))
+    return Rule(lambda chunk, state, out, kept: _sum(chunk, base, 0, weights, 1.0, out), shows_nan=True)
 
 
 # ---- sums whose coefficients come from lengths and angles
@@ -181,7 +183,7 @@ def slerp(settings: Settings) -> Rule:
             anchor, term = (1, 0) if chunk.has_base else (0, 1)
             _sum(chunk, anchor, term, np.array([second]), first + second, out)
 
-    return Rule(apply, (Pass((2, 2), np.float64, gather, find),))
+    return Rule(apply, (Pass((2, 2), np.float64, gather, find),), shows_nan=True)
 
 
 def model_stock(settings: Settings) -> Rule:
@@ -198,7 +200,7 @@ def model_stock(settings: Settings) -> Rule:
     def apply(chunk: Chunk, state: State, out: Array, kept: Array) -> None:
         _sum(chunk, count, 0, state["weights"], 1.0, out)
 
-    return Rule(apply, (Pass((count, count), np.float64, gather, find),))
+    return Rule(apply, (Pass((count, count), np.float64, gather, find),), shows_nan=True)
 
 
 # ---- task vectors of which a part stays

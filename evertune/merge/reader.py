@@ -120,11 +120,14 @@ class Reader:
     room: Room = field(default_factory=Room)
     seconds: Seconds = field(default_factory=Seconds)
 
-    def chunks(self, inputs: Inputs, begin: int, end: int, *, keep: bool = False) -> Iterator[Chunk]:
+    def chunks(
+        self, inputs: Inputs, begin: int, end: int, *, keep: bool = False, check: bool = True
+    ) -> Iterator[Chunk]:
         """Elements [begin, end) of a tensor in all models, a chunk at a time.
 
         Args:
             keep: another pass follows; of what is read, as much is kept as the pool has room for.
+            check: look for NaN and Inf. Who says no sees them in the outcome, and calls `check_finite` then.
 
         Raises:
             MergeError: a value is NaN or Inf; names the model, the tensor and the place.
@@ -135,7 +138,8 @@ class Reader:
             is_read = held is not None
             if keep and not is_read and inputs.is_bf16 and self.pool is not None:
                 held = self.pool.take()
-            chunk = self.chunk(inputs, first, min(first + inputs.tensor.chunk, end), held=held, is_read=is_read)
+            last = min(first + inputs.tensor.chunk, end)
+            chunk = self.chunk(inputs, first, last, held=held, is_read=is_read, check=check)
             self.seconds.read += time.thread_time() - started
             yield chunk
             if keep and held is not None:
@@ -157,12 +161,22 @@ class Reader:
         for begin, end in sample_runs(inputs.tensor, whole_rows=whole_rows or inputs.has_rows):
             yield self.chunk(inputs, begin, end)
 
-    def chunk(self, inputs: Inputs, begin: int, end: int, *, held: Array | None = None, is_read: bool = False) -> Chunk:
+    def chunk(
+        self,
+        inputs: Inputs,
+        begin: int,
+        end: int,
+        *,
+        held: Array | None = None,
+        is_read: bool = False,
+        check: bool = True,
+    ) -> Chunk:
         """Elements [begin, end) as one chunk.
 
         Args:
             held: bytes for the words of a chunk of bfloat16, instead of the room's.
             is_read: they hold them already.
+            check: as `chunks`.
 
         Raises:
             MergeError: as `chunks`.
@@ -178,10 +192,8 @@ class Reader:
             for model, row in zip(inputs.models, words, strict=True):
                 stored = stored_in(model, inputs.tensor.name)
                 self.files.read(stored.file, stored.begin + begin * stored.width, row.view(np.uint8))
-            if not kernels.is_finite(words.reshape(-1).view(np.uint8), kernels.BF16):
-                for model, row in zip(inputs.models, words, strict=True):
-                    stored = stored_in(model, inputs.tensor.name)
-                    self._check(inputs, model, stored, begin, row.view(np.uint8))
+            if check and not kernels.is_finite(words.reshape(-1).view(np.uint8), kernels.BF16):
+                self._check_words(inputs, begin, words)
             return Chunk(words, begin, has_base, is_double, self.room)
         values = self.room.take("models", shape, np.float64 if is_double else np.float32)
         for i, model in enumerate(inputs.models):
@@ -190,6 +202,15 @@ class Reader:
             else:
                 self._compute(inputs, i, begin, values[i])
         return Chunk(values, begin, has_base, is_double, self.room)
+
+    def check_finite(self, inputs: Inputs, begin: int, end: int) -> None:
+        """Raise MergeError, as `chunks`, where one of elements [begin, end) is NaN or Inf in a model."""
+        for first in range(begin, end, inputs.tensor.chunk):
+            self.chunk(inputs, first, min(first + inputs.tensor.chunk, end))
+
+    def _check_words(self, inputs: Inputs, begin: int, words: Array) -> None:
+        for model, row in zip(inputs.models, words, strict=True):
+            self._check(inputs, model, stored_in(model, inputs.tensor.name), begin, row.view(np.uint8))
 
     def _let_go(self, inputs: Inputs, first: int) -> None:
         assert self.pool is not None, "kept without a pool"
