@@ -367,6 +367,50 @@ def add_products(one: Array, two: Array, sums: Array) -> None:
         sums[j] += (first + second) + (third + fourth)
 
 
+@compiled
+def compare(models_MN: Array, has_base: bool, merged: Array, rounded: Array, parts_LN: Array) -> Any:
+    """Differences of the models, and counts of what they are like.
+
+    Args:
+        has_base: differences are taken from the last row; otherwise from the mean of the rows.
+        merged, rounded: a result before and after rounding; empty where there is none.
+        parts_LN: filled, in the dtype to compute in: a row for each difference, then what they are taken from.
+
+    Returns:
+        Four counts of elements: that at least two differences change, of these that they push in opposite directions,
+        where the result is not the base's value, of these where the rounded one is.
+    """
+    experts, count = parts_LN.shape[0] - 1, parts_LN.shape[1]
+    origin = parts_LN[experts]
+    if has_base:
+        for i in range(count):
+            origin[i] = widen(models_MN[experts, i])
+    else:
+        for i in range(count):
+            origin[i] = widen(models_MN[0, i])
+        for k in range(1, experts):
+            for i in range(count):
+                origin[i] += widen(models_MN[k, i])
+        for i in range(count):
+            origin[i] /= parts_LN.dtype.type(experts)
+    plus_N, minus_N = np.zeros(count, np.int32), np.zeros(count, np.int32)
+    for k in range(experts):
+        model, difference = models_MN[k], parts_LN[k]
+        for i in range(count):
+            difference[i] = widen(model[i]) - origin[i]
+            plus_N[i] += difference[i] > 0
+            minus_N[i] += difference[i] < 0
+    shared = conflicts = moved = unmoved = 0
+    for i in range(count):
+        shared += plus_N[i] + minus_N[i] > 1
+        conflicts += (plus_N[i] > 0) & (minus_N[i] > 0)
+    for i in range(merged.shape[0]):
+        is_moved = merged[i] != origin[i]
+        moved += is_moved
+        unmoved += is_moved & (rounded[i] == origin[i])
+    return shared, conflicts, moved, unmoved
+
+
 # ---- which elements of a task vector stay
 
 

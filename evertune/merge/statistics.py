@@ -32,25 +32,20 @@ def measure(inputs: Inputs, rule: Rule | None, state: State, reader: Reader) -> 
     tensor = inputs.tensor
     count = len(inputs.experts)
     gram = np.zeros((count, count))
-    size = seen = 0.0
-    moved = unmoved = shared = conflicts = 0
+    size, seen = np.zeros((1, 1)), 0.0
+    counts = np.zeros(4, np.int64)
     kept = np.zeros(count, np.int64)
     for chunk in reader.sample(inputs, whole_rows=rule is not None and rule.whole_rows):
+        merged = rounded = chunk.like
         if rule is not None and inputs.base is not None:
             merged, rounded = _merged(chunk, rule, state, tensor.dtype, kept)
-        values = chunk.values()
-        reference = values.experts.mean(axis=0) if values.base is None else values.base
-        size += float(np.square(reference, dtype=np.float64).sum())
+        parts = reader.room.take("parts", (count + 1, chunk.count), chunk.like.dtype)
+        found = kernels.compare(chunk.models_MN, chunk.has_base, merged, rounded, parts)
+        kernels.gram(parts[:count], False, chunk.like, gram)
+        kernels.gram(parts[count:], False, chunk.like, size)
+        counts += found
         seen += chunk.count
-        if rule is not None and values.base is not None:
-            is_moved = merged != values.base
-            moved += int(np.count_nonzero(is_moved))
-            unmoved += int(np.count_nonzero(is_moved & (rounded == values.base)))
-        np.subtract(values.experts, reference, out=values.experts)
-        kernels.gram(values.experts, False, chunk.like, gram)
-        plus, minus = (values.experts > 0).sum(axis=0), (values.experts < 0).sum(axis=0)
-        shared += int(np.count_nonzero(plus + minus > 1))
-        conflicts += int(np.count_nonzero((plus > 0) & (minus > 0)))
+    shared, conflicts, moved, unmoved = counts.tolist()
     scale = tensor.elements / seen if seen else 0.0
     names = [one.name for one in inputs.experts]
     lengths = np.sqrt(np.diag(gram) * scale)
@@ -58,7 +53,7 @@ def measure(inputs: Inputs, rule: Rule | None, state: State, reader: Reader) -> 
         "elements": tensor.elements,
         "relative_to": "base" if inputs.base else "mean",
         "norms": dict(zip(names, lengths.tolist(), strict=True)),
-        "of_reference": dict(zip(names, (lengths / max(math.sqrt(size * scale), 1e-300)).tolist(), strict=True)),
+        "of_reference": dict(zip(names, (lengths / max(math.sqrt(size[0, 0] * scale), 1e-300)).tolist(), strict=True)),
         "cosines": [
             _cosine(gram, a, b) for a in range(count) for b in range(a + 1, count)
         ],
