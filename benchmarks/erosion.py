@@ -5,10 +5,11 @@ line of cross-stage distillation brings back. Prints the tables of docs/results/
 
 The 135M model. The sft stage teaches snips7 (7 commands, the answer being the command's name) and, one row in three, 7
 kinds of things of dbpedia14; the dpo stage has short pairs of AlpacaEval; the rl stage has the kinds of things, with
-`exact` as reward. Both lines share the sft stage; the guarded one sees as many pairs and questions in as many steps at
-the same rates, and beside them replayed rows, an anchor, the KL to the sft stage and a protected skill. The unguarded
-line ends with `distill: {teachers: run, route: best}`. Each seed is a run of `evertune run` on a recipe that is left in
-the folder. Run again, it does only what is missing.
+`exact` as reward. All lines share the sft stage; a guarded one sees as many pairs and questions in as many steps at the
+same rates, and beside them replayed rows, an anchor, the KL to the sft stage and a protected skill. In one of them the
+replayed rows of the dpo stage have a share of the gradient's norm; in the other they weigh as they come, and the chosen
+answers have a likelihood term. The unguarded line ends with `distill: {teachers: run, route: best}`. Each seed is a
+run of `evertune run` on a recipe that is left in the folder. Run again, it does only what is missing.
 """
 
 import argparse
@@ -71,7 +72,9 @@ rounds:
       - rl: {{data: [topics], batch_rows: {questions}, kl: 0.0, {rl}}}
       - distill: {{data: {{snips: 1, asked: 1}}, teachers: run, route: best, skills: {{asked: topics}}, weight: 1.0,
                   {distill}}}
-  - name: guards-on
+{guarded}"""
+GUARDED = """\
+  - name: {line}
     start: base
     stages:
       - sft: {sft}
@@ -80,6 +83,7 @@ rounds:
           batch_rows: {guarded_pairs}
           replay: {{share: 0.25, from: [snips, kinds, general]}}
           anchor: {{kl: 0.1, to: sft}}
+          {weighed}
           {dpo_lines}
       - rl:
           data: {{topics: 4, commands: 1}}
@@ -116,7 +120,8 @@ GAINED, KEPT = ("pairs", "topics"), ("snips", "arc", "chat", "web")
 SPLITS = ("train", "validation", "test")
 MENDED = "guards-off/4-distill"
 STAGES = ("1-sft", "2-dpo", "3-rl")
-LINES = ("guards-off", "guards-on")
+LINES = ("guards-off", "guards-on", "guards-as-they-come")
+WEIGHED = {"guards-on": "nll: 0.0\n          replay_ratio: 0.3", "guards-as-they-come": "nll: 0.2"}
 
 
 def main() -> None:
@@ -138,7 +143,8 @@ def main() -> None:
         margins = ledger_scores(asked.folder / f"run-{seed}", f"seed-{seed}.yaml", read=margin)
         made.append({label: {**one, "pairs": margins[label]["pairs"]} for label, one in found.items()})
         print_scores(seed, made[-1])
-    print_changes(made)
+    for line in LINES[1:]:
+        print_changes(made, line)
     print_pairs(made)
     print_mended(made)
     for seed in asked.seeds:
@@ -208,22 +214,31 @@ def characters(row: Mapping) -> int:
 
 def run_seed(asked: argparse.Namespace, seed: int) -> None:
     recipe = asked.folder / f"seed-{seed}.yaml"
+    sft = "{" + inline(SFT) + "}"
     text = RECIPE.format(
         seed=seed,
         items=asked.items,
         texts=asked.texts,
         arc=(asked.data / "arc_easy" / "test.jsonl").resolve(),
         web=(asked.data / "text_c4" / "test.jsonl").resolve(),
-        sft="{" + inline(SFT) + "}",
+        sft=sft,
         dpo=inline(DPO),
         rl=inline(RL),
         distill=inline(DISTILL),
-        dpo_lines=lines(DPO),
-        rl_lines=lines(RL),
         pairs=PAIRS,
-        guarded_pairs=PAIRS * 4 // 3,
         questions=QUESTIONS,
-        guarded_questions=QUESTIONS * 5 // 4 * 3 // 2,
+        guarded="".join(
+            GUARDED.format(
+                line=line,
+                sft=sft,
+                weighed=WEIGHED[line],
+                dpo_lines=lines(DPO),
+                rl_lines=lines(RL),
+                guarded_pairs=PAIRS * 4 // 3,
+                guarded_questions=QUESTIONS * 5 // 4 * 3 // 2,
+            )
+            for line in LINES[1:]
+        ),
     )
     recipe.write_text(text, encoding="utf-8")
     done = subprocess.run([sys.executable, "-m", "evertune", "run", str(recipe)], check=False)
@@ -246,29 +261,29 @@ def print_scores(seed: int, made: Mapping[str, Scores]) -> None:
         print(f"{label:26}" + "".join(f"{made[label][name].mean():9.3f}" for name in names), flush=True)
 
 
-def print_changes(made: Sequence[Mapping[str, Scores]]) -> None:
-    """After the rl stage less after the sft stage, over all seeds, and guarded as a share of unguarded.
+def print_changes(made: Sequence[Mapping[str, Scores]], guarded: str) -> None:
+    """After the rl stage less after the sft stage, over all seeds, and a guarded line as a share of the unguarded one.
 
     Intervals are 90 %, from items drawn anew (the same ones in every seed, in both lines and at both stages) with the
     seeds as they are; bits per byte are turned round, so that a loss is negative in every row.
     """
     rng = np.random.default_rng(0)
     print(f"\nafter rl less after sft, {len(made)} seeds")
-    print(f"{'':10}{'guards off':>26}{'guards on':>26}{'on / off':>22}   each seed, off and on")
+    print(f"{'':10}{LINES[0]:>26}{guarded:>26}{'on / off':>22}   each seed, off and on")
     for name in (*GAINED, *KEPT):
         sign = -1.0 if name in ("chat", "web") else 1.0
         changes = {
             line: sign * np.stack([one[f"{line}/3-rl"][name] - one[f"{line}/1-sft"][name] for one in made])
-            for line in LINES
+            for line in (LINES[0], guarded)
         }
         drawn = rng.integers(0, changes[LINES[0]].shape[1], (RESAMPLES, changes[LINES[0]].shape[1]))
         means = {line: change.mean(0)[drawn].mean(1) for line, change in changes.items()}
-        cells = [interval(changes[line].mean(), means[line], "+.3f") for line in LINES]
+        cells = [interval(change.mean(), means[line], "+.3f") for line, change in changes.items()]
         off = means[LINES[0]]
-        ratio = means[LINES[1]] / np.where(off == 0.0, np.nan, off)
-        ratios = interval(changes[LINES[1]].mean() / changes[LINES[0]].mean(), ratio, ".2f")
+        ratio = means[guarded] / np.where(off == 0.0, np.nan, off)
+        ratios = interval(changes[guarded].mean() / changes[LINES[0]].mean(), ratio, ".2f")
         each = ", ".join(
-            f"{off:+.3f} {on:+.3f}" for off, on in zip(*(changes[line].mean(1) for line in LINES), strict=True)
+            f"{off:+.3f} {on:+.3f}" for off, on in zip(*(change.mean(1) for change in changes.values()), strict=True)
         )
         print(f"{name:10}{cells[0]:>26}{cells[1]:>26}{ratios:>22}   {each}")
 

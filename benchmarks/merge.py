@@ -13,7 +13,9 @@ other, on the same files in the page cache; and is added to FOLDER/times-SIZE.js
 rounds and the range. CPU seconds are user and system time of the process and its children; anonymous memory is
 sampled every 20 ms from /proc.
 
-floor: read every input once and write one output, in blocks of 1 MiB, nothing computed.
+floor: read every input once and write one output, in blocks of 1 MiB, nothing computed, in one thread; so are the
+others by default (--threads), and three seconds pass before each: on a virtual machine pages that were freed a moment
+ago cost a third less, which would favour whoever follows a large process.
 after imports: without Python's start, imports, and what numba imports at the first call of a kernel.
 The digests of inputs are known, as they are after any earlier look at them; the first look costs 0.6 CPU seconds a GB.
 """
@@ -38,6 +40,7 @@ from typing import Any
 import numpy as np
 
 BLOCK = 1 << 20
+SETTLE_SECONDS = 3.0
 SIZES: dict[str, dict[str, int]] = {
     "5m": {"hidden": 128, "inter": 512, "layers": 4, "heads": 4, "kv": 2, "vocab": 32000},
     "0.3b": {"hidden": 1024, "inter": 4096, "layers": 17, "heads": 16, "kv": 8, "vocab": 32000},
@@ -311,6 +314,7 @@ def time_all(folder: Path, size: str, methods: Sequence[str], rounds: int, threa
             one_round: dict[str, Any] = {"method": method, "threads": threads}
             for name, program in programs.items():
                 shutil.rmtree(out, ignore_errors=True)
+                time.sleep(SETTLE_SECONDS)
                 one_round[name] = program()
                 print(size, number, method, name, {k: round(v, 2) for k, v in one_round[name].items()}, flush=True)
             shutil.rmtree(out, ignore_errors=True)
@@ -377,7 +381,7 @@ def main() -> None:
     parser.add_argument("--size", choices=tuple(SIZES), default="0.3b")
     parser.add_argument("--methods", nargs="+", default=list(OURS), choices=tuple(OURS))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--without-mergekit", action="store_true")
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
