@@ -6,10 +6,11 @@ line of cross-stage distillation brings back. Prints the tables of docs/results/
 The 135M model. The sft stage teaches snips7 (7 commands, the answer being the command's name) and, one row in three, 7
 kinds of things of dbpedia14; the dpo stage has short pairs of AlpacaEval; the rl stage has the kinds of things, with
 `exact` as reward. All lines share the sft stage; a guarded one sees as many pairs and questions in as many steps at the
-same rates, and beside them replayed rows, an anchor, the KL to the sft stage and a protected skill. In one of them the
-replayed rows of the dpo stage have a share of the gradient's norm; in the other they weigh as they come, and the chosen
-answers have a likelihood term. The unguarded line ends with `distill: {teachers: run, route: best}`. Each seed is a
-run of `evertune run` on a recipe that is left in the folder. Run again, it does only what is missing.
+same rates, and beside them replayed rows, an anchor, a KL and a protected skill. In one guarded line the replayed rows of
+the dpo stage have a share of the gradient's norm, and the rl stage is held to what the dpo stage has made. In the other
+they weigh as they come, the chosen answers have a likelihood term, and the rl stage is held to the sft stage. The
+unguarded line ends with `distill: {teachers: run, route: best}`. Each seed is a run of `evertune run` on a recipe that
+is left in the folder. Run again, it does only what is missing.
 """
 
 import argparse
@@ -90,7 +91,8 @@ GUARDED = """\
           protect: {{commands: {{at_least: 0.8}}}}
           batch_rows: {guarded_questions}
           replay: {{share: 0.333, from: [snips, kinds, general]}}
-          anchor: {{kl: 0.1, to: sft}}
+          anchor: {{kl: 0.1, to: {kept}}}
+          kl_to: {kept}
           replay_ratio: 0.3
           {rl_lines}
 """
@@ -122,6 +124,7 @@ MENDED = "guards-off/4-distill"
 STAGES = ("1-sft", "2-dpo", "3-rl")
 LINES = ("guards-off", "guards-on", "guards-as-they-come")
 WEIGHED = {"guards-on": "nll: 0.0\n          replay_ratio: 0.3", "guards-as-they-come": "nll: 0.2"}
+KEPT_BY_RL = {"guards-on": "start", "guards-as-they-come": "sft"}
 
 
 def main() -> None:
@@ -232,6 +235,7 @@ def run_seed(asked: argparse.Namespace, seed: int) -> None:
                 line=line,
                 sft=sft,
                 weighed=WEIGHED[line],
+                kept=KEPT_BY_RL[line],
                 dpo_lines=lines(DPO),
                 rl_lines=lines(RL),
                 guarded_pairs=PAIRS * 4 // 3,
