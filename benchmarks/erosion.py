@@ -3,14 +3,14 @@ line of cross-stage distillation brings back. Prints the tables of docs/results/
 
     python -m benchmarks.erosion --data DATA --folder WORK --seeds 1,2,3
 
-The 135M model. The sft stage teaches snips7 (7 commands, the answer being the command's name) and, one row in three, 7
-kinds of things of dbpedia14; the dpo stage has short pairs of AlpacaEval; the rl stage has the kinds of things, with
-`exact` as reward. All lines share the sft stage; a guarded one sees as many pairs and questions in as many steps at
-the same rates, and beside them replayed rows, an anchor, a KL and a protected skill. In one of them the replayed
-rows of the dpo stage have a share of the gradient's norm, and the rl stage is held to what the dpo stage has made.
-In the other they weigh as they come, the chosen answers have a likelihood term, and the rl stage is held to the sft stage.
-The unguarded line ends with `distill: {teachers: run, route: best}`. Each seed is a run of `evertune run` on a recipe that
-is left in the folder. Run again, it does only what is missing.
+The 135M model. The sft stage teaches snips7 (7 commands, the answer being the command's name) and, one row in three,
+7 kinds of things of dbpedia14; the dpo stage has short pairs of AlpacaEval; the rl stage has the kinds of things,
+with `exact` as reward. All lines share the sft stage; a guarded one sees as many pairs and questions in as many steps
+at the same rates, and beside them replayed rows, an anchor, a KL and a protected skill. In one of them the replayed
+rows of the dpo stage have a share of the gradient's norm, and the rl stage is held to what the dpo stage has made. In
+the other they weigh as they come, the chosen answers have a likelihood term, and the rl stage is held to the sft
+stage. The unguarded line ends with `distill: {teachers: run, route: best}`. Each seed is a run of `evertune run` on a
+recipe that is left in the folder. Run again, it does only what is missing.
 """
 
 import argparse
