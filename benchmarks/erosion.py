@@ -2,6 +2,7 @@
 line of cross-stage distillation brings back. Prints the tables of docs/results/erosion.md.
 
     python -m benchmarks.erosion --data DATA --folder WORK --seeds 1,2,3
+    python -m benchmarks.erosion --data DATA --folder WORK --seeds 2 --sweep      which guard costs the gain
 
 The 135M model. The sft stage teaches snips7 (7 commands, the answer being the command's name) and, one row in three,
 7 kinds of things of dbpedia14; the dpo stage has short pairs of AlpacaEval; the rl stage has the kinds of things,
@@ -65,6 +66,8 @@ gate: {{min_items: 100000}}
 rescue: [discard]
 numerics: {{threads: 1}}
 rounds:
+{rounds}"""
+UNGUARDED = """\
   - name: guards-off
     start: base
     stages:
@@ -73,7 +76,7 @@ rounds:
       - rl: {{data: [topics], batch_rows: {questions}, kl: 0.0, {rl}}}
       - distill: {{data: {{snips: 1, asked: 1}}, teachers: run, route: best, skills: {{asked: topics}}, weight: 1.0,
                   {distill}}}
-{guarded}"""
+"""
 GUARDED = """\
   - name: {line}
     start: base
@@ -95,6 +98,14 @@ GUARDED = """\
           kl_to: {kept}
           replay_ratio: 0.3
           {rl_lines}
+"""
+SWEPT = """\
+  - name: {line}
+    start: base
+    stages:
+      - sft: {sft}
+      - dpo: {{data: [pairs], batch_rows: {guarded_pairs}, replay: {{share: 0.25, from: [snips, kinds, general]}},
+              {guards}, {dpo}}}
 """
 SFT = {
     "data": "{snips: 2, kinds: 1}",
@@ -122,6 +133,14 @@ GAINED, KEPT = ("pairs", "topics"), ("snips", "arc", "chat", "web")
 SPLITS = ("train", "validation", "test")
 MENDED = "guards-off/4-distill"
 STAGES = ("1-sft", "2-dpo", "3-rl")
+SWEEP = {
+    "all": "nll: 0.2, anchor: {kl: 0.1, to: sft}",
+    "no-likelihood": "nll: 0.0, anchor: {kl: 0.1, to: sft}",
+    "replay-alone": "nll: 0.0",
+    "by-norm": "nll: 0.0, anchor: {kl: 0.1, to: sft}, replay_ratio: 0.3",
+    "by-norm-likelihood": "nll: 0.2, anchor: {kl: 0.1, to: sft}, replay_ratio: 0.3",
+}
+"""Guards of a dpo stage, beside the replay of one row in four."""
 LINES = ("guards-off", "guards-on", "guards-as-they-come")
 WEIGHED = {"guards-on": "nll: 0.0\n          replay_ratio: 0.3", "guards-as-they-come": "nll: 0.2"}
 KEPT_BY_RL = {"guards-on": "start", "guards-as-they-come": "sft"}
@@ -134,20 +153,24 @@ def main() -> None:
     parser.add_argument("--seeds", type=lambda text: [int(one) for one in text.split(",")], default=[1, 2, 3])
     parser.add_argument("--items", type=int, default=120)
     parser.add_argument("--texts", type=int, default=16)
+    parser.add_argument("--sweep", action="store_true", help="the dpo stage alone, under five sorts of guards")
     asked = parser.parse_args()
     print(
         f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores, smollm2-135m in bfloat16", flush=True
     )
     write_rows(asked.data, asked.folder)
+    if asked.sweep:
+        for seed in asked.seeds:
+            run_sweep(asked, seed)
+        return
     made: list[Mapping[str, Scores]] = []
     for seed in asked.seeds:
         run_seed(asked, seed)
-        found = ledger_scores(asked.folder / f"run-{seed}", f"seed-{seed}.yaml")
-        margins = ledger_scores(asked.folder / f"run-{seed}", f"seed-{seed}.yaml", read=margin)
-        made.append({label: {**one, "pairs": margins[label]["pairs"]} for label, one in found.items()})
+        made.append(all_scores(asked.folder, seed, f"seed-{seed}.yaml"))
         print_scores(seed, made[-1])
-    for line in LINES[1:]:
-        print_changes(made, line)
+    for stage in STAGES[1:]:
+        for line in LINES[1:]:
+            print_changes(made, line, stage)
     print_pairs(made)
     print_mended(made)
     for seed in asked.seeds:
@@ -216,38 +239,60 @@ def characters(row: Mapping) -> int:
 
 
 def run_seed(asked: argparse.Namespace, seed: int) -> None:
-    recipe = asked.folder / f"seed-{seed}.yaml"
     sft = "{" + inline(SFT) + "}"
+    rounds = UNGUARDED.format(
+        sft=sft, dpo=inline(DPO), rl=inline(RL), distill=inline(DISTILL), pairs=PAIRS, questions=QUESTIONS
+    )
+    for line in LINES[1:]:
+        rounds += GUARDED.format(
+            line=line,
+            sft=sft,
+            weighed=WEIGHED[line],
+            kept=KEPT_BY_RL[line],
+            dpo_lines=lines(DPO),
+            rl_lines=lines(RL),
+            guarded_pairs=PAIRS * 4 // 3,
+            guarded_questions=QUESTIONS * 5 // 4 * 3 // 2,
+        )
+    run_recipe(asked, seed, f"seed-{seed}", rounds)
+
+
+def run_sweep(asked: argparse.Namespace, seed: int) -> None:
+    """The dpo stage alone under each of the guards, in the workspace of the seed; prints how each probe has changed."""
+    sft = "{" + inline(SFT) + "}"
+    rounds = "".join(
+        SWEPT.format(line=line, sft=sft, guards=guards, dpo=inline(DPO), guarded_pairs=PAIRS * 4 // 3)
+        for line, guards in SWEEP.items()
+    )
+    run_recipe(asked, seed, f"sweep-{seed}", rounds)
+    made = all_scores(asked.folder, seed, f"sweep-{seed}.yaml")
+    print(f"\nseed {seed}, after dpo less after sft" + "".join(f"{name:>9}" for name in (*GAINED, *KEPT)))
+    for line in SWEEP:
+        changes = (made[f"{line}/2-dpo"][name] - made[f"{line}/1-sft"][name] for name in (*GAINED, *KEPT))
+        print(f"{line:31}" + "".join(f"{change.mean():9.3f}" for change in changes), flush=True)
+
+
+def run_recipe(asked: argparse.Namespace, seed: int, name: str, rounds: str) -> None:
+    recipe = asked.folder / f"{name}.yaml"
     text = RECIPE.format(
         seed=seed,
         items=asked.items,
         texts=asked.texts,
         arc=(asked.data / "arc_easy" / "test.jsonl").resolve(),
         web=(asked.data / "text_c4" / "test.jsonl").resolve(),
-        sft=sft,
-        dpo=inline(DPO),
-        rl=inline(RL),
-        distill=inline(DISTILL),
-        pairs=PAIRS,
-        questions=QUESTIONS,
-        guarded="".join(
-            GUARDED.format(
-                line=line,
-                sft=sft,
-                weighed=WEIGHED[line],
-                kept=KEPT_BY_RL[line],
-                dpo_lines=lines(DPO),
-                rl_lines=lines(RL),
-                guarded_pairs=PAIRS * 4 // 3,
-                guarded_questions=QUESTIONS * 5 // 4 * 3 // 2,
-            )
-            for line in LINES[1:]
-        ),
+        rounds=rounds,
     )
     recipe.write_text(text, encoding="utf-8")
     done = subprocess.run([sys.executable, "-m", "evertune", "run", str(recipe)], check=False)
     if done.returncode not in (0, 2, 4):
         sys.exit(done.returncode)
+
+
+def all_scores(folder: Path, seed: int, recipe: str) -> Mapping[str, Scores]:
+    """Item scores by checkpoint and probe; of pairs, the margin."""
+    found = ledger_scores(folder / f"run-{seed}", recipe)
+    margins = ledger_scores(folder / f"run-{seed}", recipe, read=margin)
+    return {label: {**one, "pairs": margins[label]["pairs"]} for label, one in found.items()}
 
 
 def inline(settings: Mapping[str, str]) -> str:
@@ -265,19 +310,19 @@ def print_scores(seed: int, made: Mapping[str, Scores]) -> None:
         print(f"{label:26}" + "".join(f"{made[label][name].mean():9.3f}" for name in names), flush=True)
 
 
-def print_changes(made: Sequence[Mapping[str, Scores]], guarded: str) -> None:
-    """After the rl stage less after the sft stage, over all seeds, and a guarded line as a share of the unguarded one.
+def print_changes(made: Sequence[Mapping[str, Scores]], guarded: str, stage: str) -> None:
+    """After a stage less after the sft stage, over all seeds, and a guarded line as a share of the unguarded one.
 
     Intervals are 90 %, from items drawn anew (the same ones in every seed, in both lines and at both stages) with the
     seeds as they are; bits per byte are turned round, so that a loss is negative in every row.
     """
     rng = np.random.default_rng(0)
-    print(f"\nafter rl less after sft, {len(made)} seeds")
+    print(f"\nafter {stage} less after 1-sft, {len(made)} seeds")
     print(f"{'':10}{LINES[0]:>26}{guarded:>26}{'on / off':>22}   each seed, off and on")
     for name in (*GAINED, *KEPT):
         sign = -1.0 if name in ("chat", "web") else 1.0
         changes = {
-            line: sign * np.stack([one[f"{line}/3-rl"][name] - one[f"{line}/1-sft"][name] for one in made])
+            line: sign * np.stack([one[f"{line}/{stage}"][name] - one[f"{line}/1-sft"][name] for one in made])
             for line in (LINES[0], guarded)
         }
         drawn = rng.integers(0, changes[LINES[0]].shape[1], (RESAMPLES, changes[LINES[0]].shape[1]))
