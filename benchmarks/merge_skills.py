@@ -77,16 +77,11 @@ def main() -> None:
                    "--limit", "12", "--points", "9", "--json"], folder)
     )  # fmt: skip
     scores: dict[str, dict[str, tuple[float, float]]] = {}
-    conflicts = {}
     for name in ("base", "commands", "topics", *MERGES):
         if name in MERGES:
             _write_config(folder / f"{name}.json", MERGES[name])
             if not (folder / name / "config.json").is_file():
                 _evertune(["merge", f"{name}.json", "--out", name], folder)
-            manifest = json.loads((folder / name / "merge.json").read_text())
-            facts = manifest["tensors"].values()
-            size = sum(one["elements"] for one in facts)
-            conflicts[name] = sum(one["sign_conflict"] * one["elements"] for one in facts) / size
         scores[name] = _scores(folder / name, given.data.absolute(), folder / f"{name}.scores.json")
         print(name, scores[name], file=sys.stderr, flush=True)
     _print(seen, scores)
