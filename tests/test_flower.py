@@ -42,7 +42,7 @@ def test_the_example_files_are_files_that_can_be_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "told"),
     [
-        ("stepz: 3", r"server.yaml:7, stepz: unknown key 'stepz'|unknown key 'stepz'"),
+        ("exchangez: 3", r"server.yaml:7: unknown key 'exchangez'\. Did you mean 'exchanges'\?"),
         ("noise: {multiplier: 1.0}", "needs aggregate: ffa, norm_bound, and weigh: equal"),
         ("exchanges: 0", "exchanges"),
         ("folder: /tmp", "unknown key 'folder'"),

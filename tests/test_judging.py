@@ -257,6 +257,10 @@ def test_a_suite_is_read_from_items_from_yaml_and_from_a_recipe(tmp_path: Path) 
     yaml.write_text("probes:\n  facts: {path: probe-facts.jsonl, kind: choise}\n")
     with pytest.raises(RecipeError, match=r"suite.yaml:2, probes.facts.kind: .*Did you mean 'choice'"):
         load_suite([yaml])
+    yaml.write_text("rescu: [discard]\n")
+    with pytest.raises(RecipeError, match="unknown key 'rescu'") as told:
+        load_suite([yaml])
+    assert "'rescue'" not in str(told.value), "a recipe has that key, a suite has not"
     recipe = load_suite([Path(__file__).parent.parent / "recipes" / "debug.yaml"])
     assert [one.name for one in recipe.probes] == ["routes", "knowledge", "prose"]
     assert recipe.gate.min_items == 8

@@ -153,6 +153,17 @@ def test_one_bad_number_is_found_and_named(family: Path, tmp_path: Path, method:
     assert not list(family.glob(f"nan-{method}*"))
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("method", [one for one, facts in SHOWING.items() if facts])
+def test_a_bad_number_of_the_base_is_named_too(family: Path, tmp_path: Path, method: str) -> None:
+    tensors = tensors_of(family / "base")
+    tensors[NAME][0, 0] = float("nan")
+    write_model(tmp_path / "bad", tensors)
+    models = {"e0": {}} if METHODS[method].experts[1] == 1 or method == "slerp" else {"e0": {}, "e1": {}}
+    with pytest.raises(MergeError, match=rf"{NAME} of 'base' holds nan at element 0 "):
+        merge(family, f"nan-{method}", method, models, base=str(tmp_path / "bad"), different_starts="allow")
+
+
 def test_a_result_that_does_not_fit_its_type_is_refused(family: Path) -> None:
     with pytest.raises(MergeError, match=r"do not fit into F16"):
         merge(family, "large", "linear", {"e0": {"weight": 4e6}}, normalize=False, dtype="float16")
