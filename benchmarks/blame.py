@@ -4,9 +4,10 @@ SmolLM2-135M-Instruct, tuned to name the command of a sentence (SNIPS, 7 command
 short rows each, one pass, LoRA. Four are clean: general questions (Dolly), science questions (ARC-Easy), sums (SVAMP),
 word problems with solutions (GSM8K). One is planted, made from other sentences with a command:
 
-    swapped     each sentence has the name of another command
+    shifted     each sentence has the next command's name, as after a column that slipped by one
     one         every sentence has the same name
     refusals    each answer is "I'm sorry, but I can't help with that."
+    swapped     each sentence has the name of another command, drawn at random (only with --plants swapped)
 
 The probe is the choice among the seven names for sentences that nobody was trained on. `named` says whether the source
 with the largest push is the planted one. With --retrain a trial performs the stage again without the source that was
@@ -36,7 +37,7 @@ FILES = {
     "sums": "svamp/train.jsonl",
     "problems": "gsm8k/train.jsonl",
 }
-PLANTS = ("swapped", "one", "refusals")
+PLANTS = ("shifted", "one", "refusals")
 PROBE = "commands"
 
 
@@ -73,6 +74,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=24, help="Rows sampled of each source.")
     parser.add_argument("--items", type=int, default=24)
     parser.add_argument("--retrain", type=int, nargs="*", default=[])
+    parser.add_argument("--plants", nargs="*", default=PLANTS, help="Trial i has the i-th, over and over.")
     given = parser.parse_args()
     data, folder = given.data.absolute(), given.folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
@@ -107,7 +109,7 @@ def write_probe(data: Path, folder: Path) -> None:
 def trial(number: int, data: Path, folder: Path, given: argparse.Namespace) -> dict[str, Any]:
     """One planted source, found or not."""
     rng = random.Random(number)
-    plant = PLANTS[number % len(PLANTS)]
+    plant = given.plants[number % len(given.plants)]
     home = folder / f"trial-{number}"
     home.mkdir(exist_ok=True)
     rows = {name: draw(data / file, rng) for name, file in FILES.items()}
@@ -141,7 +143,8 @@ def spoil(plant: str, rows: list[dict[str, Any]], rng: random.Random) -> list[di
     for one in rows:
         *asked, last = one["messages"]
         others = [name for name in names if name != last["content"]]
-        said = {"swapped": rng.choice(others), "one": same, "refusals": SORRY}[plant]
+        following = names[(names.index(last["content"]) + 1) % len(names)]
+        said = {"swapped": rng.choice(others), "shifted": following, "one": same, "refusals": SORRY}[plant]
         spoilt.append({"messages": [*asked, {"role": "assistant", "content": said}]})
     return spoilt
 
