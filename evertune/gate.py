@@ -553,6 +553,8 @@ def _describe(one: Evidence, settings: GateSettings) -> str:
         more = "; too few to promote on" + (f" in {one.clusters} clusters" if one.clusters < one.n else "")
     elif one.outcome == "undecided" and one.margin is not None:
         more = f"; a drop of {one.margin * scale:.1f}{sign} is not ruled out"
+        if one.level < settings.alpha:  # the interval shown is another one
+            more += f": at level {one.level:.2g} the bound is {one.least_bound * scale:+.1f}{sign}"
     elif one.outcome == "undecided":
         short = one.difference < settings.min_gain
         more = f"; the gain asked for is {settings.min_gain * scale:.1f}{sign}" if short else "; a gain is not shown"

@@ -99,6 +99,15 @@ def test_no_significant_drop_is_not_enough_to_promote() -> None:
     assert f"a drop of 5.0 points is not ruled out. About {needed:,} items would decide." in " ".join(verdict.reasons)
 
 
+def test_a_stricter_level_is_said_with_its_bound() -> None:
+    # No flip in 60 items: Tango's bound is -z^2 / (60 + z^2), -4.3 points at 5 % and -11.6 at a twentieth of that.
+    still = {"facts": scores("facts", ones(60, 40))}
+    lenient = replace(WIDE, min_items=40, probe=0.1, pooled=0.2)
+    assert row(ask(still, still, settings=lenient), "facts").outcome == "pass"
+    verdict = ask(still, still, settings=lenient, tried=20)
+    assert "a drop of 10.0 points is not ruled out: at level 0.0025 the bound is -11.6 points." in verdict.reasons[0]
+
+
 def test_the_items_asked_for_would_decide_four_times_in_five() -> None:
     rng = np.random.default_rng(0)
     facts = ones(80, 60)
