@@ -7,11 +7,12 @@ line of cross-stage distillation brings back. Prints the tables of docs/results/
 The 135M model. The sft stage teaches snips7 (7 commands, the answer being the command's name) and, one row in three,
 7 kinds of things of dbpedia14; the dpo stage has short pairs of AlpacaEval; the rl stage has the kinds of things,
 with `exact` as reward. All lines share the sft stage; a guarded one sees as many pairs and questions in as many steps
-at the same rates, and beside them replayed rows, an anchor, a KL and a protected skill. In one of them the replayed
-rows of the dpo stage have a share of the gradient's norm, and the rl stage is held to what the dpo stage has made. In
-the other they weigh as they come, the chosen answers have a likelihood term, and the rl stage is held to the sft
-stage. The unguarded line ends with `distill: {teachers: run, route: best}`. Each seed is a run of `evertune run` on a
-recipe that is left in the folder. Run again, it does only what is missing.
+at the same rates. Its dpo stage also replays sft rows, which have 0.15 of the gradient's norm, and an anchor holds them
+to the sft stage; its rl stage has a KL to what the dpo stage has made, and one question in five is about a protected
+skill. Two other sorts of guards are in LINES: `guards-replayed` replays in the rl stage too, `guards-as-they-come` has
+rows that weigh as they come, and is held to the sft stage. The unguarded line ends with `distill: {teachers: run,
+route: best}`. Each seed is a run of `evertune run` on a recipe that is left in the folder. Run again, it does only what
+is missing.
 """
 
 import argparse
@@ -82,23 +83,20 @@ GUARDED = """\
     start: base
     stages:
       - sft: {sft}
-      - dpo:
-          data: [pairs]
-          batch_rows: {guarded_pairs}
-          replay: {{share: 0.25, from: [snips, kinds, general]}}
-          anchor: {{kl: 0.1, to: sft}}
-          {weighed}
-          {dpo_lines}
-      - rl:
-          data: {{topics: 4, commands: 1}}
-          protect: {{commands: {{at_least: 0.8}}}}
-          batch_rows: {guarded_questions}
-          replay: {{share: 0.333, from: [snips, kinds, general]}}
-          anchor: {{kl: 0.1, to: {kept}}}
-          kl_to: {kept}
-          replay_ratio: 0.3
-          {rl_lines}
+      - dpo: {{data: [pairs], batch_rows: {guarded_pairs}, replay: {{share: 0.25, from: [snips, kinds, general]}},
+              anchor: {{kl: 0.1, to: sft}}, {dpo_guards}, {dpo}}}
+      - rl: {{data: {{topics: 4, commands: 1}}, protect: {{commands: {{at_least: 0.8}}}}, {rl_guards}, {rl}}}
 """
+REPLAYED = (
+    "batch_rows: 15, replay: {{share: 0.333, from: [snips, kinds, general]}}, replay_ratio: 0.3, "
+    "anchor: {{kl: 0.1, to: {to}}}, kl_to: {to}"
+)
+LINES = {
+    "guards-on": ("nll: 0.0, replay_ratio: 0.15", "batch_rows: 10, kl_to: start"),
+    "guards-replayed": ("nll: 0.0, replay_ratio: 0.3", REPLAYED.format(to="start")),
+    "guards-as-they-come": ("nll: 0.2", REPLAYED.format(to="sft")),
+}
+"""Guards of the dpo and of the rl stage."""
 SWEPT = """\
   - name: {line}
     start: base
@@ -131,6 +129,7 @@ DISTILL = {"steps": "20", "lr": "2.0e-4", "batch_rows": "16", "micro_batch_rows"
 PAIRS, QUESTIONS = 12, 8
 GAINED, KEPT = ("pairs", "topics"), ("snips", "arc", "chat", "web")
 SPLITS = ("train", "validation", "test")
+UNHELD = "guards-off"
 MENDED = "guards-off/4-distill"
 STAGES = ("1-sft", "2-dpo", "3-rl")
 SWEEP = {
@@ -141,9 +140,6 @@ SWEEP = {
     "by-norm-likelihood": "nll: 0.2, anchor: {kl: 0.1, to: sft}, replay_ratio: 0.3",
 }
 """Guards of a dpo stage, beside the replay of one row in four."""
-LINES = ("guards-off", "guards-on", "guards-as-they-come")
-WEIGHED = {"guards-on": "nll: 0.0\n          replay_ratio: 0.3", "guards-as-they-come": "nll: 0.2"}
-KEPT_BY_RL = {"guards-on": "start", "guards-as-they-come": "sft"}
 
 
 def main() -> None:
@@ -153,6 +149,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=lambda text: [int(one) for one in text.split(",")], default=[1, 2, 3])
     parser.add_argument("--items", type=int, default=120)
     parser.add_argument("--texts", type=int, default=16)
+    parser.add_argument("--lines", nargs="*", default=["guards-on"], choices=LINES)
     parser.add_argument("--sweep", action="store_true", help="the dpo stage alone, under five sorts of guards")
     asked = parser.parse_args()
     print(
@@ -167,11 +164,11 @@ def main() -> None:
     for seed in asked.seeds:
         run_seed(asked, seed)
         made.append(all_scores(asked.folder, seed, f"seed-{seed}.yaml"))
-        print_scores(seed, made[-1])
+        print_scores(seed, made[-1], asked.lines)
     for stage in STAGES[1:]:
-        for line in LINES[1:]:
+        for line in asked.lines:
             print_changes(made, line, stage)
-    print_pairs(made)
+    print_pairs(made, asked.lines)
     print_mended(made)
     for seed in asked.seeds:
         print_rewards(asked.folder / f"run-{seed}")
@@ -243,16 +240,16 @@ def run_seed(asked: argparse.Namespace, seed: int) -> None:
     rounds = UNGUARDED.format(
         sft=sft, dpo=inline(DPO), rl=inline(RL), distill=inline(DISTILL), pairs=PAIRS, questions=QUESTIONS
     )
-    for line in LINES[1:]:
+    for line in asked.lines:
+        dpo_guards, rl_guards = LINES[line]
         rounds += GUARDED.format(
             line=line,
             sft=sft,
-            weighed=WEIGHED[line],
-            kept=KEPT_BY_RL[line],
-            dpo_lines=lines(DPO),
-            rl_lines=lines(RL),
+            dpo_guards=dpo_guards,
+            rl_guards=rl_guards,
+            dpo=inline(DPO),
+            rl=inline(RL),
             guarded_pairs=PAIRS * 4 // 3,
-            guarded_questions=QUESTIONS * 5 // 4 * 3 // 2,
         )
     run_recipe(asked, seed, f"seed-{seed}", rounds)
 
@@ -299,14 +296,10 @@ def inline(settings: Mapping[str, str]) -> str:
     return ", ".join(f"{name}: {value}" for name, value in settings.items())
 
 
-def lines(settings: Mapping[str, str]) -> str:
-    return "\n          ".join(f"{name}: {value}" for name, value in settings.items())
-
-
-def print_scores(seed: int, made: Mapping[str, Scores]) -> None:
+def print_scores(seed: int, made: Mapping[str, Scores], guarded: Sequence[str]) -> None:
     names = (*GAINED, *KEPT)
     print(f"\nseed {seed:<21}" + "".join(f"{name:>9}" for name in names))
-    for label in ("base", *(f"{line}/{stage}" for line in LINES for stage in STAGES), MENDED):
+    for label in ("base", *(f"{line}/{stage}" for line in (UNHELD, *guarded) for stage in STAGES), MENDED):
         print(f"{label:26}" + "".join(f"{made[label][name].mean():9.3f}" for name in names), flush=True)
 
 
@@ -318,28 +311,28 @@ def print_changes(made: Sequence[Mapping[str, Scores]], guarded: str, stage: str
     """
     rng = np.random.default_rng(0)
     print(f"\nafter {stage} less after 1-sft, {len(made)} seeds")
-    print(f"{'':10}{LINES[0]:>26}{guarded:>26}{'on / off':>22}   each seed, off and on")
+    print(f"{'':10}{UNHELD:>26}{guarded:>26}{'on / off':>22}   each seed, off and on")
     for name in (*GAINED, *KEPT):
         sign = -1.0 if name in ("chat", "web") else 1.0
         changes = {
             line: sign * np.stack([one[f"{line}/{stage}"][name] - one[f"{line}/1-sft"][name] for one in made])
-            for line in (LINES[0], guarded)
+            for line in (UNHELD, guarded)
         }
-        drawn = rng.integers(0, changes[LINES[0]].shape[1], (RESAMPLES, changes[LINES[0]].shape[1]))
+        drawn = rng.integers(0, changes[UNHELD].shape[1], (RESAMPLES, changes[UNHELD].shape[1]))
         means = {line: change.mean(0)[drawn].mean(1) for line, change in changes.items()}
         cells = [interval(change.mean(), means[line], "+.3f") for line, change in changes.items()]
-        off = means[LINES[0]]
+        off = means[UNHELD]
         ratio = means[guarded] / np.where(off == 0.0, np.nan, off)
-        ratios = interval(changes[guarded].mean() / changes[LINES[0]].mean(), ratio, ".2f")
+        ratios = interval(changes[guarded].mean() / changes[UNHELD].mean(), ratio, ".2f")
         each = ", ".join(
             f"{off:+.3f} {on:+.3f}" for off, on in zip(*(change.mean(1) for change in changes.values()), strict=True)
         )
         print(f"{name:10}{cells[0]:>26}{cells[1]:>26}{ratios:>22}   {each}")
 
 
-def print_pairs(made: Sequence[Mapping[str, Scores]]) -> None:
+def print_pairs(made: Sequence[Mapping[str, Scores]], guarded: Sequence[str]) -> None:
     """Share of held-out pairs whose margin has grown since the sft stage: DPO's reward accuracy."""
-    for line in LINES:
+    for line in (UNHELD, *guarded):
         for stage in STAGES[1:]:
             grown = [(one[f"{line}/{stage}"]["pairs"] > one[f"{line}/1-sft"]["pairs"]).mean() for one in made]
             print(f"pairs whose margin has grown, {line}/{stage}: " + ", ".join(f"{share:.3f}" for share in grown))

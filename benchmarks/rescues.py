@@ -1,7 +1,7 @@
 """What each rung of the rescue ladder gained and lost; prints the tables of docs/results/rescue.md from a run's ledger.
 
-    evertune run recipes/six-rounds.yaml
-    python -m benchmarks.rescues runs/six-rounds
+evertune run recipes/six-rounds.yaml
+python -m benchmarks.rescues runs/six-rounds
 """
 
 import argparse
