@@ -94,7 +94,7 @@ REPLAYED = (
 LINES = {
     "guards-on": ("nll: 0.0, replay_ratio: 0.15", "batch_rows: 10, kl_to: start"),
     "guards-replayed": ("nll: 0.0, replay_ratio: 0.3", REPLAYED.format(to="start")),
-    "guards-as-they-come": ("nll: 0.2", REPLAYED.format(to="sft")),
+    "guards-as-they-come": ("nll: 0.2, replay_weight: 1.0", REPLAYED.format(to="sft")),
 }
 """Guards of the dpo and of the rl stage."""
 SWEPT = """\
@@ -133,9 +133,9 @@ UNHELD = "guards-off"
 MENDED = "guards-off/4-distill"
 STAGES = ("1-sft", "2-dpo", "3-rl")
 SWEEP = {
-    "all": "nll: 0.2, anchor: {kl: 0.1, to: sft}",
-    "no-likelihood": "nll: 0.0, anchor: {kl: 0.1, to: sft}",
-    "replay-alone": "nll: 0.0",
+    "all": "nll: 0.2, replay_weight: 1.0, anchor: {kl: 0.1, to: sft}",
+    "no-likelihood": "nll: 0.0, replay_weight: 1.0, anchor: {kl: 0.1, to: sft}",
+    "replay-alone": "nll: 0.0, replay_weight: 1.0",
     "by-norm": "nll: 0.0, anchor: {kl: 0.1, to: sft}, replay_ratio: 0.3",
     "by-norm-likelihood": "nll: 0.2, anchor: {kl: 0.1, to: sft}, replay_ratio: 0.3",
 }

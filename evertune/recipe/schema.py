@@ -501,10 +501,10 @@ class Dpo(Training):
     reference: PlaceText = "start"
     """What the log-probabilities are compared with: `start`, `sft`, `base`, `champion`, or the path of a checkpoint."""
     replay_weight: NonNegative = 1.0
-    """Weight of the replayed rows' cross-entropy, per token, beside the mean preference loss."""
+    """Weight of the replayed rows' cross-entropy, per token, beside the mean preference loss, where it is given."""
     replay_ratio: NormRatio = None
-    """Instead of `replay_weight`: in each step the replayed rows, their anchor included, are weighed so that their
-    gradient has this share of the norm of the pairs' gradient. 0.1 to 0.3 is usual."""
+    """In each step the replayed rows, their anchor included, are weighed so that their gradient has this share of the
+    norm of the pairs' gradient. 0.1 to 0.3 is usual; the preset's where neither this nor `replay_weight` is given."""
 
     @model_validator(mode="after")
     def _read_by_loss(self) -> Self:
@@ -580,10 +580,10 @@ class Rl(Training):
     kl_to: PlaceText = "sft"
     """The reference: `sft` (what this round's newest sft stage has made), `start`, `base`, `champion`, or a path."""
     replay_weight: NonNegative = 1.0
-    """Weight of the replayed rows' cross-entropy, per token, beside the mean loss of the answers."""
+    """Weight of the replayed rows' cross-entropy, per token, beside the mean loss of the answers, where it is given."""
     replay_ratio: NormRatio = None
-    """Instead of `replay_weight`: in each step the replayed rows, their anchor included, are weighed so that their
-    gradient has this share of the norm of the answers' gradient. 0.1 to 0.3 is usual."""
+    """In each step the replayed rows, their anchor included, are weighed so that their gradient has this share of the
+    norm of the answers' gradient. 0.1 to 0.3 is usual; the preset's where neither this nor `replay_weight` is given."""
     protect: dict[Name, Protected] = {}
     """Sources of `data` whose mean reward must not fall below a floor, each held by a multiplier of its answers'
     advantages. Without an entry a source counts by its share of the questions alone."""

@@ -95,3 +95,29 @@ def test_a_resolved_recipe_leaves_nothing_open(tmp_path: Path) -> None:
 def test_a_resolved_recipe_is_a_recipe_that_resolves_to_itself(path: Path | None, tmp_path: Path) -> None:
     resolved = load_text(tmp_path, path.read_text() if path else BARE).resolved
     assert resolve_recipe(Recipe.model_validate(resolved)) == resolved
+
+
+@pytest.mark.parametrize("kind", ["dpo", "rl"])
+@pytest.mark.parametrize(
+    ("said", "ratio"),
+    [
+        ("", None),
+        (", replay_ratio: 0.2", 0.2),
+        (", replay_weight: 1.0", "fixed"),
+        (", replay_weight: 0.5", "fixed"),
+        (", replay_ratio: null", "fixed"),
+    ],
+)
+def test_replayed_rows_beside_another_loss_get_a_share_of_its_gradient(
+    kind: str, said: str, ratio: float | str | None, tmp_path: Path
+) -> None:
+    data = {"dpo": "prefs", "rl": "tickets"}[kind]
+    valid = VALID.replace("tickets.jsonl}", "tickets.jsonl, verifier: exact}")
+    text = valid[: valid.index("      - sft")] + f"      - {kind}: {{data: [{data}]{said}}}\n"
+    loaded = load_text(tmp_path, text)
+    stage = loaded.recipe.rounds[0].stages[0].settings
+    preset = {"dpo": PRESETS["balanced"].dpo_replay_ratio, "rl": PRESETS["balanced"].rl_replay_ratio}[kind]
+    wanted = {None: preset, "fixed": None}.get(ratio, ratio)
+    assert resolve_stage(loaded.recipe, stage).replay_ratio == wanted
+    again = Recipe.model_validate(resolve_recipe(loaded.recipe))
+    assert resolve_stage(again, again.rounds[0].stages[0].settings).replay_ratio == wanted

@@ -81,7 +81,8 @@ def test_the_stage_runs_with_the_recipes_verifier(tmp_path: Path, tiny_model: Pa
 def test_a_guard_that_falls_ends_the_stage(tmp_path: Path, tiny_model: Path) -> None:
     recipe = _write(tmp_path, tiny_model)
     # At a rate of 1 whatever the model could do is gone after a step; prose may cost 0.5 % more bits.
-    ruin = [f"rounds[0].stages[1].rl.{one}" for one in ("lr=1.0", "tune=full", "kl=0", "guard_stop={every: 1}")]
+    ruined = ("lr=1.0", "tune=full", "kl=0", "replay_weight=1", "guard_stop={every: 1}")
+    ruin = [f"rounds[0].stages[1].rl.{one}" for one in ruined]
     write_rows(tmp_path / "prose.jsonl", [{"text": f"The {i}th of the ships came home in the rain."} for i in range(8)])
     order = _order(recipe, *ruin, "probes.prose={path: prose.jsonl, kind: bits_per_byte}")
     assert order.guard_stop is not None
