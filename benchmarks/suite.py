@@ -11,17 +11,18 @@ import argparse
 import json
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.contest import ENVIRONMENT, machine
 
 HISTORY = Path(__file__).with_name("history.jsonl")
-RECIPE = Path(__file__).parent.parent / "recipes" / "debug.yaml"
+RECIPES = Path(__file__).parent.parent / "recipes"
 
 
 def step(data: Path) -> Iterator[tuple[str, list[str]]]:
@@ -54,16 +55,28 @@ def perform(command: list[str]) -> dict[str, float]:
     return found
 
 
-def start() -> dict[str, float]:
-    """CPU seconds of the commands that answer at once."""
-    found = {}
-    for name in ("--help", f"check {RECIPE}", "methods"):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, "-m", "evertune", *name.split()], check=True, stdout=subprocess.DEVNULL)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-        found[f"evertune {name.split()[0]}, CPU s"] = spent
-    return found
+def start(workspace: Path | None) -> dict[str, float]:
+    """CPU seconds of the commands that answer at once, medians of three; the last two read a finished workspace."""
+    commands = [["--help"], ["methods"], *(["check", str(RECIPES / name)] for name in ("debug.yaml", "demo.yaml"))]
+    with tempfile.TemporaryDirectory() as folder:
+        if workspace is not None:
+            commands += [
+                ["log", str(workspace)],
+                ["report", str(workspace), "--out", str(Path(folder) / "report.html")],
+            ]
+        return {f"evertune {spoken(one)}, CPU s": statistics.median(seconds(one) for _ in range(3)) for one in commands}
+
+
+def spoken(command: Sequence[str]) -> str:
+    return f"check {Path(command[1]).name}" if command[0] == "check" else command[0]
+
+
+def seconds(command: Sequence[str]) -> float:
+    """Of CPU time, imports included."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-m", "evertune", *command], check=True, stdout=subprocess.DEVNULL)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def table(results: dict[str, float], before: dict[str, float]) -> Iterator[str]:
@@ -84,11 +97,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--only", nargs="*", choices=["start", *PARTS], default=["start", *PARTS])
+    parser.add_argument(
+        "--workspace", type=Path, help="of a finished run, for log and report; make demo leaves demo-run/run"
+    )
     parser.add_argument("--no-history", action="store_true", help="print the table, keep nothing")
     options = parser.parse_args()
     facts, began = machine(), time.monotonic()
     before = last_like(facts["cpu"])
-    results = start() if "start" in options.only else {}
+    results = start(options.workspace) if "start" in options.only else {}
     for part in options.only:
         for name, command in PARTS[part](options.data) if part in PARTS else ():
             results |= {f"{name}: {key}": value for key, value in perform(command).items()}
