@@ -38,7 +38,7 @@ ORDERS: dict[str, Any] = {
     # Micro-batches of one row leave some processes without a row of a kind, or without any.
     "sft": ("sft", make_spec, {"anchor": {"on": "replay"}, "micro_batch_rows": 1, "tune": TUNE}),
     "sft, all weights": ("sft", make_spec, {"micro_batch_rows": 3, "tune": {"full": {}}, "lr": 1e-3}),
-    "dpo": ("dpo", make_dpo, {"anchor": {"on": "both"}, "micro_batch_rows": 1, "tune": TUNE}),
+    "dpo": ("dpo", make_dpo, {"anchor": {"on": "both"}, "micro_batch_rows": 1, "tune": TUNE, "replay_ratio": 0.2}),
     "rl": ("rl", make_rl, {"verifiers": REWARD, "micro_batch_rows": 3, "iterations": 2, "tune": TUNE}),
     "distill": ("distill", _make_distill, {"micro_batch_rows": 1, "tune": TUNE}),
 }
