@@ -306,7 +306,13 @@ def test_a_pair_of_equal_tokens_and_a_long_pair_are_refused(tmp_path: Path, tiny
 def test_interrupted_in_any_step_it_ends_with_the_same_bits(
     tune: dict[str, Any], steps: Any, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = {"tune": tune, "anchor": {"on": "both", "cache": "hidden"}, "ema_decay": 0.9, "save_steps": 3}
+    settings = {
+        "tune": tune,
+        "anchor": {"on": "both", "cache": "hidden"},
+        "ema_decay": 0.9,
+        "save_steps": 3,
+        "replay_ratio": 0.2,
+    }
     spec = make_dpo(tmp_path, tiny_model, batch_rows=2, lr=3e-3, **settings)
     whole = open_workspace(tmp_path / "whole")
     run_dpo(spec, whole)
