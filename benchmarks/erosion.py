@@ -8,11 +8,12 @@ The 135M model. The sft stage teaches snips7 (7 commands, the answer being the c
 7 kinds of things of dbpedia14; the dpo stage has short pairs of AlpacaEval; the rl stage has the kinds of things,
 with `exact` as reward. All lines share the sft stage; a guarded one sees as many pairs and questions in as many steps
 at the same rates. Its dpo stage also replays sft rows, which have 0.15 of the gradient's norm, and an anchor holds them
-to the sft stage; in its rl stage one question in five is about a protected skill, and general rows, not learnt, anchor it
-to what the dpo stage has made. LINES has three other sorts of guards: `guards-policy` has no such rows, `guards-replayed`
-learns sft rows again in the rl stage, and so does `guards-as-they-come`, where they weigh as they come and everything is
-held to the sft stage. The unguarded line ends with `distill: {teachers: run, route: best}`. Each seed is a run of `evertune run` on a recipe
-that is left in the folder. Run again, it does only what is missing.
+to the sft stage. In its rl stage one question in five is about a protected skill, and general rows, which are not
+learnt, anchor it to what the dpo stage has made. LINES has three other sorts of guards: `guards-policy` has no such
+rows, `guards-replayed` learns sft rows again in the rl stage, and so does `guards-as-they-come`, in whose dpo stage
+replayed rows weigh as they come and which is held to the sft stage throughout. The unguarded line ends with
+`distill: {teachers: run, route: best}`. Each seed is a run of `evertune run` on a recipe that is left in the folder. Run
+again, it does only what is missing.
 """
 
 import argparse
