@@ -12,8 +12,8 @@ to the sft stage. In its rl stage one question in five is about a protected skil
 learnt, anchor it to what the dpo stage has made. LINES has three other sorts of guards: `guards-policy` has no such
 rows, `guards-replayed` learns sft rows again in the rl stage, and so does `guards-as-they-come`, in whose dpo stage
 replayed rows weigh as they come and which is held to the sft stage throughout. The unguarded line ends with
-`distill: {teachers: run, route: best}`. Each seed is a run of `evertune run` on a recipe that is left in the folder. Run
-again, it does only what is missing.
+`distill: {teachers: run, route: best}`. Each seed is a run of `evertune run` on a recipe that is left in the folder.
+Run again, it does only what is missing.
 """
 
 import argparse
