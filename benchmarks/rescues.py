@@ -28,7 +28,9 @@ def main() -> None:
         heads = ["", "verdict", *probes, "all guards", "seconds of training"]
         print(f"\n{body['round']}, against {body['champion_label']}, points [90 %]\n")
         print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
-        for event in (verdict, *(rung for rung in rungs if rung.body["round"] == body["round"])):
+        # A workspace may hold rungs of an earlier verdict, on other items.
+        mine = [one for one in rungs if one.body["round"] == body["round"] and one.seq > verdict.seq]
+        for event in (verdict, *mine):
             print(f"| {' | '.join(row(event.body, probes, seconds))} |")
 
 
