@@ -92,8 +92,8 @@ SOURCES = {
     "along is reported by Llama 2 (arXiv:2307.09288); the share is found by watching retention.",
     "dpo_replay_ratio": "Unweighed replay took three fifths of the gain, 0.3 of the norm a fifth, and kept "
     "most of what the stage would wear away: docs/results/erosion.md, one line of stages on a small model.",
-    "rl_replay_ratio": "0.1 kept more of what a dpo stage before had made than 0.3: the same measurement. An rl stage "
-    "wears away less by itself than the others, where its KL and its protected skills hold.",
+    "rl_replay_ratio": "0.1 kept more of what a dpo stage before had made than 0.3 did: one seed of that "
+    "measurement. An rl stage wears away less by itself than the others, where its KL and its protected skills hold.",
     "anchor_kl": "0.05 and 0.1: the weights used with supervised KL anchors (arXiv:2509.23753), there on new rows. A "
     "research method: validate it on your own probes.",
 }
