@@ -65,14 +65,14 @@ docs: $(VENV)/.core
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.suite --data $(DATA)
 
-# Training on DEVICE by its tests, then steps beside TRL with Liger; ROWS is a JSONL of chats. On a machine without a GPU:
-# make gpu DEVICE=cpu, which runs all of it but the kernels.
+# Training on DEVICE by its tests, then steps beside TRL with Liger, rollouts and probes; DATA is a folder of JSONL files.
+# On a machine without a GPU: make gpu DEVICE=cpu, which runs all of it but the kernels.
 DEVICE := cuda
 gpu: $(VENV)/.dev
-	@test -n "$(ROWS)" || { echo "make gpu ROWS=chats.jsonl [DEVICE=cpu]"; exit 2; }
+	@test -n "$(DATA)" || { echo "make gpu DATA=folder [DEVICE=cpu]"; exit 2; }
 	if [ $(DEVICE) = cuda ]; then $(BIN)/pip install --quiet --disable-pip-version-check --editable ".[gpu]"; fi
-	EVERTUNE_TEST_DEVICE=$(DEVICE) $(BIN)/pytest tests/train
-	$(BIN)/python -m benchmarks.gpu --device $(DEVICE) --rows $(ROWS)
+	EVERTUNE_TEST_DEVICE=$(DEVICE) $(BIN)/pytest tests/train tests/model/test_packing.py
+	$(BIN)/python -m benchmarks.gpu --device $(DEVICE) --data $(DATA)
 
 clean:
 	rm -rf $(VENV) $(VENV)-federated demo-run

@@ -73,6 +73,7 @@ class Contestant:
 
     name: str
     process: subprocess.Popen[str]
+    log: Path
     told: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
@@ -82,12 +83,14 @@ class Contestant:
             process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
             )
-        made = cls(name, process)
+        return cls(name, process, log)
+
+    def wait_ready(self) -> None:
+        """Until it says that it is: many can get ready at a time."""
         try:
-            made._hear()
+            self._hear()
         except RuntimeError as error:
-            raise RuntimeError(f"{error}; see {log}") from None
-        return made
+            raise RuntimeError(f"{error}; see {self.log}") from None
 
     def go(self) -> dict[str, Any]:
         """Let it perform one step; returns what it tells of it."""
@@ -135,7 +138,7 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """Date, processor, cores and load, for the head of a table."""
+    """Date, processor, cores and load, and the GPU where there is one, for the head of a table."""
     import torch
 
     lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -145,7 +148,13 @@ def machine() -> dict[str, Any]:
         "cpu": f"{os.cpu_count()} cores of {model}",
         "load": round(os.getloadavg()[0], 1),
         "torch": torch.__version__,
+        **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
     }
+
+
+def unit_of(device: str) -> str:
+    """The time that tells: of the processor, or, where a GPU works, of the clock."""
+    return "wall" if device == "cuda" else "CPU"
 
 
 def memory_mib(name: str) -> float:

@@ -1,15 +1,18 @@
-"""Steps on a GPU beside TRL with and without Liger, anchored steps beside plain ones: the second half of `make gpu`.
+"""Steps on a GPU beside TRL's, with Liger and without, anchored steps beside plain ones, rollouts beside `generate` and
+probes beside lm-eval: the second half of `make gpu`.
 
-    python -m benchmarks.gpu --rows replay_dolly/train.jsonl [--device cuda] [--model smollm2-135m] [--batch 32]
+    python -m benchmarks.gpu --data DATA [--device cuda] [--model smollm2-135m] [--batch 32] [--parts steps probes]
 
-Wall time with the GPU waited for, and its highest allocated memory. With `--device cpu` the same commands run without
-Liger and in processor time: that shows that they run, and nothing about a GPU.
+DATA has chats (`replay_dolly/`), items with choices (`arc_easy/`) and questions (`gsm8k/`) as JSONL. Wall time with the
+GPU waited for, and its highest allocated memory. With `--device cpu` the same commands run without Liger and in
+processor time: that shows that they run, and nothing about a GPU.
 """
 
 import argparse
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 
 from benchmarks.contest import ENVIRONMENT
 
@@ -18,22 +21,55 @@ LIGER = ["evertune-liger", "trl-liger"]
 ANCHORED = ["plain", "top64-both", "hidden-both", "live-both"]
 
 
+def steps(options: argparse.Namespace) -> Iterator[list[str]]:
+    names = PLAIN + (LIGER if options.device == "cuda" else [])
+    shared = ["--rows", f"{options.data}/replay_dolly/train.jsonl", "--batch", options.batch, "--micro", options.batch]
+    shared += ["--steps", options.steps, "--rounds", options.rounds]
+    for tune in ("lora", "full"):
+        for run, only in (("plain", names), ("anchor", ANCHORED)):
+            yield ["benchmarks.step", run, "--tune", tune, "--model", options.model, *shared, "--only", *only]
+    wide = ["--tune", "lora", "--model", "128k", *shared]
+    yield ["benchmarks.step", "anchor", *wide, "--only", "plain", "top64-both", "hidden-both", "live-both"]
+
+
+def rollouts(options: argparse.Namespace) -> Iterator[list[str]]:
+    size = ["--group", "8", "--tokens", "64"] if options.device == "cuda" else ["--tokens", "8", "--repeats", "1"]
+    yield ["benchmarks.rollouts", "--model", options.model, *size]
+
+
+def probes(options: argparse.Namespace) -> Iterator[list[str]]:
+    items, part = ("128", "32") if options.device == "cuda" else ("8", "8")
+    shared = ["--items", items, "--part", part, "--batch", part]
+    choices = ["benchmarks.probes", "choice", "--items-file", f"{options.data}/arc_easy/test.jsonl", *shared]
+    for dtype in ("float32", "bfloat16"):
+        yield [*choices, "--dtype", dtype]
+        yield [*choices, "--dtype", dtype, "--shots", "4"]
+    questions = ["--items-file", f"{options.data}/gsm8k/test.jsonl", "--dtype", "bfloat16", *shared]
+    yield ["benchmarks.probes", "generate", *questions]
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], Iterator[list[str]]]] = {
+    "steps": steps,
+    "rollouts": rollouts,
+    "probes": probes,
+}
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rows", required=True, help="a JSONL of chats, beside a validation.jsonl")
+    parser = argparse.ArgumentParser(description=" ".join((__doc__ or "").split("\n\n")[0].split()))
+    parser.add_argument("--data", required=True, help="a folder of data sets as JSONL")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--batch", default="32")
     parser.add_argument("--steps", default="6")
     parser.add_argument("--rounds", default="3")
+    parser.add_argument("--parts", nargs="*", choices=list(PARTS), default=list(PARTS))
     options = parser.parse_args()
-    shared = [f"--{name}={value}" for name, value in vars(options).items()] + [f"--micro={options.batch}"]
-    names = PLAIN + (LIGER if options.device == "cuda" else [])
-    for tune in ("lora", "full"):
-        for run, only in (("plain", names), ("anchor", ANCHORED)):
-            print(f"\n{run}, {tune}, {options.device}", flush=True)
-            command = ["benchmarks.step", run, "--tune", tune, *shared, "--only", *only]
-            subprocess.run([sys.executable, "-m", *command], check=True, env={**os.environ, **ENVIRONMENT})
+    for part in options.parts:
+        for command in PARTS[part](options):
+            print(f"\npython -m {' '.join(command)} --device {options.device}", flush=True)
+            whole = [sys.executable, "-m", *command, "--device", options.device]
+            subprocess.run(whole, check=True, env={**os.environ, **ENVIRONMENT})
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@
     python -m benchmarks.probes close --items-file arc_easy/test.jsonl               what float32 for close items costs
 
 Items are asked through the model's chat template; shots are earlier turns of the same conversation, the same for all
-items. lm-eval 0.4 gets the same token ids at its batch size 8. Both run on --threads threads, interleaved in parts of
---part items. Ratios are of processor time. `close` compares the choices made in bfloat16, with and without a second
-look in float32, with those of float32 throughout.
+items. lm-eval 0.4 gets the same token ids at its batch size --batch. Both run on --threads threads, interleaved in
+parts of --part items. Ratios are of processor time, with --device cuda of the clock's. `close` compares the choices
+made in bfloat16, with and without a second look in float32, with those of float32 throughout.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.contest import Contestant, Turns, interleave, machine, spread
+from benchmarks.contest import Contestant, Turns, interleave, machine, spread, unit_of
 
 MODEL = "smollm2-135m"
 
@@ -38,16 +38,20 @@ def _contest(options: argparse.Namespace) -> None:
     contestants = []
     for name in ("evertune", "lm-eval"):
         command = [sys.executable, "-m", "benchmarks.probes", "contestant", "--name", name, "--kind", options.run]
-        for key in ("items_file", "shots", "items", "part", "dtype", "threads", "tokens"):
+        for key in ("items_file", "shots", "items", "part", "dtype", "threads", "tokens", "device", "batch"):
             command += [f"--{key.replace('_', '-')}", str(getattr(options, key))]
         contestants.append(Contestant.start(name, command, threads=options.threads, log=folder / f"{name}.log"))
+    for one in contestants:
+        one.wait_ready()
     interleave(contestants, steps=options.items // options.part)
     ours, theirs = contestants
+    unit = unit_of(options.device)
+    kind = unit.lower()
     for one in contestants:
-        cpu = one.total("cpu")
-        print(f"{one.name:<10} {options.items / cpu:6.2f} items per CPU s")
-    ratios = [other["cpu"] / own["cpu"] for own, other in zip(ours.told, theirs.told, strict=True)]
-    print(f"ratio {theirs.total('cpu') / ours.total('cpu'):.2f}, of single parts {spread(ratios)}")
+        print(f"{one.name:<10} {options.items / one.total(kind):6.2f} items per {unit} s")
+    ratios = [other[kind] / own[kind] for own, other in zip(ours.told, theirs.told, strict=True)]
+    ratio = theirs.total(kind) / ours.total(kind)
+    print(f"ratio {ratio:.2f}, of single parts {spread(ratios)}")
     found = [[value for part in one.told for value in part["found"]] for one in contestants]
     if options.run == "choice":
         furthest = max(abs(a - b) for one, other in zip(*found, strict=True) for a, b in zip(one, other, strict=True))
@@ -59,9 +63,7 @@ def _contest(options: argparse.Namespace) -> None:
     for one in contestants:
         one.stop()
     if options.out:
-        Path(options.out).write_text(
-            json.dumps({"lm-eval / evertune, CPU time": theirs.total("cpu") / ours.total("cpu")})
-        )
+        Path(options.out).write_text(json.dumps({f"lm-eval / evertune, {unit} time": ratio}))
 
 
 def close(options: argparse.Namespace) -> None:
@@ -108,7 +110,7 @@ def contestant(options: argparse.Namespace) -> None:
 
     torch.set_num_threads(options.threads)
     score = (_ours if options.name == "evertune" else _theirs)(options)
-    turns = Turns()
+    turns = Turns(options.device)
     next(score)
     turns.begin()
     while turns.wait():
@@ -121,7 +123,7 @@ def _ours(options: argparse.Namespace) -> Iterator[Any]:
     from evertune.model.open import open_model
     from evertune.probe.generate import generate_answers
 
-    opened = open_model(_checkpoint(), dtype=options.dtype)
+    opened = open_model(_checkpoint(), dtype=options.dtype, device=options.device)
     forward = Forward(opened)
     if options.kind == "generate":
         prompts = _prompts(options, opened.codec)
@@ -147,7 +149,10 @@ def _theirs(options: argparse.Namespace) -> Iterator[Any]:
     folder = _checkpoint().path
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, options.dtype))
     harness: Any = HFLM(
-        pretrained=model, tokenizer=AutoTokenizer.from_pretrained(folder), batch_size=8, add_bos_token=False
+        pretrained=model.to(options.device),
+        tokenizer=AutoTokenizer.from_pretrained(folder),
+        batch_size=options.batch,
+        add_bos_token=False,
     )
     codec = load_codec(folder)
     if options.kind == "generate":
@@ -238,6 +243,8 @@ def main() -> None:
     parser.add_argument("--part", type=int, default=8, help="items scored in one turn")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--batch", type=int, default=8, help="lm-eval's batch size")
     parser.add_argument("--tokens", type=int, default=48, help="of a generated answer at most")
     parser.add_argument("--out", help="a JSON file for the ratio")
     parser.add_argument("--name", help=argparse.SUPPRESS)

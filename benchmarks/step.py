@@ -25,7 +25,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.contest import Contestant, Turns, interleave, machine, spread
+from benchmarks.contest import Contestant, Turns, interleave, machine, spread, unit_of
 
 RANK = 16
 TRL_WAYS: dict[str, dict[str, Any]] = {
@@ -72,6 +72,8 @@ def _contest(names: Sequence[str], options: argparse.Namespace) -> Iterator[str]
         for key in ("rows", "model", "batch", "micro", "steps", "rounds", "threads", "device"):
             command += [f"--{key}", str(getattr(options, key))]
         contestants.append(Contestant.start(name, command, threads=options.threads, log=folder / f"{name}.log"))
+    for one in contestants:
+        one.wait_ready()
     for done in range(options.rounds):
         interleave(contestants, steps=options.steps)
         yield f"round {done + 1} of {options.rounds}"
@@ -93,11 +95,6 @@ def _contest(names: Sequence[str], options: argparse.Namespace) -> Iterator[str]
             for one in contestants[1:]
         }
         Path(options.out).write_text(json.dumps(results))
-
-
-def unit_of(device: str) -> str:
-    """The time that tells: of the processor, or, where a GPU works, of the clock."""
-    return "wall" if device == "cuda" else "CPU"
 
 
 def table(contestants: Sequence[Contestant], *, steps: int, unit: str) -> Iterator[str]:

@@ -13,6 +13,7 @@ the name `NAME` in transformers' registry; asked without rows, that is transform
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from inspect import signature
 from typing import Any
 
 import torch
@@ -24,6 +25,12 @@ from transformers.masking_utils import sdpa_mask
 
 from evertune.model.tree import Tree, attend_along
 
+flash_rows: Any
+try:
+    from torch.nn.attention.varlen import varlen_attn as flash_rows
+except ImportError:  # before torch 2.10
+    flash_rows = None
+
 NAME = "evertune_packed"
 ROWS, TREE = "packed_rows", "packed_tree"
 # Queries of one block: half of a long row's scores lie behind the query and are not computed. 96 to 160 are alike.
@@ -33,6 +40,8 @@ KEPT_TOKENS = 1024
 # What an architecture may add to the scores, and the attention here does not.
 _UNKNOWN = ("softcap", "s_aux", "position_bias", "sinks", "head_mask")
 _LAYERS = {"full_attention", "sliding_attention"}
+# Older versions let heads share keys without being asked to.
+_SHARED_HEADS = {"enable_gqa": True} if flash_rows and "enable_gqa" in signature(flash_rows).parameters else {}
 
 
 def enable_packing(model: Any) -> bool:
@@ -135,11 +144,44 @@ def _attention(
         return attend_along(runs, query[0], key[0], value[0], scale, window).unsqueeze(0), None
     if query.device.type == "cpu" and dropout == 0.0:
         return _RowAttention.apply(query[0], key[0], value[0], rows, scale, window).unsqueeze(0), None
+    if dropout == 0.0 and _has_flash(query):
+        return _flash(query[0], key[0], value[0], rows, scale, window).unsqueeze(0), None
     parts = [
         _sdpa(query_t, key_t, value_t, scale, window, dropout)
         for query_t, key_t, value_t in zip(*(one.split(rows, dim=2) for one in (query, key, value)), strict=True)
     ]
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _flash(
+    query_HTD: Tensor, key_KTD: Tensor, value_KTD: Tensor, rows: tuple[int, ...], scale: float, window: int | None
+) -> Tensor:
+    """All rows in one call of the kernel, (T, H, D): a call each would cost more in launches than in products."""
+    starts, longest = _bounds(rows, query_HTD.device)
+    inputs = (one.transpose(0, 1).contiguous() for one in (query_HTD, key_KTD, value_KTD))
+    seen = (-1 if window is None else window - 1, 0)  # keys before a query and after it
+    found: Tensor = flash_rows(
+        *inputs, starts, starts, longest, longest, scale=scale, window_size=seen, **_SHARED_HEADS
+    )
+    return found
+
+
+def _has_flash(query: Tensor) -> bool:
+    """Whether torch's flash kernel for rows of different lengths takes such a query."""
+    return (
+        flash_rows is not None
+        and query.device.type == "cuda"
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and query.shape[-1] % 8 == 0
+        and query.shape[-1] <= 256
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
+
+
+@lru_cache(maxsize=4)
+def _bounds(rows: tuple[int, ...], device: torch.device) -> tuple[Tensor, int]:
+    """(B + 1,) int32, where rows begin and the last one ends, and the longest row's length; alike in every layer."""
+    return torch.tensor([0, *rows], device=device).cumsum(0, dtype=torch.int32), max(rows)
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, dropout: float) -> Tensor:

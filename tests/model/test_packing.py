@@ -27,7 +27,7 @@ def _by_torch(query: Tensor, key: Tensor, value: Tensor, window: int | None) -> 
     found = []
     for one in zip(*(each.split(ROWS, dim=1) for each in (query, key, value)), strict=True):
         t = one[0].shape[1]
-        seen = torch.ones((t, t), dtype=torch.bool).tril()
+        seen = torch.ones((t, t), dtype=torch.bool, device=query.device).tril()
         if window is not None:
             seen = seen.triu(1 - window)
         found.append(F.scaled_dot_product_attention(*(each[None] for each in one), attn_mask=seen, enable_gqa=True)[0])
@@ -48,6 +48,21 @@ def test_attention_within_rows_and_its_gradient_are_torch_s(window: int | None, 
         torch.autograd.grad(ours, inputs, slope), torch.autograd.grad(theirs, inputs, slope), strict=True
     ):
         assert torch.allclose(one, other, atol=1e-12)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch's flash kernel needs a GPU")
+@pytest.mark.parametrize("window", [None, 3, BLOCK + 7])
+def test_on_a_gpu_one_call_reads_the_rows_as_torch_does_one_by_one(window: int | None) -> None:
+    *inputs, slope = (one.cuda() for one in _heads(dtype=torch.bfloat16))
+    assert packing._has_flash(inputs[0])
+    exact = [one.double().requires_grad_() for one in inputs]
+    truth_THD = _by_torch(*exact, window)
+    truth = [truth_THD, *torch.autograd.grad(truth_THD, exact, slope.double().transpose(0, 1))]
+    inputs = [one.requires_grad_() for one in inputs]
+    ours_THD = packing._flash(*inputs, ROWS, 8**-0.5, window)
+    ours = [ours_THD, *torch.autograd.grad(ours_THD, inputs, slope.transpose(0, 1))]
+    for one, true in zip(ours, truth, strict=True):
+        assert (one - true).norm() <= 0.01 * true.norm()
 
 
 def test_in_bfloat16_it_is_as_close_to_the_truth_as_torch_s_own() -> None:
