@@ -368,9 +368,10 @@ def _divergences(bench: Bench, folders: Sequence[Path]) -> list[float]:
     torch.set_num_threads(1)
     plan = make_plan(load_recipe(bench.folder / "sweep.yaml"))
     (probe,) = [one for one in plan.probes if isinstance(one, Probe) and one.name == "topics"]
-    base = open_model(plan.base, dtype=bench.dtype)
+    base = open_model(plan.base, dtype=bench.dtype, device="auto")
     texts = texts_of(base.codec, probe, most=ASKED)
-    return [divergence(base, open_model(describe(one), dtype=bench.dtype), texts)["nats"] for one in folders]
+    tuned = (open_model(describe(one), dtype=bench.dtype, device="auto") for one in folders)
+    return [divergence(base, one, texts)["nats"] for one in tuned]
 
 
 def barrier(bench: Bench) -> Finding:
