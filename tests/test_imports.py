@@ -125,6 +125,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "ratchet",
         "gate",
         "ledger",
+        "lineage",
         "model",
         "probe",
         "recipe",
