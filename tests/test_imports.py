@@ -41,9 +41,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "consolidation": {"gate", "probe", "rescue"},
     "ratchet": {"gate", "probe"},
     "report": {"ledger", "measure", "workspace"},
-    "advice": {"display", "ledger", "lineage", "recipe", "run", "workspace"},
+    "advice": {"display", "lineage", "recipe", "run", "workspace"},
     "comparison_table": {"comparison"},
-    "comparison": {"check", "display", "ledger", "measure", "recipe", "run", "workspace"},
+    "comparison": {"check", "display", "ledger", "lineage", "measure", "recipe", "run", "workspace"},
     "safety": set(),
     "watching": {"display", "lineage", "report", "workspace"},
     "retraining": {
