@@ -15,8 +15,7 @@ from typing import Any
 
 from evertune.display import Display
 from evertune.errors import RecipeError
-from evertune.ledger import Ledger
-from evertune.lineage import find_checkpoint, open_workspace
+from evertune.lineage import current_events, find_checkpoint, open_workspace
 from evertune.recipe.load import LoadedRecipe, load_recipe
 from evertune.recipe.presets import resolve_sft
 from evertune.run import run_recipe
@@ -161,7 +160,7 @@ def _run(base: _Base, share: float, rung: int, rows: int) -> Pilot:
     place = base.pilots / base.name / f"rung-{rung}-share-{share:g}"
     loaded = load_recipe(base.loaded.path, overrides=_overrides(base, share, rows, place))
     run_recipe(loaded, display=Display(quiet=True))
-    events = Ledger.open(place / "ledger.sqlite", create=False).events()
+    events = current_events(open_workspace(place).ledger)
     verdict = [one.body for one in events if one.kind == "verdict"][-1]
     made = [one.body for one in events if one.kind == "checkpoint"][-1]
     pooled = verdict["pooled"]

@@ -23,6 +23,7 @@ from evertune.check import check_recipe
 from evertune.display import Display
 from evertune.errors import RecipeError
 from evertune.ledger import Ledger
+from evertune.lineage import current_events, open_workspace
 from evertune.measure.matrix import backward_transfer, forgetting
 from evertune.recipe.fields import REPLAYABLE
 from evertune.recipe.load import LoadedRecipe, load_recipe
@@ -418,7 +419,7 @@ def _link(source: Path, names: Sequence[str], folder: Path) -> None:
 
 def read_run(place: Path, method: str, tasks: Sequence[Task], seed: int) -> RunResult:
     """The result of a finished run, from its ledger alone."""
-    events = Ledger.open(place / "ledger.sqlite", create=False).events()
+    events = current_events(open_workspace(place).ledger)
     rows = [f"{ROUND}/{i + 1}-sft" for i in range(len(tasks))]
     asked = {(one.body["label"], one.body["probe"]): one.body for one in events if one.kind == "probe"}
 

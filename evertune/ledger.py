@@ -28,7 +28,7 @@ GENESIS = "0" * 64
 VERSION = 1
 BUSY_SECONDS = 10.0
 # Kinds that a repeated run need not write again.
-UNREPEATABLE = ("failure", "run")
+UNREPEATABLE = ("failure", "position", "run")
 SCHEMA = (
     """CREATE TABLE event (
     seq INTEGER PRIMARY KEY,

@@ -2,7 +2,7 @@
 answers a person may give: promote and roll back."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,11 @@ from evertune.hashing import digest_json
 from evertune.ledger import Event, Ledger, champion, record_event, write_current
 from evertune.model.checkpoint import Checkpoint, describe
 from evertune.workspace import Workspace
+
+# What rounds are told by.
+MADE = ("checkpoint", "probe", "erosion", "consolidation", "look", "verdict", "rescue", "settled")
+# What other commands find out about a run; it stays however the recipe is changed.
+FINDINGS = ("audit", "baseline", "blame")
 
 
 @dataclass(frozen=True)
@@ -38,14 +43,66 @@ def open_workspace(folder: Path) -> Opened:
 
 
 def current_events(ledger: Ledger) -> list[Event]:
-    """The events that tell of the last run: of several with one label (an edited recipe), the newest stands."""
+    """The events that tell of the last run: of several with one label (edited data), the newest stands."""
     newest: dict[tuple[Any, ...], Event] = {}
-    for event in ledger.events():
+    for event in of_last_run(ledger.events()):
         body = event.body
         name = (event.kind, body.get("round"), body.get("label"), body.get("probe"), body.get("rung"))
         unique = event.kind in ("promotion", "rollback", "failure")
         newest[(*name, event.seq) if unique else name] = event
     return sorted(newest.values(), key=lambda event: event.seq)
+
+
+def of_last_run(events: Sequence[Event]) -> list[Event]:
+    """The events that the last run stands on: all of them, until a recipe is changed.
+
+    The run of a changed recipe records no second time what it finds recorded. So it says in a `position` which of the
+    older events it has come to; the others are history. What is newer than the last position counts.
+    """
+    positions = [event for event in events if event.kind == "position"]
+    if not positions:
+        return list(events)
+    last = positions[-1]
+    named = {(kind, key) for kind, key in last.body["stands_on"]}
+    # What a person decided after a verdict counts where the run comes to that verdict.
+    settled = {"base", *(key for kind, key in named if kind == "settled")}
+    return [
+        event
+        for event in events
+        if event.seq >= last.seq
+        or (event.kind, event.key) in named
+        or event.kind in FINDINGS
+        or event.body.get("after") in settled
+    ]
+
+
+def next_position(
+    events: Sequence[Event], recipe_digest: str, reached: Collection[tuple[str, str]], *, is_over: bool
+) -> tuple[str, dict[str, Any]] | None:
+    """Key and body of the position that a run has to record so that `of_last_run` tells of it; None where it does so.
+
+    A run that is started again is behind what it recorded before: what is not its own is known only at its end.
+
+    Args:
+        reached: kinds and keys of the events that the run has recorded or found, in order; its own `run` among them.
+    """
+    told = of_last_run(events)
+    known = {(event.kind, event.key) for event in told}
+    positions = [event for event in events if event.kind == "position"]
+    runs = [event for event in events if event.kind == "run" and (event.kind, event.key) not in reached]
+    before = [event.body["recipe_digest"] for event in positions or runs]
+    is_same = not before or before[-1] == recipe_digest
+    is_stale = is_over and any(event.kind in MADE and (event.kind, event.key) not in reached for event in told)
+    if is_same and known.issuperset(reached) and not is_stale:
+        return None
+    body = {"recipe_digest": recipe_digest, "stands_on": [list(one) for one in reached]}
+    return digest_json({**body, "after": positions[-1].key if positions else None}), body
+
+
+def checkpoint_events(ledger: Ledger) -> list[Event]:
+    """Every checkpoint that was ever recorded; those that the last run stands on come last, to be preferred."""
+    current = [event for event in current_events(ledger) if event.kind == "checkpoint"]
+    return [*ledger.events("checkpoint"), *current]
 
 
 def find_checkpoint(opened: Opened, label: str | None) -> tuple[Event, Checkpoint]:
@@ -54,14 +111,14 @@ def find_checkpoint(opened: Opened, label: str | None) -> tuple[Event, Checkpoin
     Raises:
         RecipeError: no checkpoint has this label.
     """
-    events = [event for event in current_events(opened.ledger) if event.kind == "checkpoint"]
+    events = checkpoint_events(opened.ledger)
     if label is None:
         now = champion(opened.ledger)
         label = str(now.body["label"]) if now else "base"
     for event in reversed(events):
         if event.body["label"] == label:
             return event, describe(checkpoint_path(opened, event))
-    known = ", ".join(event.body["label"] for event in events)
+    known = ", ".join(dict.fromkeys(event.body["label"] for event in events))
     raise RecipeError(f"no checkpoint '{label}' in {opened.workspace.root}; it has: {known}.")
 
 
@@ -91,7 +148,7 @@ def roll_back(opened: Opened, label: str | None, *, reason: str) -> Event:
 
 def _decide(opened: Opened, kind: str, label: str, facts: dict[str, Any]) -> Event:
     event, checkpoint = find_checkpoint(opened, label)
-    settled = [one.key for one in opened.ledger.events("settled")]
+    settled = [one.key for one in current_events(opened.ledger) if one.kind == "settled"]
     body = {
         **facts,
         "label": label,

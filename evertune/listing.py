@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from evertune.lineage import Opened, current_events, find_checkpoint, open_workspace
+from evertune.lineage import Opened, checkpoint_events, current_events, find_checkpoint, open_workspace
 from evertune.methods import standing_of, used_in, weakest
 from evertune.model.checkpoint import Checkpoint, describe
 from evertune.model.show import describe_for_humans
@@ -75,7 +75,7 @@ def export_checkpoint(place: Path, label: str | None, out: Path, *, form: str) -
 
     opened = open_workspace(place)
     event, checkpoint = find_checkpoint(opened, label)
-    checkpoints = [one.body for one in current_events(opened.ledger) if one.kind == "checkpoint"]
+    checkpoints = [one.body for one in checkpoint_events(opened.ledger)]
     used = used_in(checkpoints, event.body["digest"])
     card = {
         "base_model": _base_model(opened, checkpoint, form),
@@ -91,12 +91,11 @@ def export_checkpoint(place: Path, label: str | None, out: Path, *, form: str) -
 
 def _base_model(opened: Opened, checkpoint: Checkpoint, form: str) -> str | None:
     """The base as the recipe names it; for an adapter over a checkpoint of this run, that checkpoint's label."""
-    events = current_events(opened.ledger)
-    labels = {one.body["digest"]: one.body["label"] for one in events if one.kind == "checkpoint"}
+    labels = {one.body["digest"]: one.body["label"] for one in checkpoint_events(opened.ledger)}
     label = labels.get(checkpoint.base.digest)
     if form == "adapter" and label != "base":
         return str(label) if label else None
-    runs = [one.body["recipe"]["base"] for one in events if one.kind == "run"]
+    runs = [one.body["recipe"]["base"] for one in current_events(opened.ledger) if one.kind == "run"]
     return str(runs[-1]) if runs else None
 
 
@@ -116,17 +115,24 @@ def doctor_lines() -> Iterator[str]:
 
 
 def _probe_values(opened: Opened, digest: str) -> dict[str, Any]:
-    return {
-        event.body["probe"]: {name: event.body[name] for name in ("value", "ci90", "n", "role")}
-        for event in current_events(opened.ledger)
-        if event.kind == "probe" and event.body["checkpoint"] == digest
-    }
+    """As the last run asked them; of a checkpoint that it does not stand on, as it was asked then."""
+    for events in (current_events(opened.ledger), opened.ledger.events()):
+        found = {
+            event.body["probe"]: {name: event.body[name] for name in ("value", "ci90", "n", "role")}
+            for event in events
+            if event.kind == "probe" and event.body["checkpoint"] == digest
+        }
+        if found:
+            return found
+    return {}
 
 
 def _summary(kind: str, body: dict[str, Any]) -> str:
     match kind:
         case "run":
             return f"{body['name']}, recipe {body['recipe_digest'][:12]}"
+        case "position":
+            return f"recipe {body['recipe_digest'][:12]} stands on {len(body['stands_on'])} events up to here"
         case "checkpoint":
             weak = [one for one in body["methods"] if standing_of([one]) == body["standing"]]
             made = "" if body["standing"] == "production" else f"  {body['standing']}: {', '.join(weak)}"

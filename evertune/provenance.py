@@ -15,7 +15,7 @@ from evertune.data.rows import iter_rows
 from evertune.errors import RecipeError
 from evertune.hashing import digest_json
 from evertune.ledger import Event, record_event, write_current
-from evertune.lineage import Opened
+from evertune.lineage import Opened, current_events
 from evertune.workspace import Manifest
 
 
@@ -96,7 +96,7 @@ def remove(opened: Opened, texts: Sequence[str], *, reason: str) -> tuple[Event,
     if not texts or not all(one.strip() for one in texts):
         raise RecipeError("found no text to remove, expected one or more, none of them empty.")
     traces = [trace(opened, one) for one in texts]
-    settled = [one.key for one in opened.ledger.events("settled")]
+    settled = [one.key for one in current_events(opened.ledger) if one.kind == "settled"]
     body = {
         "texts": sorted({digest for one in texts for digest in text_digests(one)}),
         "checkpoints": sorted({label for one in traces for label in one.standing}),

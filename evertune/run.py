@@ -21,6 +21,7 @@ from evertune.gate import GateSettings, ProbeFacts, Verdict, judge
 from evertune.hashing import digest_json
 from evertune.ledger import Event, Ledger, record_event, write_current
 from evertune.ledger import champion as champion_of
+from evertune.lineage import next_position
 from evertune.methods import named, standing_of, used_in
 from evertune.model.checkpoint import Checkpoint, describe
 from evertune.plan import GATE_VERSION, Plan, make_plan
@@ -110,7 +111,10 @@ class Outcome:
 
 @dataclass
 class Session:
-    """The open workspace and what every step needs; lives as long as the run holds the lock."""
+    """The open workspace and what every step needs; lives as long as the run holds the lock.
+
+    `reached` holds kind and key of every event that this run has recorded or found recorded, in order.
+    """
 
     plan: Plan
     workspace: Workspace
@@ -118,6 +122,7 @@ class Session:
     workers: Workers
     display: Display
     decisions: dict[str, str] = field(default_factory=dict)
+    reached: dict[tuple[str, str], None] = field(default_factory=dict)
     stages_run: int = 0
     probes_run: int = 0
 
@@ -150,6 +155,7 @@ def run_recipe(loaded: LoadedRecipe, *, display: Display | None = None, start_me
         for one in plan.recipe.rounds:
             position = run_round(session, one, position)
         _agree_on_champion(session, position)
+        _mark(session, is_over=True)
         write_current(workspace, session.ledger)
     return Outcome(session.decisions, session.stages_run, session.probes_run)
 
@@ -158,6 +164,7 @@ def begin(session: Session) -> Position:
     """Record the run and the base model, and probe the base: row 0 of the matrix."""
     plan = session.plan
     _record(session, "run", digest_json(plan.run_body), plan.run_body, volatile=plan.machine)
+    _mark(session)
     base = Model(plan.base, "base")
     place = {"path": str(plan.base.path)}
     _record(session, "checkpoint", digest_json({"base": plan.base.digest}), plan.base_body(), place)
@@ -182,6 +189,7 @@ def run_round(session: Session, one: Round, position: Position) -> Position:
         position = promote(session, performed, candidate, position, by=by)
     settled = {"round": one.name, "decision": session.decisions[one.name], "champion": position.champion.label}
     _record(session, "settled", key, settled)
+    _mark(session)
     return _after_settling(session, replace(position, settled=key))
 
 
@@ -653,7 +661,12 @@ def _after_settling(session: Session, position: Position) -> Position:
     checkpoint = describe(Path(event.volatile["path"]), cache=session.workspace.cache / "digests.json")
     if checkpoint.digest != event.body["checkpoint"]:
         raise IntegrityError(f"'{event.body['label']}', promoted by hand, is no longer what it was: {checkpoint.path}.")
-    return replace(position, champion=probe(session, Model(checkpoint, event.body["label"])))
+    label = event.body["label"]
+    # It may be of an earlier form of the recipe, which these rounds do not make again.
+    for one in session.ledger.events("checkpoint"):
+        if (one.body["label"], one.body["digest"]) == (label, checkpoint.digest):
+            session.reached[one.kind, one.key] = None
+    return replace(position, champion=probe(session, Model(checkpoint, label)))
 
 
 def _agree_on_champion(session: Session, position: Position) -> None:
@@ -696,8 +709,18 @@ def _seen_from_here(folder: Path) -> str:
     return str(folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder)
 
 
+def _mark(session: Session, *, is_over: bool = False) -> None:
+    """Write down which events this run stands on, where the ledger would tell otherwise: the recipe was changed."""
+    digest = session.plan.loaded.digest
+    found = next_position(session.ledger.events(), digest, session.reached, is_over=is_over)
+    if found is not None:
+        key, body = found
+        record_event(session.workspace, session.ledger, "position", key, body, {"time": time.time()})
+
+
 def _record(
     session: Session, kind: str, key: str, body: dict[str, Any], volatile: Mapping[str, Any] | None = None
 ) -> Event:
     stamp = {"time": time.time(), **(volatile or {})}
+    session.reached[kind, key] = None
     return record_event(session.workspace, session.ledger, kind, key, body, stamp)

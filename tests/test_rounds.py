@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from evertune.ledger import Event
-from evertune.lineage import current_events, open_workspace
+from evertune import run as run_module
+from evertune.ledger import Event, verify_workspace
+from evertune.lineage import current_events, find_checkpoint, log_body, open_workspace, promote
 from evertune.recipe.load import load_recipe
 from evertune.report import write_report
 from evertune.report.story import build_report
@@ -152,6 +153,84 @@ def test_a_round_judged_otherwise_by_an_edited_recipe_is_told_by_its_newest_verd
     assert told.sentence.startswith("Round one INCONCLUSIVE. ")
     assert told.sentence.endswith("The recipe as it stands ends at base, no longer at one/1-sft.")
     assert told.by_hand == ()
+
+
+def ladder_of(alpha: float) -> dict[str, Any]:
+    return {"role": "target", "rescue": f"[{{interpolate: {{alphas: [{alpha:g}]}}}}]"}
+
+
+@pytest.mark.path
+def test_a_changed_recipe_is_told_without_the_rungs_of_its_earlier_form(tmp_path: Path) -> None:
+    more = f"  - {{name: two, start: base, stages: [{STAGE}]}}"
+    _, first = run(tmp_path, **ladder_of(0.5), more=more)
+    assert "position" not in {one.kind for one in first}
+    outcome, events = run(tmp_path, **ladder_of(0.25), more=more)
+    assert outcome.stages_run == 0
+    assert [one["label"] for one in bodies(events, "rescue")] == ["one/rescue-0.25", "two/rescue-0.25"]
+    told = build_report(events)
+    assert [one.name for one in told.rounds] == ["one", "two"]
+    assert {one.label for one in told.matrix.rows} == {
+        "base", "one/1-sft", "one/rescue-0.25", "two/1-sft", "two/rescue-0.25",
+    }  # fmt: skip
+    assert "rescue-0.5" not in (tmp_path / "report.html").read_text()
+    opened = open_workspace(tmp_path / "run")
+    log = log_body(opened)
+    assert [[each["alpha"] for each in one["rescue"]] for one in log["rounds"]] == [[0.25], [0.25]]
+    assert told.head == log["head"]
+    # The ledger keeps what was made, and it can be named.
+    assert {one.key for one in first} <= {one["key"] for one in log["events"]}
+    assert find_checkpoint(opened, "one/rescue-0.5")[0].body["label"] == "one/rescue-0.5"
+    assert verify_workspace(opened.workspace, opened.ledger) == []
+
+
+@pytest.mark.path
+def test_a_recipe_that_is_changed_back_is_told_as_before(tmp_path: Path) -> None:
+    _, first = run(tmp_path, **ladder_of(0.5))
+    run(tmp_path, **ladder_of(0.25))
+    _, events = run(tmp_path, **ladder_of(0.5))
+    assert [one for one in events if one.kind != "position"] == first
+    assert [one.kind for one in events].count("position") == 1
+    # The same again adds nothing, and a ledger that was lost is told alike.
+    place = tmp_path / "run" / "ledger.sqlite"
+    head = open_workspace(tmp_path / "run").ledger.head()
+    _, again = run(tmp_path, **ladder_of(0.5))
+    assert (again, open_workspace(tmp_path / "run").ledger.head()) == (events, head)
+    for one in place.parent.glob("ledger.sqlite*"):
+        one.unlink()
+    _, rebuilt = run(tmp_path, **ladder_of(0.5))
+    assert [(one.kind, one.key, one.body) for one in rebuilt] == [(one.kind, one.key, one.body) for one in events]
+
+
+@pytest.mark.path
+def test_a_changed_recipe_that_is_stopped_is_told_as_far_as_it_came(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = f"  - {{name: two, start: base, stages: [{STAGE}]}}"
+    run(tmp_path, **ladder_of(0.5), more=more)
+    with monkeypatch.context() as patched:
+        patched.setattr(run_module, "rescue", lambda *given, **named: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(tmp_path, **ladder_of(0.25), more=more)
+    told = build_report(current_events(open_workspace(tmp_path / "run").ledger))
+    assert [one.state for one in told.rounds] == ["PLANNED", "PLANNED"]
+    assert told.run is not None and told.run["recipe"]["rescue"][0]["interpolate"]["alphas"] == [0.25]
+    _, events = run(tmp_path, **ladder_of(0.25), more=more)
+    assert [one["alpha"] for one in bodies(events, "rescue")] == [0.25, 0.25]
+
+
+@pytest.mark.path
+def test_a_checkpoint_promoted_by_hand_stays_where_a_changed_recipe_comes_to_that_decision(tmp_path: Path) -> None:
+    run(tmp_path, **ladder_of(0.5))
+    promote(open_workspace(tmp_path / "run"), "one/rescue-0.5", reason="good enough")
+    _, events = run(tmp_path, **ladder_of(0.25))
+    told = build_report(events)
+    assert told.line == ("base", "one/rescue-0.5")
+    assert {one.label: one.state for one in told.matrix.rows}["one/rescue-0.5"] == "champion"
+    assert [one["alpha"] for one in bodies(events, "rescue")] == [0.25]
+    # With another round before it, the run does not come to the verdict that it followed.
+    _, events = run(tmp_path, role="watch", stages=STAGE.replace("0.05", "0.04"))
+    assert build_report(events).line == ("base", "one/1-sft")
+    assert build_report(events).by_hand == ()
 
 
 @pytest.mark.path

@@ -46,11 +46,12 @@ def bodies(events: Sequence[Event], kind: str) -> list[dict[str, Any]]:
 
 
 def tell_rounds(events: Sequence[Event]) -> tuple[RoundStory, ...]:
-    """Every round in the order it began, then those the recipe names and the ledger does not know yet."""
+    """Every round in the recipe's order, those it does not name first. Work found done may be older than what comes
+    before it, so the ledger's order is not the rounds'."""
     began = [one.body["round"] for one in events if one.kind in ("checkpoint", "verdict") and one.body["round"]]
     began += [one["round"] for one in bodies(events, "failure")]
     planned = [name for run in bodies(events, "run")[-1:] for name in run["round_names"]]
-    names = list(dict.fromkeys([*began, *planned]))
+    names = list(dict.fromkeys([*(name for name in began if name not in planned), *planned]))
     return tuple(_tell_round(events, name, began=name in began, last=name == names[-1]) for name in names)
 
 
