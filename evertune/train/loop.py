@@ -371,9 +371,11 @@ def stop_requests() -> Iterator[list[int]]:
 def make_accelerator(*, device: str, track: Sequence[str], logging_dir: Any) -> Accelerator:
     """The processes and the device of this stage. Precision is ours to manage, so accelerate's stays off.
 
+    On a GPU torch is told to prefer kernels that give the same bits each time.
+
     Raises:
-        TrainingError: `cuda` is asked for and there is none; or the launcher asks for a kind of parallelism that would
-            silently become copies of the whole model.
+        TrainingError: `cuda` is asked for and there is none; there are more processes than GPUs; or the launcher asks
+            for a kind of parallelism that would silently become copies of the whole model.
     """
     for name, asked in UNSUPPORTED.items():
         if os.environ.get(name, "").lower() in ("1", "true", "yes"):
@@ -388,7 +390,28 @@ def make_accelerator(*, device: str, track: Sequence[str], logging_dir: Any) -> 
             remedy="Use 'auto' or 'cpu', or install a driver.",
         )
     is_cpu = device == "cpu" or not torch.cuda.is_available()
+    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if not is_cpu and processes > gpus:
+        raise TrainingError(
+            f"launch: found {processes} processes on a machine with {gpus} GPU{'s' * (gpus > 1)}, expected one for "
+            "each GPU at most.",
+            remedy=f"Start fewer ('--nproc-per-node {gpus}'), or set 'numerics: {{device: cpu}}'.",
+        )
+    if not is_cpu:
+        prefer_same_bits()
     return Accelerator(cpu=is_cpu, mixed_precision="no", log_with=list(track) or None, project_dir=str(logging_dir))
+
+
+def prefer_same_bits() -> None:
+    """Let kernels of the GPU add in the same order each time, where torch has such ones.
+
+    Float32 attention has none but the plain products: the fused kernel keeps its order only where torch may refuse
+    what has no order, and that would stop a training for an operation that loses nothing else.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cuda.enable_mem_efficient_sdp(False)
 
 
 def _any_process(accelerator: Accelerator, claim: bool) -> bool:

@@ -208,8 +208,11 @@ def test_how_a_step_is_cut_up_does_not_change_the_result(tmp_path: Path, tiny_mo
         workspace = open_workspace(tmp_path / str(rows))
         run_dpo(spec, workspace)
         weights.append(_metrics(workspace, spec))
+    # Before the first update policy and reference are one: which of the two answers is ahead is a matter of rounding.
     for one, other in zip(weights[0], weights[2], strict=True):
         for name, value in one.items():
+            if name == "accuracy" and one["step"] == 1:
+                continue
             assert value == pytest.approx(other[name], rel=1e-3, abs=1e-5), name
     assert weights[1][-1]["margin"] == pytest.approx(weights[0][-1]["margin"], rel=1e-3)
 

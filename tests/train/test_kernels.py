@@ -42,11 +42,11 @@ def test_liger_forms_the_same_loss_and_gradients(has_bias: bool) -> None:
 def test_without_the_package_it_is_an_error_that_says_how_to_get_it(tmp_path, tiny_model, monkeypatch):
     monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(TrainingError, match="liger-kernel is not installed"):
-        run_sft(make_spec(tmp_path, tiny_model, kernels="liger"), open_workspace(tmp_path / "run"))
+        run_sft(make_spec(tmp_path, tiny_model, kernels="liger", device="cpu"), open_workspace(tmp_path / "run"))
 
 
 def test_without_a_gpu_it_is_an_error_and_not_another_kernel(tmp_path, tiny_model, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: True)
     with pytest.raises(TrainingError, match="needs a GPU; the stage runs on cpu"):
-        run_sft(make_spec(tmp_path, tiny_model, kernels="liger"), open_workspace(tmp_path / "run"))
+        run_sft(make_spec(tmp_path, tiny_model, kernels="liger", device="cpu"), open_workspace(tmp_path / "run"))

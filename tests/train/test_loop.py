@@ -160,6 +160,14 @@ def test_cuda_without_a_device_is_an_error_and_not_the_cpu(tmp_path, monkeypatch
         make_accelerator(device="cuda", track=[], logging_dir=tmp_path)
 
 
+def test_more_processes_than_gpus_are_an_error_before_they_wait_for_each_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(TrainingError, match="found 2 processes on a machine with 1 GPU, expected one for each"):
+        make_accelerator(device="auto", track=[], logging_dir=tmp_path)
+
+
 @pytest.mark.parametrize(
     "name", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_PARALLELISM_CONFIG"]
 )

@@ -23,6 +23,8 @@ from tests.train.processes import perform_on, published_curve
 from tests.train.stage import make_spec, open_workspace, published_weights, same_bits
 from tests.train.test_resume import Interruption, interrupt_at
 
+pytestmark = pytest.mark.usefixtures("gpu_for_each_process")
+
 LORA: dict[str, Any] = {"tune": {"lora": {"rank": 3, "dropout": 0.1}}, "anchor": {"on": "replay", "cache": "hidden"}}
 FULL: dict[str, Any] = {"tune": {"full": {}}, "lr": 1e-3, "gradient_checkpointing": True}
 KINDS = {"lora": LORA, "full": FULL}

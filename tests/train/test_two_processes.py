@@ -19,6 +19,8 @@ from tests.train.stage import make_spec, open_workspace, published_weights
 from tests.train.test_dpo import make_dpo
 from tests.train.test_rl import make_rl
 
+pytestmark = pytest.mark.usefixtures("gpu_for_each_process")
+
 # Relative, of every metric of every step; with an absolute part where a metric may be 0.
 CURVE = {"rel": 1e-4, "abs": 2e-5}
 # Short answers whose first letter decides: some of a group's answers do, some do not.
