@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from evertune.model.tree import Tree, attend_along
+from evertune.model.tree import AtOnce, ByRuns, Paths, Tree
 
 flash_rows: Any
 try:
@@ -92,7 +93,8 @@ def read_tree(decoder: nn.Module, tree: Tree, *, device: torch.device) -> Any:
         decoder: of a model that `enable_packing` has accepted.
     """
     ids_1T, positions_1T = (torch.tensor([one], device=device) for one in (tree.ids, tree.positions))
-    return _read(decoder, ids_1T, positions_1T, {TREE: tree.runs()})
+    paths: Paths = ByRuns(tree) if device.type == "cpu" else AtOnce(tree)
+    return _read(decoder, ids_1T, positions_1T, {TREE: paths})
 
 
 def _read(decoder: Callable[..., Any], ids_1T: Tensor, positions_1T: Tensor, kind: dict[str, Any]) -> Any:
@@ -131,8 +133,8 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls: query (B, H, T, D), key and value (B, K, T, D) -> (B, T, H, D)."""
-    rows, runs = kwargs.pop(ROWS, None), kwargs.pop(TREE, None)
-    if rows is None and runs is None:
+    rows, paths = kwargs.pop(ROWS, None), kwargs.pop(TREE, None)
+    if rows is None and paths is None:
         return sdpa_attention_forward(  # type: ignore[no-any-return]
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
@@ -140,8 +142,8 @@ def _attention(
         raise NotImplementedError(f"packed attention without {', '.join(_UNKNOWN)}")
     window = kwargs.get("sliding_window")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if runs is not None:
-        return attend_along(runs, query[0], key[0], value[0], scale, window).unsqueeze(0), None
+    if paths is not None:
+        return paths.attend(query[0], key[0], value[0], scale, window).transpose(0, 1).unsqueeze(0), None
     if query.device.type == "cpu" and dropout == 0.0:
         return _RowAttention.apply(query[0], key[0], value[0], rows, scale, window).unsqueeze(0), None
     if dropout == 0.0 and _has_flash(query):
@@ -185,14 +187,15 @@ def _bounds(rows: tuple[int, ...], device: torch.device) -> tuple[Tensor, int]:
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, dropout: float) -> Tensor:
-    """One row through torch's own attention."""
+    """One row through torch's own attention, by kernels that add in the same order each time."""
     t = query.shape[2]
     mask = None
     if window is not None and window < t:
         mask = torch.ones((t, t), dtype=torch.bool, device=query.device).tril().triu(1 - window)
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale, enable_gqa=True
-    )
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale, enable_gqa=True
+        )
 
 
 class _RowAttention(torch.autograd.Function):

@@ -12,10 +12,12 @@ A token sees the tokens on its way from the root, as it would in its own row, so
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise, takewhile
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # A branch of its own costs a call of attention in every layer; fewer shared tokens than this are read again instead.
 LEAST_SHARED = 8
@@ -121,11 +123,58 @@ class Run:
         return self._masks[window]
 
 
-def attend_along(
-    runs: Sequence[Run], query_HTD: Tensor, key_KTD: Tensor, value_KTD: Tensor, scale: float, window: int | None
-) -> Tensor:
-    """(T, H, D): every token's attention to the tokens on its way from the root."""
-    return torch.cat([one.attend(query_HTD, key_KTD, value_KTD, scale, window) for one in runs], dim=1).transpose(0, 1)
+class Paths(Protocol):
+    """Attention of a tree's tokens, in every layer the same."""
+
+    def attend(self, query_HTD: Tensor, key_KTD: Tensor, value_KTD: Tensor, scale: float, window: int | None) -> Tensor:
+        """(H, T, D): every token's attention to the tokens on its way from the root."""
+
+
+class ByRuns:
+    """A call for each run: little is computed that nobody sees."""
+
+    def __init__(self, tree: Tree) -> None:
+        self._runs = tree.runs()
+
+    def attend(self, query_HTD: Tensor, key_KTD: Tensor, value_KTD: Tensor, scale: float, window: int | None) -> Tensor:
+        return torch.cat([one.attend(query_HTD, key_KTD, value_KTD, scale, window) for one in self._runs], dim=1)
+
+
+class AtOnce:
+    """One call for the whole tree: for a GPU, where a call costs more than most of what it computes for nothing."""
+
+    def __init__(self, tree: Tree) -> None:
+        self._tree = tree
+        self._masks: dict[int | None, Tensor] = {}
+
+    def attend(self, query_HTD: Tensor, key_KTD: Tensor, value_KTD: Tensor, scale: float, window: int | None) -> Tensor:
+        groups = len(query_HTD) // len(key_KTD)
+        # The fused kernel that takes a mask does not let heads share keys.
+        key_1HTD, value_1HTD = (one.repeat_interleave(groups, dim=0).unsqueeze(0) for one in (key_KTD, value_KTD))
+        mask_TT = self._mask(window, query_HTD.device)
+        with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+            found_1HTD = F.scaled_dot_product_attention(
+                query_HTD.unsqueeze(0), key_1HTD, value_1HTD, attn_mask=mask_TT, scale=scale
+            )
+        return found_1HTD[0]
+
+    def _mask(self, window: int | None, device: torch.device) -> Tensor:
+        """(T, T): True where a token sees another; the same for every layer with this window."""
+        if window not in self._masks:
+            segments, tokens = self._tree.segments, len(self._tree.ids)
+            seen_TT = torch.zeros((tokens, tokens), dtype=torch.bool)
+            for one in segments:
+                own = slice(one.first, one.last)
+                seen_TT[own, own] = torch.ones((len(one.ids), len(one.ids)), dtype=torch.bool).tril()
+                parent = one.parent
+                while parent is not None:
+                    seen_TT[own, segments[parent].first : segments[parent].last] = True
+                    parent = segments[parent].parent
+            if window is not None:
+                position_T = torch.tensor(self._tree.positions)
+                seen_TT &= position_T.unsqueeze(1) - position_T < window
+            self._masks[window] = seen_TT.to(device)
+        return self._masks[window]
 
 
 def grow(rows: Sequence[Sequence[int]], *, budget: int) -> list[Tree]:

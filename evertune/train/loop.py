@@ -403,15 +403,10 @@ def make_accelerator(*, device: str, track: Sequence[str], logging_dir: Any) -> 
 
 
 def prefer_same_bits() -> None:
-    """Let kernels of the GPU add in the same order each time, where torch has such ones.
-
-    Float32 attention has none but the plain products: the fused kernel keeps its order only where torch may refuse
-    what has no order, and that would stop a training for an operation that loses nothing else.
-    """
+    """Let kernels of the GPU add in the same order each time, where torch has such ones."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    torch.backends.cuda.enable_mem_efficient_sdp(False)
 
 
 def _any_process(accelerator: Accelerator, claim: bool) -> bool:

@@ -5,8 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from evertune.model import packing
 from evertune.model.forward import Tokens, score_branches
-from evertune.model.tree import LEAST_SHARED, RUN_TOKENS, Tree, grow
+from evertune.model.tree import LEAST_SHARED, RUN_TOKENS, AtOnce, ByRuns, Paths, Tree, grow
 from tests.probe.models import architecture, naive_log_probabilities
 
 ROW = st.lists(st.integers(0, 2), min_size=1, max_size=3 * LEAST_SHARED)
@@ -63,7 +64,11 @@ def test_rows_that_are_equal_or_begin_each_other_need_no_tokens_of_their_own() -
 
 
 @pytest.mark.parametrize("window", [None, 5])
-def test_scores_in_a_tree_are_those_of_rows_alone(window: int | None) -> None:
+@pytest.mark.parametrize("way", [ByRuns, AtOnce])
+def test_scores_in_a_tree_are_those_of_rows_alone(
+    way: type[Paths], window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "ByRuns", way)
     changes = {"sliding_window": window} if window else {}
     model, forward = architecture("mistral" if window else "llama", **changes)
     assert forward.can_pack
