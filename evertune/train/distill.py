@@ -36,7 +36,7 @@ from evertune.train.distill_spec import DemonstrationSpec, DistillSpec
 from evertune.train.distill_targets import Targets
 from evertune.train.distill_teachers import Teachers
 from evertune.train.head import PositionTerm, head_loss
-from evertune.train.loop import Feed, make_accelerator
+from evertune.train.loop import Feed, make_accelerator, wait_for_all
 from evertune.train.losses import bucket
 from evertune.train.material import Encode, Material, load_material
 from evertune.train.objective import Objective, Policy, StepCounts, penalty_sums, penalty_terms
@@ -207,7 +207,7 @@ class _Distilled(Lesson):
                     turns=questions.turns,
                 )
                 self._asked = len(asked)
-            accelerator.wait_for_everyone()
+            wait_for_all(accelerator)
             self.__dict__.pop("_targets", None)
         material = self.load(codec, world_size=accelerator.num_processes)
         if accelerator.is_main_process:
@@ -215,7 +215,7 @@ class _Distilled(Lesson):
                 self._gain = _measured_gain(spec, spec.demonstration, material, teachers, self._targets)
             teachers.answer(_taught_rows(spec, material), self._targets)
             self._forwards = teachers.forwards
-        accelerator.wait_for_everyone()
+        wait_for_all(accelerator)
         # What has been opened does not hold what the main process has stored since, and from now on nothing is stored.
         self.__dict__.pop("_targets", None)
         self._is_passing = spec.on_policy is not None

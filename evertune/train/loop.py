@@ -18,6 +18,7 @@ from types import FrameType
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor
 
@@ -292,7 +293,7 @@ def train(
                 trainer.masters.check_finite(step=done)
                 if trainer.policy.sharded is not None or trainer.accelerator.is_main_process:
                     points.save(done, trainer.state(), sink.history, is_sharded=trainer.policy.sharded is not None)
-                trainer.accelerator.wait_for_everyone()
+                wait_for_all(trainer.accelerator)
             if is_stopping:
                 raise KeyboardInterrupt
     trainer.masters.check_finite(step=len(sink.history))
@@ -407,6 +408,14 @@ def prefer_same_bits() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def wait_for_all(accelerator: Accelerator) -> None:
+    """Until every process is here. accelerate's own names a GPU also where all are on the CPU, and that GPU may not
+    exist."""
+    if accelerator.num_processes > 1:
+        on_gpu = accelerator.device.type == "cuda"
+        dist.barrier(device_ids=[accelerator.local_process_index] if on_gpu else None)
 
 
 def _any_process(accelerator: Accelerator, claim: bool) -> bool:

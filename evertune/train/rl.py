@@ -27,7 +27,7 @@ from evertune.train.adapt import Ask
 from evertune.train.batch import collate, counted_positions
 from evertune.train.episodes import Answer, play_episodes
 from evertune.train.head import target_log_probabilities
-from evertune.train.loop import Feed
+from evertune.train.loop import Feed, wait_for_all
 from evertune.train.losses import clipped_surrogate, sampled_kl
 from evertune.train.material import Material, load_material
 from evertune.train.objective import Objective, Policy, StepCounts, backward_beside_replay
@@ -277,7 +277,7 @@ class _Rewarded(Lesson):
             temperature=spec.temperature,
             stop_ids=opened.codec.stop_ids,
             is_main=accelerator.is_main_process,
-            wait=accelerator.wait_for_everyone,
+            wait=partial(wait_for_all, accelerator),
         )
         served.check()
         return served.answer

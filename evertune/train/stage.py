@@ -36,7 +36,7 @@ from evertune.train.distance import stage_drift
 from evertune.train.guarded import GuardedFeed, guard_brake
 from evertune.train.head import split_model
 from evertune.train.kernels import require_liger
-from evertune.train.loop import Feed, Pace, Trainer, cosine, gradient_of, make_accelerator, train
+from evertune.train.loop import Feed, Pace, Trainer, cosine, gradient_of, make_accelerator, train, wait_for_all
 from evertune.train.material import Material
 from evertune.train.objective import Objective, Policy
 from evertune.train.optimizer import Masters, full, warmup_steps
@@ -140,7 +140,7 @@ class Setting:
         with self.sharded.whole() if self.sharded else contextlib.nullcontext():
             if self.accelerator.is_main_process:
                 source.complete(kind, rows)
-            self.accelerator.wait_for_everyone()
+            wait_for_all(self.accelerator)
 
 
 def gatherer(setting: Setting) -> Callable[[list[Any]], list[Any]]:
@@ -206,7 +206,7 @@ def run_training(spec: TrainingSpec, workspace: Workspace, lesson: Lesson, *, as
         trainer.load_state(found.state(like=trainer.masters.weights))
     first, history = (found.step, found.history) if found is not None else (0, [])
     trainer.feed.recall(history)
-    accelerator.wait_for_everyone()
+    wait_for_all(accelerator)
     if accelerator.is_main_process:
         points.drop_after(first)
     start_trackers(accelerator, spec.label, spec.settings(), folder=points.folder / "trackers")
@@ -226,7 +226,7 @@ def run_training(spec: TrainingSpec, workspace: Workspace, lesson: Lesson, *, as
             facts["plugins"] = plugged.facts()
         _publish(spec, workspace, written, sink.history, facts, performance, plugged.carried())
         points.clear()
-    accelerator.wait_for_everyone()
+    wait_for_all(accelerator)
     accelerator.end_training()
     manifest = workspace.manifest(spec.key)
     assert manifest is not None, "published and yet not there"
@@ -417,7 +417,7 @@ def _keep(spec: TrainingSpec, workspace: Workspace, opened: OpenModel, trainer: 
             record={"stage": spec.key, "step": done, "steps": trainer.pace.steps},
             write=partial(_write_weights, spec, written),
         )
-    trainer.accelerator.wait_for_everyone()
+    wait_for_all(trainer.accelerator)
 
 
 def peak_memory(device: torch.device) -> int:
