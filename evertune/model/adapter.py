@@ -34,7 +34,7 @@ from evertune.model.checkpoint import (
     write_note,
 )
 from evertune.model.lora_config import PREFIX, check_plain, scale_of
-from evertune.model.lora_linear import Update, lora_linear
+from evertune.model.lora_linear import Update, add_updates, lora_linear
 
 if TYPE_CHECKING:
     from evertune.model.open import OpenModel
@@ -332,6 +332,8 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         found: Tensor = type(layer).forward(layer, x, *args, **kwargs)
         return found
     updates = [Update(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]) for name in active]
+    if not torch.is_grad_enabled():
+        return add_updates(base(x.reshape(-1, x.shape[-1])), x, updates)
     return lora_linear(x, base.weight, base.bias, updates)
 
 

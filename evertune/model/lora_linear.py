@@ -37,6 +37,15 @@ def lora_linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, updates: Se
     return found
 
 
+@torch.no_grad()
+def add_updates(y_MO: Tensor, x: Tensor, updates: Sequence[Update]) -> Tensor:
+    """(..., O): what `lora_linear` computes, from the layer's own outputs y (taken over); without gradients."""
+    x_MI = x.reshape(-1, x.shape[-1])
+    for one in updates:
+        y_MO.addmm_(F.linear(x_MI, one.a_RI), one.b_OR.t(), alpha=one.scale)
+    return y_MO.view(*x.shape[:-1], -1)
+
+
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(

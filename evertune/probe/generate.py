@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from evertune.model.forward import BATCH_TOKENS, Forward, batches
+from evertune.model.packed_weights import packed_weights
 
 
 @dataclass(frozen=True)
@@ -83,25 +84,26 @@ def _speak(
     stopped, finite = [False] * len(prompts), [True] * len(prompts)
     alive = list(range(len(prompts)))
     outputs, mask_BT, cache = forward.read_prompts(prompts)
-    for step in range(max_new_tokens):
-        logits_BV = forward.logits(outputs, outputs.last_hidden_state[:, -1])
-        best_B, next_B = logits_BV.max(dim=-1)
-        if draw is not None:
-            next_B = draw(logits_BV, alive)
-        for row, token, is_finite in zip(alive, next_B.tolist(), best_B.isfinite().tolist(), strict=True):
-            if not stopped[row]:
-                finite[row] &= is_finite
-                stopped[row] = token in stop_ids
-                said[row] += [] if stopped[row] else [token]
-        speaking = [b for b, row in enumerate(alive) if not stopped[row]]
-        if not speaking or step == max_new_tokens - 1:
-            break
-        # Rows that have stopped leave the batch when they are half of it: each time the cache is copied.
-        if len(speaking) <= len(alive) // 2:
-            kept = torch.tensor(speaking, device=forward.device)
-            cache.batch_select_indices(kept)
-            next_B, mask_BT = next_B[kept], mask_BT[kept]
-            alive = [alive[b] for b in speaking]
-        mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(alive), 1)], dim=1)
-        outputs = forward.read_on(next_B.unsqueeze(1), mask_BT, cache)
+    with packed_weights(forward.model, tokens=max_new_tokens):
+        for step in range(max_new_tokens):
+            logits_BV = forward.logits(outputs, outputs.last_hidden_state[:, -1])
+            best_B, next_B = logits_BV.max(dim=-1)
+            if draw is not None:
+                next_B = draw(logits_BV, alive)
+            for row, token, is_finite in zip(alive, next_B.tolist(), best_B.isfinite().tolist(), strict=True):
+                if not stopped[row]:
+                    finite[row] &= is_finite
+                    stopped[row] = token in stop_ids
+                    said[row] += [] if stopped[row] else [token]
+            speaking = [b for b, row in enumerate(alive) if not stopped[row]]
+            if not speaking or step == max_new_tokens - 1:
+                break
+            # Rows that have stopped leave the batch when they are half of it: each time the cache is copied.
+            if len(speaking) <= len(alive) // 2:
+                kept = torch.tensor(speaking, device=forward.device)
+                cache.batch_select_indices(kept)
+                next_B, mask_BT = next_B[kept], mask_BT[kept]
+                alive = [alive[b] for b in speaking]
+            mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(alive), 1)], dim=1)
+            outputs = forward.read_on(next_B.unsqueeze(1), mask_BT, cache)
     return [Answer(tuple(said[row]), stopped[row], finite[row]) for row in range(len(prompts))]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from evertune.model.forward import Forward, batches
+from evertune.model.packed_weights import packed_weights
 
 # Padded tokens of one batch of answers. Larger batches are faster; memory for the attention cache grows with them.
 BATCH_TOKENS = 32_768
@@ -78,24 +79,25 @@ def _speak(
     last_SH = outputs.last_hidden_state[:, -1]
     cache.batch_select_indices(owner_S)
     logits_SV, mask_ST = forward.logits(outputs, last_SH)[owner_S], mask_ST[owner_S]
-    for step in range(max_new_tokens):
-        next_S = draw_tokens(logits_SV / temperature, drawn_ST[alive, step])
-        for answer, token in zip(alive, next_S.tolist(), strict=True):
-            if not stopped[answer]:
-                said[answer].append(token)
-                stopped[answer] = token in stop_ids
-        speaking = [i for i, answer in enumerate(alive) if not stopped[answer]]
-        if not speaking or step == max_new_tokens - 1:
-            break
-        # Answers that have stopped leave the batch when they are half of it: each time the cache is copied.
-        if len(speaking) <= len(alive) // 2:
-            kept = torch.tensor(speaking, device=forward.device)
-            cache.batch_select_indices(kept)
-            next_S, mask_ST = next_S[kept], mask_ST[kept]
-            alive = [alive[i] for i in speaking]
-        mask_ST = torch.cat([mask_ST, mask_ST.new_ones(len(alive), 1)], dim=1)
-        outputs = forward.read_on(next_S.unsqueeze(1), mask_ST, cache)
-        logits_SV = forward.logits(outputs, outputs.last_hidden_state[:, -1])
+    with packed_weights(forward.model, tokens=max_new_tokens):
+        for step in range(max_new_tokens):
+            next_S = draw_tokens(logits_SV / temperature, drawn_ST[alive, step])
+            for answer, token in zip(alive, next_S.tolist(), strict=True):
+                if not stopped[answer]:
+                    said[answer].append(token)
+                    stopped[answer] = token in stop_ids
+            speaking = [i for i, answer in enumerate(alive) if not stopped[answer]]
+            if not speaking or step == max_new_tokens - 1:
+                break
+            # Answers that have stopped leave the batch when they are half of it: each time the cache is copied.
+            if len(speaking) <= len(alive) // 2:
+                kept = torch.tensor(speaking, device=forward.device)
+                cache.batch_select_indices(kept)
+                next_S, mask_ST = next_S[kept], mask_ST[kept]
+                alive = [alive[i] for i in speaking]
+            mask_ST = torch.cat([mask_ST, mask_ST.new_ones(len(alive), 1)], dim=1)
+            outputs = forward.read_on(next_S.unsqueeze(1), mask_ST, cache)
+            logits_SV = forward.logits(outputs, outputs.last_hidden_state[:, -1])
     answers = iter([SampledAnswer(tuple(ids), ended) for ids, ended in zip(said, stopped, strict=True)])
     return [[next(answers) for _ in group] for group in seeds]
 

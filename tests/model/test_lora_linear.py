@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from evertune.model.lora_linear import Update, lora_linear
+from evertune.model.lora_linear import Update, add_updates, lora_linear
 
 M, INPUTS, OUTPUTS, RANK = 5, 7, 6, 3
 
@@ -37,6 +37,14 @@ def test_outputs_and_gradients_are_those_of_the_formula(learns: tuple[str, ...])
         torch.autograd.grad(ours, wanted, one["slope"]), torch.autograd.grad(formula, wanted, one["slope"]), strict=True
     ):
         assert torch.allclose(found, expected, atol=1e-12)
+
+
+def test_without_gradients_the_bits_are_the_same() -> None:
+    one = {name: tensor.bfloat16() for name, tensor in _tensors().items()}
+    updates = [Update(one["frozen_a"], one["frozen_b"], 0.5), Update(one["a"], one["b"], 2.0)]
+    plain = F.linear(one["x"].reshape(-1, INPUTS), one["weight"], one["bias"])
+    found = add_updates(plain, one["x"], updates)
+    assert torch.equal(found, lora_linear(one["x"], one["weight"], one["bias"], updates))
 
 
 def test_an_update_of_zero_leaves_every_bit_of_a_bfloat16() -> None:

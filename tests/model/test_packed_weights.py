@@ -1,0 +1,59 @@
+"""Weights laid out for the processor: the same products, and the layers as they were afterwards."""
+
+import pytest
+import torch
+from torch import nn
+
+from evertune.model import packed_weights as module
+from evertune.model.packed_weights import LEAST_TOKENS, packed_weights
+
+pytestmark = pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="no bfloat16 in oneDNN here")
+
+
+def _layers(dtype: torch.dtype = torch.bfloat16) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(48, 96), nn.SiLU(), nn.Linear(96, 33, bias=False)).to(dtype)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [(1, 48), (7, 48), (2, 5, 48), (300, 48)])
+def test_products_are_as_close_to_the_truth_as_plain_ones(shape: tuple[int, ...]) -> None:
+    layers = _layers()
+    x = torch.randn(shape, dtype=torch.float64).bfloat16()
+    plain = layers(x)
+    with packed_weights(layers, tokens=LEAST_TOKENS):
+        assert all("forward" in vars(layers[i]) for i in (0, 2)), "something is packed here"
+        packed = layers(x)
+    truth = layers.double()(x.double())
+    errors = [float((one.double() - truth).norm() / truth.norm()) for one in (packed, plain)]
+    assert packed.shape == plain.shape and errors[0] <= 1.5 * errors[1]
+
+
+@torch.no_grad()
+def test_afterwards_the_layers_follow_their_weights_again() -> None:
+    layers = _layers()
+    with pytest.raises(RuntimeError, match="in the middle"), packed_weights(layers, tokens=100):
+        raise RuntimeError("in the middle")
+    layers[2].weight.zero_()
+    assert not layers(torch.ones(3, 48, dtype=torch.bfloat16)).any()
+
+
+def test_what_is_not_for_it_stays_as_it_is() -> None:
+    def packed(layers: nn.Module, tokens: int = 100) -> bool:
+        with packed_weights(layers, tokens=tokens):
+            return any("forward" in vars(one) for one in layers.modules())
+
+    with torch.no_grad():
+        assert packed(_layers())
+        assert not packed(_layers(torch.float32))
+        assert not packed(_layers(), tokens=LEAST_TOKENS - 1)
+    assert not packed(_layers()), "these products have no gradient"
+
+
+@torch.no_grad()
+def test_a_torch_without_the_operations_does_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_product", None)
+    layers, x = _layers(), torch.ones(3, 48, dtype=torch.bfloat16)
+    with packed_weights(layers, tokens=100):
+        found = layers(x)
+    assert torch.equal(found, layers(x))
