@@ -1,9 +1,12 @@
 """Federated rounds through Flower: files, what a client takes from a server, and a real run on loopback (slow)."""
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -97,8 +100,14 @@ def python_with_flower() -> str:
     return python
 
 
-def federate(folder: Path, clients: list[Path], port: int) -> Path:
-    """Run a federation by its files: a SuperLink and a SuperNode for each client on loopback; returns the update."""
+def federate(
+    folder: Path, clients: list[Path], port: int, *, hear: Callable[[str, list[int]], None] = lambda line, nodes: None
+) -> Path:
+    """Run a federation by its files: a SuperLink and a SuperNode for each client on loopback; returns the update.
+
+    Args:
+        hear: called with each line of the server, as it comes, and the process ids of the clients' commands.
+    """
     python = python_with_flower()
 
     def start(*arguments: object) -> "subprocess.Popen[str]":
@@ -108,15 +117,21 @@ def federate(folder: Path, clients: list[Path], port: int) -> Path:
     link = f"127.0.0.1:{port}"
     server = start("server", folder / "server.yaml", "--port", port)
     nodes = [start("client", one, "--server", link, "--port", port + 2 + i) for i, one in enumerate(clients)]
+    lines = []
     try:
-        printed = server.communicate(timeout=1800)[0]
+        assert server.stdout is not None
+        for line in server.stdout:
+            lines.append(line)
+            hear(line, [one.pid for one in nodes])
+        server.wait(timeout=60)
     finally:
         for one in (server, *nodes):
             one.terminate()
             one.wait(timeout=60)
+    printed = "".join(lines)
     assert server.returncode == 0, printed
     (folder / "printed.txt").write_text(printed)
-    return Path(next(line for line in printed.splitlines() if line.startswith("update: ")).removeprefix("update: "))
+    return Path(next(line for line in lines if line.startswith("update: ")).removeprefix("update: ").strip())
 
 
 def made_here(folder: Path, clients: list[Path]) -> "Factors":
@@ -175,6 +190,34 @@ def test_two_clients_on_loopback_make_the_update_that_one_machine_makes(tmp_path
     made = federate(tmp_path, clients, 19192)
     assert "exchange 2: used berlin 0.50, paris 0.50" in (tmp_path / "printed.txt").read_text()
     assert farthest(read_factors(made), made_here(tmp_path, clients)) <= 1e-4
+
+
+def _tell_apps(command: int, number: signal.Signals) -> None:
+    """Signal what a client's SuperNode has started; the SuperNode itself goes on telling that it is there."""
+    (node,) = map(int, Path(f"/proc/{command}/task/{command}/children").read_text().split())
+    for one in (int(place.name) for place in Path("/proc").iterdir() if place.name.isdigit()):
+        with contextlib.suppress(ProcessLookupError):
+            if one != node and os.getpgid(one) == node:
+                os.kill(one, number)
+
+
+@pytest.mark.slow
+def test_a_client_that_comes_too_late_counts_in_the_next_exchange(tmp_path: Path) -> None:
+    own = "exchanges: 2\nwait_seconds: 600\nexchange_seconds: 60\nlate: 0.5\n"
+    (tmp_path / "server.yaml").write_text(f"{SERVER}{own}")
+    clients = [_write(tmp_path, name) for name in ("berlin", "paris")]
+
+    def hold_paris(line: str, nodes: list[int]) -> None:
+        if line.startswith("all are here"):
+            _tell_apps(nodes[1], signal.SIGSTOP)
+        elif line.startswith("exchange 1"):
+            _tell_apps(nodes[1], signal.SIGCONT)
+
+    federate(tmp_path, clients, 19222, hear=hold_paris)
+    printed = (tmp_path / "printed.txt").read_text()
+    assert "exchange 1: used berlin 1.00" in printed
+    assert "  paris: did not return" in printed
+    assert "  paris, exchange 1: came 1 exchange late" in printed
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ residual is part of the adapter. In the end the exchanges' updates are one adapt
 import math
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
@@ -78,6 +78,7 @@ def run_federated(
     transport: Transport = train_in_process,
     ask: Ask | None = None,
     ask_sum: AskSum | None = None,
+    tell: Callable[[int, Exchange], None] = lambda number, exchange: None,
 ) -> dict[str, Any]:
     """Perform a federated stage, or what is missing of it, and publish its adapter under `spec.key`.
 
@@ -85,6 +86,7 @@ def run_federated(
         transport: trains one client; in a process of its own when not given.
         ask: asks all clients of an exchange, instead of one after the other by `transport`.
         ask_sum: of a federation with `secure`: asks all of them for the mean of their updates.
+        tell: called after each exchange, with its number from 1.
 
     Raises:
         MergeError: no update may be used, or the updates do not fit the rule.
@@ -104,6 +106,7 @@ def run_federated(
             factors, facts = _exchange(spec, exchange, current, folder, shapes, ask or _one_by_one(transport))
         made.append(factors)
         told.append(facts)
+        tell(exchange + 1, facts)
         place = folder / f"global-{exchange + 1}"
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir(parents=True)

@@ -12,6 +12,7 @@ import json
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from evertune.federated.server import run_federated
 from evertune.federated.spec import client_order
 from evertune.federated.validation import shapes_of
 from evertune.flower.files import ClientFile, ServerFile, client_spec, federated_spec
+from evertune.flower.launch import PROGRESS, exchange_lines
 from evertune.flower.secure import Arrays, is_secure, masked, secure_mean, secure_when_asked
 from evertune.model.adapter import Factor, Factors, read_factors, target_shapes, write_adapter
 from evertune.model.checkpoint import Checkpoint, describe
@@ -133,9 +135,14 @@ def main(grid: Grid, context: Context) -> None:
     own = ServerFile.read(Path(str(context.run_config["server"])))
     base = own.checkpoint()
     spec = federated_spec(own, base)
-    nodes = _meet(grid, own, base)
-
     workspace = Workspace.open(own.workspace(), create=True)
+
+    def tell(*lines: str) -> None:
+        with (workspace.work / "flower" / PROGRESS).open("a", encoding="utf-8") as progress:
+            progress.writelines(f"{one}\n" for one in lines)
+
+    nodes = _meet(grid, own, base)
+    tell(f"all are here: {', '.join(nodes)}")
     settings = json.dumps(spec.settings())
     seconds = own.exchange_seconds or own.wait_seconds
 
@@ -171,7 +178,13 @@ def main(grid: Grid, context: Context) -> None:
         return _summed(arrays, {names[node]: float(one["loss"]) for node, one in told.items()}, orders, folder / "sum")
 
     post = Post(send=send, collect=collect, read=_answer, seconds=seconds)
-    run_federated(spec, workspace, ask=post.ask, ask_sum=ask_sum)
+    run_federated(
+        spec,
+        workspace,
+        ask=post.ask,
+        ask_sum=ask_sum,
+        tell=lambda number, exchange: tell(*exchange_lines(number, asdict(exchange))),
+    )
 
 
 def _summed(arrays: Arrays, losses: Mapping[str, float], orders: Orders, folder: Path) -> Sum:

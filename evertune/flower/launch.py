@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from evertune.errors import TrainingError
 from evertune.flower.files import ClientFile, ServerFile, federated_spec
@@ -43,6 +44,8 @@ clientapp = "{MODULE}:client"
 server = ""
 """
 STOP_SECONDS = 20.0
+PROGRESS = "progress.txt"
+"""In the federation's home: what the server's app has to say, line by line."""
 
 SERVER = """\
 # A federation, as its server sees it. `evertune federated server FILE` waits for the clients and makes one update.
@@ -96,7 +99,8 @@ def serve(path: Path, *, host: str, port: int, certificates: Sequence[Path] | No
     base = own.checkpoint()
     spec = federated_spec(own, base)
     workspace = Workspace.open(own.workspace(), create=True)
-    if workspace.manifest(spec.key) is None:
+    has_run = workspace.manifest(spec.key) is not None
+    if not has_run:
         home = workspace.work / "flower"
         _write_home(home, host, port, certificates)
         transport = ["--insecure"] if certificates is None else _certificates(certificates)
@@ -106,18 +110,28 @@ def serve(path: Path, *, host: str, port: int, certificates: Sequence[Path] | No
             say(f"waiting for {', '.join(own.clients)} at {host}:{port}")
             run = [_program("flwr"), "run", str(home / "app"), "here", "--stream"]
             run += ["--run-config", f"server={json.dumps(str(path.absolute()))}"]
-            _submit(run, home, lambda: workspace.manifest(spec.key) is not None, own.wait_seconds * (own.exchanges + 1))
+            seconds = own.wait_seconds * (own.exchanges + 1)
+            _submit(run, home, lambda: workspace.manifest(spec.key) is not None, seconds, say)
     manifest = workspace.manifest(spec.key)
     if manifest is None:
         raise TrainingError(f"the federation has made no update; see the logs in {workspace.work / 'flower'}.")
-    for i, one in enumerate(manifest.record["checkpoint"]["exchanges"]):
-        used = ", ".join(f"{name} {weight:.2f}" for name, weight in one["weights"].items())
-        error = one["error"]
-        exact = "a secure sum" if error is None else f"distance from the mean of the products {error:.2g}"
-        say(f"exchange {i + 1}: used {used}; {exact}")
-        for name, reason in {**one["refused"], **one["clipped"]}.items():
-            say(f"  {name}: {reason}")
+    if has_run:
+        for i, one in enumerate(manifest.record["checkpoint"]["exchanges"]):
+            for line in exchange_lines(i + 1, one):
+                say(line)
     return workspace.path(spec.key)
+
+
+def exchange_lines(number: int, exchange: Mapping[str, Any]) -> Iterator[str]:
+    """Who was used in an exchange, and who was not and why."""
+    used = ", ".join(f"{name} {weight:.2f}" for name, weight in exchange["weights"].items())
+    error = exchange["error"]
+    exact = "a secure sum" if error is None else f"distance from the mean of the products {error:.2g}"
+    yield f"exchange {number}: used {used}; {exact}"
+    for name, reason in {**exchange["refused"], **exchange["clipped"]}.items():
+        yield f"  {name}: {reason}"
+    for name, behind in exchange["late"].items():
+        yield f"  {name}: came {behind} exchange{'s' * (behind > 1)} late"
 
 
 def join(path: Path, *, server: str, authority: Path | None, port: int, seconds: float | None = None) -> int:
@@ -139,13 +153,26 @@ def join(path: Path, *, server: str, authority: Path | None, port: int, seconds:
     return 0
 
 
-def _submit(command: Sequence[str], home: Path, is_done: Callable[[], bool], seconds: float) -> None:
-    """Start the run, again while the link is not up yet, and wait for its result or its end."""
-    until = time.monotonic() + seconds
+def _submit(
+    command: Sequence[str], home: Path, is_done: Callable[[], bool], seconds: float, say: Callable[[str], None]
+) -> None:
+    """Start the run, again while the link is not up yet, and wait for its result or its end; says how far it is."""
+    until, said = time.monotonic() + seconds, 0
+
+    def say_new() -> None:
+        nonlocal said
+        progress = home / PROGRESS
+        text = progress.read_text(encoding="utf-8") if progress.is_file() else ""
+        for line in text[said : text.rfind("\n") + 1].splitlines():
+            say(line)
+        said = max(said, text.rfind("\n") + 1)
+
     for _ in range(30):
         with _running(command, home, "run.log") as process:
             while process.poll() is None and time.monotonic() < until:
+                say_new()
                 time.sleep(0.5)
+        say_new()
         if is_done() or process.returncode == 0 or "Connection" not in (home / "run.log").read_text(errors="replace"):
             return
         time.sleep(2.0)
@@ -154,6 +181,7 @@ def _submit(command: Sequence[str], home: Path, is_done: Callable[[], bool], sec
 def _write_home(home: Path, host: str, port: int, certificates: Sequence[Path] | None) -> None:
     app = home / "app"
     shutil.rmtree(app, ignore_errors=True)
+    (home / PROGRESS).unlink(missing_ok=True)
     app.mkdir(parents=True)
     (app / "pyproject.toml").write_text(APP, encoding="utf-8")
     # Flower looks for the names' assignments before it imports anything.
