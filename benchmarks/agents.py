@@ -8,9 +8,6 @@ whole episodes, by greedy decoding, on tasks that nothing was trained on. `--smo
 """
 
 import argparse
-import datetime
-import os
-import platform
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.contest import machine
 from benchmarks.distillation import Scores, difference, ledger_events
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "agents.yaml"
@@ -103,7 +101,7 @@ def read(workspace: Path) -> dict[str, Any]:
 
 def page_of(made: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> str:
     """The page in Markdown."""
-    items = len(made[0]["scores"]["base"][TOOLS[0]])
+    items, facts = len(made[0]["scores"]["base"][TOOLS[0]]), machine()
     lines = [
         "# Agents: a new tool without losing the old ones",
         "",
@@ -111,8 +109,8 @@ def page_of(made: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> str:
     ]
     lines += [
         "",
-        f"[recipes/agents.yaml](../../recipes/agents.yaml) on SmolLM2-135M, {datetime.date.today()}, "
-        f"{platform.machine()}, {os.cpu_count()} cores, no GPU, one thread; seeds: {', '.join(map(str, seeds))}.",
+        f"[recipes/agents.yaml](../../recipes/agents.yaml) on SmolLM2-135M, {facts['date']}, {facts['cpu']}, "
+        f"{facts.get('gpu', 'no GPU, one thread')}; seeds: {', '.join(map(str, seeds))}.",
         f"Success of whole episodes, {items} tasks a tool; in brackets the share of tasks in which every step was in",
         "form.",
         "",

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import pytest
 from evertune.errors import RecipeError, TrainingError
 from evertune.federated.spec import client_order
 from evertune.flower.files import ClientFile, ServerFile, client_spec, federated_spec
-from evertune.flower.launch import write_examples
+from evertune.flower.launch import require_free, write_examples
 from tests.command import evertune
 
 if TYPE_CHECKING:
@@ -81,6 +82,16 @@ def test_without_certificates_it_stays_on_this_machine(tmp_path: Path) -> None:
     assert "unencrypted" in told
     told = evertune("federated", "client", _write(tmp_path, "paris"), "--server", "10.0.0.7:9092", code=3)
     assert "unencrypted" in told
+
+
+def test_a_port_that_is_taken_is_an_error_and_not_another_federation() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(TrainingError, match=f"--port: 127.0.0.1:{port} cannot be used: Address already in use"):
+            require_free("127.0.0.1", port)
+    require_free("127.0.0.1", port)
 
 
 def test_flower_missing_is_said_in_words(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -93,7 +94,8 @@ def serve(path: Path, *, host: str, port: int, certificates: Sequence[Path] | No
 
     Raises:
         RecipeError: the server's file.
-        TrainingError: Flower is missing or failed; what its processes said is in the named log.
+        TrainingError: Flower is missing or failed, and then what its processes said is in the named log; or the port is
+            taken.
     """
     own = ServerFile.read(path)
     base = own.checkpoint()
@@ -101,6 +103,7 @@ def serve(path: Path, *, host: str, port: int, certificates: Sequence[Path] | No
     workspace = Workspace.open(own.workspace(), create=True)
     has_run = workspace.manifest(spec.key) is not None
     if not has_run:
+        require_free(host, port)
         home = workspace.work / "flower"
         _write_home(home, host, port, certificates)
         transport = ["--insecure"] if certificates is None else _certificates(certificates)
@@ -122,6 +125,19 @@ def serve(path: Path, *, host: str, port: int, certificates: Sequence[Path] | No
     return workspace.path(spec.key)
 
 
+def require_free(host: str, port: int) -> None:
+    """Raise TrainingError where another program listens: Flower would go on and talk to that one."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as one:
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            one.bind((host, port))
+        except OSError as error:
+            raise TrainingError(
+                f"--port: {host}:{port} cannot be used: {error.strerror}.",
+                remedy="Give another port, or stop what is there.",
+            ) from None
+
+
 def exchange_lines(number: int, exchange: Mapping[str, Any]) -> Iterator[str]:
     """Who was used in an exchange, and who was not and why."""
     used = ", ".join(f"{name} {weight:.2f}" for name, weight in exchange["weights"].items())
@@ -139,10 +155,11 @@ def join(path: Path, *, server: str, authority: Path | None, port: int, seconds:
 
     Raises:
         RecipeError: the client's file.
-        TrainingError: Flower is missing.
+        TrainingError: Flower is missing, or the port is taken.
     """
     own = ClientFile.read(path)
     own.checkpoint()
+    require_free("127.0.0.1", port)
     transport = ["--insecure"] if authority is None else ["--root-certificates", str(authority)]
     node = [_program("flower-supernode"), *transport, "--superlink", server, "--port", str(port)]
     node += ["--node-config", f"client={json.dumps(str(path.absolute()))}"]
