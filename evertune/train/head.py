@@ -23,8 +23,10 @@ from evertune.train.kernels import liger_cross_entropy_sum
 from evertune.train.losses import cross_entropy_sum
 from evertune.train.penalty import ClosedForm, PositionValues
 
-# Largest float32 chunk of logits: 2**24 elements, 64 MiB. A step of 341 positions of a 49k vocabulary is one GEMM.
+# Largest float32 chunk of logits: 2**24 elements, 64 MiB.
 CHUNK_ELEMENTS = 1 << 24
+# On a CPU what follows a product finds it in the cache where it is not larger; 85 to 130 positions are alike.
+CPU_POSITIONS = 128
 
 # Transforms of the logits after the head, by their key in the config, with the value that means "none".
 _LOGIT_TRANSFORMS: dict[str, tuple[Any, ...]] = {
@@ -55,7 +57,8 @@ class Head:
 
     def chunk_positions(self) -> int:
         """How many positions fit a chunk of logits."""
-        return max(1, CHUNK_ELEMENTS // self.weight_VH.shape[0])
+        fitting = max(1, CHUNK_ELEMENTS // self.weight_VH.shape[0])
+        return min(fitting, CPU_POSITIONS) if self.weight_VH.device.type == "cpu" else fitting
 
 
 class ModuleHead(Head):
@@ -188,9 +191,10 @@ def head_loss(
     if head.has_liger and not terms:
         ce_sum = liger_cross_entropy_sum(hidden_NH, targets_N, head.weight_VH, head.bias_V)
         return HeadLoss(loss=ce_weight * ce_sum, ce_sum=ce_sum.detach(), term_sums={})
-    step = chunk_positions or head.chunk_positions()
-
     is_closed = all(isinstance(one.values, ClosedForm) for one in terms)
+    is_narrow = is_closed and all(cast(ClosedForm, one.values).is_narrow for one in terms)
+    # With a second matrix beside the logits of a chunk, both have to fit where otherwise one does.
+    step = chunk_positions or (head.chunk_positions() if is_narrow else max(1, head.chunk_positions() // 2))
     chunk_loss = partial(
         _chunk_in_place if is_closed else _chunk_by_autograd, targets_N=targets_N, ce_weight=ce_weight, terms=terms
     )

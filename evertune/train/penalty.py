@@ -44,7 +44,12 @@ class ClosedForm(Protocol):
     """Position values that know their slope, so that they need no autograd on a matrix of logits.
 
     They are called as others are, too: that is what their slope is tested against.
+
+    Attributes:
+        is_narrow: no second matrix as wide as the vocabulary is made beside the logits.
     """
+
+    is_narrow: bool
 
     def __call__(self, logp_mV: Tensor, chosen: slice) -> Tensor: ...
 

@@ -9,7 +9,7 @@ Divergences are computed on the policy's own chunk of logits; a full matrix of t
 import contextlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Literal, Protocol
@@ -123,6 +123,7 @@ class ForwardTop:
 
     ids_MK: Tensor
     ref_logp_ML: Tensor
+    is_narrow: bool = field(default=True, init=False)
 
     def __call__(self, logp_mV: Tensor, chosen: slice) -> Tensor:
         return forward_kl(bucket(logp_mV, self.ids_MK[chosen]), self.ref_logp_ML[chosen])
@@ -157,6 +158,7 @@ class ForwardFull:
 
     hidden_MH: Tensor
     head: Head
+    is_narrow: bool = field(default=False, init=False)
 
     def __call__(self, logp_mV: Tensor, chosen: slice) -> Tensor:
         with torch.no_grad():

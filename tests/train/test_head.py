@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from evertune.errors import CheckpointError
+from evertune.train import head as head_module
 from evertune.train.head import Head, PositionTerm, head_loss, refuse_logit_transforms, split_model
 from evertune.train.losses import forward_kl, reverse_kl, top_words
 from evertune.train.reference import ForwardFull, ForwardTop
@@ -109,6 +110,21 @@ def test_a_frozen_head_gets_no_gradient_and_the_hidden_states_the_same():
     expected = 0.5 * (logits.softmax(-1) - F.one_hot(one["targets"], V)) @ one["weight"]
     assert one["weight"].grad is None
     assert torch.allclose(hidden.grad, expected, atol=1e-5)
+
+
+def test_with_a_reference_s_logits_beside_them_chunks_are_half_as_large(monkeypatch):
+    head, seen = Head(torch.randn(V, H), None), []
+    product = F.linear
+    monkeypatch.setattr(head_module.F, "linear", lambda x, *rest: seen.append(len(x)) or product(x, *rest))
+    monkeypatch.setattr(head_module, "CHUNK_ELEMENTS", 8 * V)
+    hidden, targets = torch.randn(8, H), torch.zeros(8, dtype=torch.int64)
+    everywhere = torch.ones(8, dtype=torch.bool)
+    narrow = ForwardTop(torch.arange(2).repeat(8, 1), torch.full((8, 3), 1 / 3).log())
+    for values, longest in ((None, 8), (narrow, 8), (_full(8), 4)):
+        seen.clear()
+        terms = [PositionTerm("kl", everywhere, 1.0, values)] if values else []
+        head_loss(hidden, targets, head=head, ce_weight=1.0, terms=terms)
+        assert max(seen) == longest
 
 
 def test_the_upstream_gradient_scales_all():
