@@ -16,7 +16,7 @@ def look_at_gate(look: Look) -> None:
             told = "no probe is a target: only that nothing was lost can be shown."
             look.say("warning", f"rounds[{i}]", told, "Give a probe the role 'target', or set it in 'roles'.")
         if "guard" not in roles.values():
-            told = "no probe is a guard: what is lost will not be seen."
+            told = "no probe is a guard: it cannot be promoted, since nothing shows what is lost."
             look.say("warning", f"rounds[{i}]", told, "Give a probe the role 'guard', or set it in 'roles'.")
     for probe in look.probes:
         roles_of = {_roles(look.recipe, one)[probe.name] for one in look.recipe.rounds}

@@ -47,7 +47,9 @@ def test_a_margin_too_tight_for_the_items_is_a_warning(recipe: Path) -> None:
 
 def test_probes_that_are_only_watched_need_no_items(recipe: Path) -> None:
     report = check(recipe, "gate.min_items=11", "probes.cards.role=watch", "rounds[0].roles={facts: target}")
-    assert said(report, "warning") == [("rounds[0]", "no probe is a guard: what is lost will not be seen.")]
+    assert said(report, "warning") == [
+        ("rounds[0]", "no probe is a guard: it cannot be promoted, since nothing shows what is lost.")
+    ]
 
 
 def test_a_round_without_a_target_is_a_warning(recipe: Path) -> None:
