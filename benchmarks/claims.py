@@ -453,7 +453,7 @@ def self_sft(bench: Bench) -> Finding:
     }
     axes = {"x": "gain on the task, accuracy", "y": "bits per byte lost on C4"}
     drawing = {"title": "After each of three passes", **axes, "lines": True, "series": series}
-    answered = [runs.event(one)["answered"] for one in labels["own"]]
+    answered = [runs.event(one)["final"]["answered"] for one in labels["own"]]
     numbers = {"gains": gains, "answered": answered, "passes": series}
     return Finding(*interval, 0.0, verdict, reading, numbers, [drawing])
 

@@ -9,6 +9,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from evertune.comparison_table import READING
+
 WIDTH, HEIGHT = 460, 300
 LEFT, RIGHT, TOP, BOTTOM = 66, 14, 34, 44
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8c6d00")
@@ -25,6 +27,8 @@ def write_page(found: Results, says: Mapping[str, str], place: Path) -> None:
 
     Args:
         says: all statements by name, in the order of the page; those without a result are named as not run.
+
+    A section `Reading`, which is written by hand, stays.
     """
     images = place.parent / "images"
     images.mkdir(parents=True, exist_ok=True)
@@ -33,7 +37,9 @@ def write_page(found: Results, says: Mapping[str, str], place: Path) -> None:
     for name, one in ordered.items():
         for i, plot in enumerate(one["plots"]):
             (images / f"evidence-{name}-{i + 1}.svg").write_text(points_svg(plot), encoding="utf-8")
-    place.write_text(page_of(ordered, says), encoding="utf-8")
+    before = place.read_text(encoding="utf-8") if place.is_file() else ""
+    _, found_reading, reading = before.partition(f"\n{READING}\n")
+    place.write_text(page_of(ordered, says) + found_reading + reading, encoding="utf-8")
 
 
 def page_of(found: Results, says: Mapping[str, str]) -> str:

@@ -93,6 +93,10 @@ def test_the_page_shows_what_has_run_and_names_what_has_not(tmp_path: Path):
     for name in ("evidence.svg", "evidence-kl-1.svg"):
         assert f"images/{name}" in page
         ElementTree.parse(tmp_path / "images" / name)
+    (tmp_path / "evidence.md").write_text(f"{page}\n## Reading\n\nBy hand.\n")
+    write_page(json.loads(json.dumps({"kl": found["kl"]})), says, tmp_path / "evidence.md")
+    again = (tmp_path / "evidence.md").read_text()
+    assert "| soup" not in again and again.endswith("\n## Reading\n\nBy hand.\n")
 
 
 def test_a_page_of_nothing_says_that_nothing_has_run():
