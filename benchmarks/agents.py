@@ -18,6 +18,7 @@ import numpy as np
 
 from benchmarks.contest import machine
 from benchmarks.distillation import Scores, difference, ledger_events
+from evertune.comparison_table import READING
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "agents.yaml"
 TOOLS = ("calculator", "files", "lookup")
@@ -41,7 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="where the workspaces go")
     parser.add_argument("--seeds", type=lambda text: [int(one) for one in text.split(",")], default=[7])
-    parser.add_argument("--page", type=Path, help="write the page there too")
+    parser.add_argument("--page", type=Path, help="write the page there too; a section Reading stays")
     parser.add_argument("--smoke", action="store_true", help="a random model; the numbers mean nothing")
     asked = parser.parse_args()
     made = []
@@ -53,7 +54,9 @@ def main() -> None:
     text = page_of(made, asked.seeds)
     print(text)
     if asked.page:
-        asked.page.write_text(text, encoding="utf-8")
+        before = asked.page.read_text(encoding="utf-8") if asked.page.is_file() else ""
+        _, found, reading = before.partition(f"\n{READING}\n")
+        asked.page.write_text(text + found + reading, encoding="utf-8")
 
 
 def run(workspace: Path, seed: int, *, smoke: bool) -> None:
