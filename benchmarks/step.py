@@ -335,14 +335,19 @@ def profile(options: argparse.Namespace) -> None:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as record
 
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if options.device == "cuda" else [])
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(options, Path(folder), anchor=None, has_replay=False)
         trainer.step(0)
-        with record(activities=[ProfilerActivity.CPU]) as recorded:
+        with record(activities=activities) as recorded:
             metrics = trainer.step(1)
     found = sorted(recorded.key_averages(), key=lambda one: -one.self_cpu_time_total)
     whole = sum(one.self_cpu_time_total for one in found)
     print(json.dumps(machine()), metrics["tokens"], "tokens", metrics["counted_tokens"], "counted")
+    if options.device == "cuda":
+        launches = sum(one.count for one in found if "LaunchKernel" in one.key)
+        busy = sum(one.self_device_time_total for one in found if str(one.device_type).endswith("CUDA"))
+        print(f"{whole / 1000:.0f} ms, of which the GPU works {busy / 1000:.0f}; {launches} launches")
     print("| operation | share | calls |\n|---|---|---|")
     for one in found[:16]:
         print(f"| {one.key} | {100 * one.self_cpu_time_total / whole:.1f} % | {one.count} |")

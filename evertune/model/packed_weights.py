@@ -1,7 +1,7 @@
 """Weights in the order in which the processor reads them, while answers are generated token by token.
 
 A product with few rows takes as long as it takes to read the weights, and oneDNN otherwise puts them in that order anew
-for every product. docs/results/speed.md has what it saves.
+for every product. `benchmarks/decoding.py` has what it saves.
 """
 
 # I inputs, O outputs

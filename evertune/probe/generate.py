@@ -31,6 +31,7 @@ class Answer:
     is_finite: bool
 
 
+@torch.no_grad()
 def generate_answers(
     forward: Forward,
     prompts: Sequence[Sequence[int]],
@@ -50,11 +51,12 @@ def generate_answers(
     answers: list[Answer | None] = [None] * len(prompts)
     # A recurrent state reads padding too, so such a model gets each prompt alone.
     budget = batch_tokens if forward.can_branch else 0
-    for batch in batches([len(one) + max_new_tokens for one in prompts], budget=budget):
-        draw = _Draw(temperature, [seeds[i] for i in batch]) if temperature is not None else None
-        said = _speak(forward, [prompts[i] for i in batch], max_new_tokens, stop_ids, draw)
-        for i, answer in zip(batch, said, strict=True):
-            answers[i] = answer
+    with packed_weights(forward.model, tokens=max_new_tokens):
+        for batch in batches([len(one) + max_new_tokens for one in prompts], budget=budget):
+            draw = _Draw(temperature, [seeds[i] for i in batch]) if temperature is not None else None
+            said = _speak(forward, [prompts[i] for i in batch], max_new_tokens, stop_ids, draw)
+            for i, answer in zip(batch, said, strict=True):
+                answers[i] = answer
     return [one for one in answers if one is not None]
 
 
@@ -72,7 +74,6 @@ class _Draw:
         return (logits_BV / self._temperature + gumbel_BV.to(logits_BV.device)).argmax(dim=-1)
 
 
-@torch.no_grad()
 def _speak(
     forward: Forward,
     prompts: Sequence[Sequence[int]],
@@ -84,26 +85,25 @@ def _speak(
     stopped, finite = [False] * len(prompts), [True] * len(prompts)
     alive = list(range(len(prompts)))
     outputs, mask_BT, cache = forward.read_prompts(prompts)
-    with packed_weights(forward.model, tokens=max_new_tokens):
-        for step in range(max_new_tokens):
-            logits_BV = forward.logits(outputs, outputs.last_hidden_state[:, -1])
-            best_B, next_B = logits_BV.max(dim=-1)
-            if draw is not None:
-                next_B = draw(logits_BV, alive)
-            for row, token, is_finite in zip(alive, next_B.tolist(), best_B.isfinite().tolist(), strict=True):
-                if not stopped[row]:
-                    finite[row] &= is_finite
-                    stopped[row] = token in stop_ids
-                    said[row] += [] if stopped[row] else [token]
-            speaking = [b for b, row in enumerate(alive) if not stopped[row]]
-            if not speaking or step == max_new_tokens - 1:
-                break
-            # Rows that have stopped leave the batch when they are half of it: each time the cache is copied.
-            if len(speaking) <= len(alive) // 2:
-                kept = torch.tensor(speaking, device=forward.device)
-                cache.batch_select_indices(kept)
-                next_B, mask_BT = next_B[kept], mask_BT[kept]
-                alive = [alive[b] for b in speaking]
-            mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(alive), 1)], dim=1)
-            outputs = forward.read_on(next_B.unsqueeze(1), mask_BT, cache)
+    for step in range(max_new_tokens):
+        logits_BV = forward.logits(outputs, outputs.last_hidden_state[:, -1])
+        best_B, next_B = logits_BV.max(dim=-1)
+        if draw is not None:
+            next_B = draw(logits_BV, alive)
+        for row, token, is_finite in zip(alive, next_B.tolist(), best_B.isfinite().tolist(), strict=True):
+            if not stopped[row]:
+                finite[row] &= is_finite
+                stopped[row] = token in stop_ids
+                said[row] += [] if stopped[row] else [token]
+        speaking = [b for b, row in enumerate(alive) if not stopped[row]]
+        if not speaking or step == max_new_tokens - 1:
+            break
+        # Rows that have stopped leave the batch when they are half of it: each time the cache is copied.
+        if len(speaking) <= len(alive) // 2:
+            kept = torch.tensor(speaking, device=forward.device)
+            cache.batch_select_indices(kept)
+            next_B, mask_BT = next_B[kept], mask_BT[kept]
+            alive = [alive[b] for b in speaking]
+        mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(alive), 1)], dim=1)
+        outputs = forward.read_on(next_B.unsqueeze(1), mask_BT, cache)
     return [Answer(tuple(said[row]), stopped[row], finite[row]) for row in range(len(prompts))]

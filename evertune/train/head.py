@@ -25,7 +25,7 @@ from evertune.train.penalty import ClosedForm, PositionValues
 
 # Largest float32 chunk of logits: 2**24 elements, 64 MiB.
 CHUNK_ELEMENTS = 1 << 24
-# On a CPU what follows a product finds it in the cache where it is not larger; 85 to 130 positions are alike.
+# On a CPU what follows a product finds it in the cache where it is not larger.
 CPU_POSITIONS = 128
 
 # Transforms of the logits after the head, by their key in the config, with the value that means "none".

@@ -53,12 +53,13 @@ def sample_answers(
     lengths = [len(one) + max_new_tokens for one in prompts]
     # A recurrent state reads padding too and cannot be branched, so such a model gets each prompt alone, repeated.
     budget = batch_tokens if forward.can_branch else 0
-    for batch in batches(lengths, rows=[len(one) for one in seeds], budget=budget):
-        said = _speak(
-            forward, [prompts[i] for i in batch], [seeds[i] for i in batch], max_new_tokens, temperature, stop_ids
-        )
-        for i, answers in zip(batch, said, strict=True):
-            found[i] = answers
+    with packed_weights(forward.model, tokens=max_new_tokens):
+        for batch in batches(lengths, rows=[len(one) for one in seeds], budget=budget):
+            said = _speak(
+                forward, [prompts[i] for i in batch], [seeds[i] for i in batch], max_new_tokens, temperature, stop_ids
+            )
+            for i, answers in zip(batch, said, strict=True):
+                found[i] = answers
     return found
 
 
@@ -79,25 +80,24 @@ def _speak(
     last_SH = outputs.last_hidden_state[:, -1]
     cache.batch_select_indices(owner_S)
     logits_SV, mask_ST = forward.logits(outputs, last_SH)[owner_S], mask_ST[owner_S]
-    with packed_weights(forward.model, tokens=max_new_tokens):
-        for step in range(max_new_tokens):
-            next_S = draw_tokens(logits_SV / temperature, drawn_ST[alive, step])
-            for answer, token in zip(alive, next_S.tolist(), strict=True):
-                if not stopped[answer]:
-                    said[answer].append(token)
-                    stopped[answer] = token in stop_ids
-            speaking = [i for i, answer in enumerate(alive) if not stopped[answer]]
-            if not speaking or step == max_new_tokens - 1:
-                break
-            # Answers that have stopped leave the batch when they are half of it: each time the cache is copied.
-            if len(speaking) <= len(alive) // 2:
-                kept = torch.tensor(speaking, device=forward.device)
-                cache.batch_select_indices(kept)
-                next_S, mask_ST = next_S[kept], mask_ST[kept]
-                alive = [alive[i] for i in speaking]
-            mask_ST = torch.cat([mask_ST, mask_ST.new_ones(len(alive), 1)], dim=1)
-            outputs = forward.read_on(next_S.unsqueeze(1), mask_ST, cache)
-            logits_SV = forward.logits(outputs, outputs.last_hidden_state[:, -1])
+    for step in range(max_new_tokens):
+        next_S = draw_tokens(logits_SV / temperature, drawn_ST[alive, step])
+        for answer, token in zip(alive, next_S.tolist(), strict=True):
+            if not stopped[answer]:
+                said[answer].append(token)
+                stopped[answer] = token in stop_ids
+        speaking = [i for i, answer in enumerate(alive) if not stopped[answer]]
+        if not speaking or step == max_new_tokens - 1:
+            break
+        # Answers that have stopped leave the batch when they are half of it: each time the cache is copied.
+        if len(speaking) <= len(alive) // 2:
+            kept = torch.tensor(speaking, device=forward.device)
+            cache.batch_select_indices(kept)
+            next_S, mask_ST = next_S[kept], mask_ST[kept]
+            alive = [alive[i] for i in speaking]
+        mask_ST = torch.cat([mask_ST, mask_ST.new_ones(len(alive), 1)], dim=1)
+        outputs = forward.read_on(next_S.unsqueeze(1), mask_ST, cache)
+        logits_SV = forward.logits(outputs, outputs.last_hidden_state[:, -1])
     answers = iter([SampledAnswer(tuple(ids), ended) for ids, ended in zip(said, stopped, strict=True)])
     return [[next(answers) for _ in group] for group in seeds]
 

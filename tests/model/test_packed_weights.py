@@ -1,11 +1,18 @@
 """Weights laid out for the processor: the same products, and the layers as they were afterwards."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 from evertune.model import packed_weights as module
+from evertune.model.checkpoint import describe
+from evertune.model.forward import Forward
+from evertune.model.open import open_model
 from evertune.model.packed_weights import LEAST_TOKENS, packed_weights
+from evertune.probe.generate import generate_answers
+from evertune.train.sample import sample_answers
 
 pytestmark = pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="no bfloat16 in oneDNN here")
 
@@ -57,3 +64,25 @@ def test_a_torch_without_the_operations_does_without(monkeypatch: pytest.MonkeyP
     with packed_weights(layers, tokens=100):
         found = layers(x)
     assert torch.equal(found, layers(x))
+
+
+@pytest.mark.parametrize("way", ["greedy", "sampled"])
+def test_answers_are_generated_with_it_and_are_the_same(
+    way: str, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = Forward(open_model(describe(tiny_model), dtype="bfloat16"))
+    prompts, made, reorder = [[5, 6, 7], [8, 9]], [], module._reorder
+    assert reorder is not None
+    monkeypatch.setattr(module, "_reorder", lambda weight: made.append(weight.shape) or reorder(weight))
+
+    def said(tokens: int) -> list[list[int]]:
+        if way == "greedy":
+            greedy = generate_answers(forward, prompts, max_new_tokens=tokens, stop_ids=frozenset())
+            return [list(one.ids) for one in greedy]
+        rules = {"max_new_tokens": tokens, "temperature": 1.0, "stop_ids": frozenset()}
+        return [list(one.ids) for group in sample_answers(forward, prompts, seeds=[[1], [2]], **rules) for one in group]
+
+    few = said(LEAST_TOKENS - 1)
+    assert not made, "a few tokens are not worth it"
+    many = said(LEAST_TOKENS)
+    assert made and [one[: len(other)] for one, other in zip(many, few, strict=True)] == few
