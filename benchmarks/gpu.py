@@ -4,8 +4,8 @@ probes beside lm-eval: the second half of `make gpu`.
     python -m benchmarks.gpu --data DATA [--device cuda] [--model smollm2-135m] [--batch 32] [--parts steps probes]
 
 DATA has chats (`replay_dolly/`), items with choices (`arc_easy/`) and questions (`gsm8k/`) as JSONL. Wall time with the
-GPU waited for, and its highest allocated memory. With `--device cpu` the same commands run without Liger and in
-processor time: that shows that they run, and nothing about a GPU.
+GPU waited for, and its highest allocated memory. With `--device cpu` the same commands run without Liger
+and torch.compile, in processor time: that shows that they run, and nothing about a GPU.
 """
 
 import argparse
@@ -17,12 +17,12 @@ from collections.abc import Callable, Iterator
 from benchmarks.contest import ENVIRONMENT
 
 PLAIN = ["evertune", "trl", "loop"]
-LIGER = ["evertune-liger", "trl-liger"]
+FUSED = ["evertune-liger", "evertune-compiled", "trl-liger"]
 ANCHORED = ["plain", "top64-both", "hidden-both", "live-both"]
 
 
 def steps(options: argparse.Namespace) -> Iterator[list[str]]:
-    names = PLAIN + (LIGER if options.device == "cuda" else [])
+    names = PLAIN + (FUSED if options.device == "cuda" else [])
     shared = ["--rows", f"{options.data}/replay_dolly/train.jsonl", "--batch", options.batch, "--micro", options.batch]
     shared += ["--steps", options.steps, "--rounds", options.rounds]
     for tune in ("lora", "full"):

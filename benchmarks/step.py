@@ -12,9 +12,11 @@ Model: smollm2-135m, or a model with 128,256 words made here (random weights, 8 
 chats; each contestant sees the same ones, --batch in a step, in bfloat16. Adapters: rank 16 on all linear layers.
 
 A step is forward, backward, clipping and AdamW. `loop` is what one writes by hand: rows sorted by length, padded,
-transformers' own loss on labels, torch's AdamW on the parameters themselves. TRL runs as it is installed beside this
-package, with bfloat16 weights and without gradient checkpointing: its best here, as `trl` shows. Both update bfloat16
-weights directly (TRL: adapters too); Evertune updates float32 masters. Tokens are those of the rows, without padding.
+transformers' own loss on labels, torch's AdamW on the parameters themselves. `evertune-compiled` (`--only evertune
+evertune-compiled`) is Evertune with what lies between the matrix products put through torch.compile. TRL runs as it is
+installed beside this package, with bfloat16 weights and without gradient checkpointing: its best here, as `trl` shows.
+Both update bfloat16 weights directly (TRL: adapters too); Evertune updates float32 masters. Tokens are those of the
+rows, without padding.
 """
 
 import argparse
@@ -134,6 +136,8 @@ def contestant(options: argparse.Namespace) -> None:
 
 def _evertune(options: argparse.Namespace) -> None:
     turns = Turns(options.device)
+    if options.name == "evertune-compiled":
+        _compile_between_products()
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(
             options, Path(folder), anchor=ANCHORS.get(options.name), has_replay=options.name in ANCHORS
@@ -145,6 +149,28 @@ def _evertune(options: argparse.Namespace) -> None:
             metrics = trainer.step(step)
             turns.tell(tokens=metrics["tokens"], counted=metrics["counted_tokens"], loss=metrics["loss"])
             step += 1
+
+
+def _compile_between_products() -> None:
+    """Norms, rotations and gates of the bundled model's architecture, for any number of tokens. Whole layers would be
+    compiled again for each new division of a batch into rows, on which attention depends."""
+    import torch
+    from transformers.models.llama import modeling_llama as llama
+
+    def gate(opened: Any, values: Any) -> Any:
+        return torch.nn.functional.silu(opened) * values
+
+    gated = torch.compile(gate, dynamic=True)
+
+    def mlp(self: Any, x: Any) -> Any:
+        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
+
+    for place, name, made in (
+        (llama.LlamaRMSNorm, "forward", torch.compile(llama.LlamaRMSNorm.forward, dynamic=True)),
+        (llama, "apply_rotary_pos_emb", torch.compile(llama.apply_rotary_pos_emb, dynamic=True)),
+        (llama.LlamaMLP, "forward", mlp),
+    ):
+        setattr(place, name, made)
 
 
 def make_trainer(options: argparse.Namespace, folder: Path, *, anchor: Any, has_replay: bool) -> Any:
