@@ -1,5 +1,6 @@
 """`evertune merge`: merge models, look at them before, take an adapter out after."""
 
+import difflib
 import gc
 import json
 import os
@@ -19,6 +20,9 @@ class _MergeGroup(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args and args[0] not in self.commands and args[0] not in ("--help", "-h"):
+            near = difflib.get_close_matches(args[0], self.commands, n=1)
+            if near and not Path(args[0]).exists():
+                ctx.fail(f"No such command or file '{args[0]}'. Did you mean '{near[0]}'?")
             args.insert(0, "run")
         return super().parse_args(ctx, args)
 

@@ -42,11 +42,15 @@ def plan_lines(plan: MergePlan, threads: int) -> list[str]:
         count = len(body["files"])
         lines.append(
             f"result: {body['tensors']} tensors in {count} file{'s' if count > 1 else ''}, "
-            f"{body['bytes_written'] / 1e9:.2f} GB; config and tokenizer of {body['config_from']}"
+            f"{_size(body['bytes_written'])}; config and tokenizer of {body['config_from']}"
         )
         lines.append(
-            f"reads {body['bytes_read'] / 1e9:.2f} GB, needs about {body['peak_memory_bytes'] / 1e6:.0f} MB of memory "
+            f"reads {_size(body['bytes_read'])}, needs about {body['peak_memory_bytes'] / 1e6:.0f} MB of memory "
             f"and {body['seconds']:.0f} s with {threads} threads"
         )
     lines += [f"note: {one}" for one in body["notes"]]
     return [*lines, f"plan {body['plan'][:12]}: nothing was written"]
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"

@@ -126,6 +126,9 @@ def partial_of(plan: MergePlan, out: Path) -> Path:
 
 def check_new(out: Path) -> None:
     """Raise MergeError where a folder to write exists and is not empty."""
+    above = next((one for one in out.absolute().parents if one.exists()), None)
+    if above is not None and not above.is_dir():
+        raise MergeError(f"{above} is a file, so there can be no folder {out.absolute()}.", remedy="Give a new folder.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise MergeError(
             f"{out.absolute()} exists and is not an empty folder.", remedy="Give a new folder; nothing is overwritten."

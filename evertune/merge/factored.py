@@ -43,8 +43,10 @@ def common_base(plan: MergePlan) -> Checkpoint | None:
     if plan.base is not None and plan.base.updates:
         return None
     changed = {name for one in experts for name in one.updates}
-    fits = all(_keeps_base(plan, one) for one in plan.tensors if one.settings is not None and one.name in changed)
-    return base if fits else None
+    weighed = [one for one in plan.tensors if one.settings is not None and one.name in changed]
+    # Where no adapter counts, the result is the base, and an adapter without factors could not be written.
+    counts = any(share != 0.0 for one in weighed for share in coefficients(plan, one).values())
+    return base if counts and all(_keeps_base(plan, one) for one in weighed) else None
 
 
 def merged_factors(plan: MergePlan) -> "dict[str, Factor]":

@@ -7,6 +7,7 @@ digests are remembered between runs.
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from evertune.merge.config import MergeConfig
 from evertune.merge.kernels import BINS
 from evertune.merge.methods import METHODS, Method, Rule, Settings, copy_of_first
 from evertune.merge.sources import FLOATS, Source, fingerprint, head_and_embedding, read_source
-from evertune.merge.values import Depths, check_globs, resolve
+from evertune.merge.values import Depths, check_value, resolve
 from evertune.model.checkpoint import WEIGHTS, Checkpoint, describe, read_json
 from evertune.model.header import DTYPE_BITS
 
@@ -39,6 +40,12 @@ TOKENIZER_FILES = (
     "chat_template.jinja", "vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json",
 )  # fmt: skip
 IMPORT_BYTES = 90 << 20
+# Problems of one model's tensors that are told one by one.
+SHOWN_TENSORS = 3
+# Integers that stand for weights: GPTQ, AWQ, bitsandbytes and others, also where no config.json says so.
+_PACKED = re.compile(
+    r"(^|\.)(weight|bias|qweight|qzeros|absmax|quant_map|weight_packed|SCB|\w+_(blocks|scales))$|\.(nested_)?quant_state\."
+)
 # Nanoseconds of one core for an element of one input, by what a method does; measured by benchmarks/merge.py.
 _NANOSECONDS = {"read": 0.3, "sum": 0.2, "gram": 0.6, "sparse": 1.2, "rank": 60.0, "low_rank": 6.0, "write": 2.0}
 
@@ -256,9 +263,8 @@ def _fit(config: MergeConfig, given: Sequence[Source], donor: Source) -> _Fit:
     sources = tuple(_with_vocabulary(one, donor, config, problems, notes) for one in sources)
     donor = next(one for one in sources if one.name == donor.name)
     names = sorted(donor.tensors)
-    _check_tensors(sources, donor, names, problems)
-    remedy = "Merging needs one architecture." if len(problems) == 1 and "quantised" not in problems[0] else ""
-    _check_globs(config, names, problems)
+    remedy = "" if _check_tensors(sources, donor, names, problems) else "Merging needs one architecture."
+    _check_values(config, names, problems)
     notes += [
         f"{one.name}: is a merge itself, rounded to {numbers_of(one)}, and is rounded again; merge what it was made "
         "of, or make it again with dtype: float32"
@@ -379,8 +385,9 @@ def _vocabulary(source: Source) -> dict[str, int] | None:
     return found
 
 
-def _check_tensors(sources: Sequence[Source], donor: Source, names: Sequence[str], problems: list[str]) -> None:
-    expected = donor.tensors
+def _check_tensors(sources: Sequence[Source], donor: Source, names: Sequence[str], problems: list[str]) -> bool:
+    """Whether all have tensors of the same names and shapes."""
+    is_one = True
     for source in sources:
         place = source.checkpoint.path
         missing, extra = sorted(set(names) - set(source.tensors)), sorted(set(source.tensors) - set(names))
@@ -390,25 +397,43 @@ def _check_tensors(sources: Sequence[Source], donor: Source, names: Sequence[str
                 problems.append(
                     f"{place}: {verb} {found[0]}{more}, which {donor.name} {'has' if verb == 'lacks' else 'lacks'}."
                 )
-        for name in sorted(set(names) & set(source.tensors)):
-            info, like = source.tensors[name].info, expected[name].info
-            if info.shape != like.shape and not (name in source.rows and info.shape[1:] == like.shape[1:]):
-                problems.append(f"{place}: {name} is {info.shape}, in {donor.name} it is {like.shape}.")
-            elif info.dtype.startswith("F8"):
-                problems.append(
-                    f"{place}: {name} is {info.dtype}, a quantised type whose scales lie elsewhere. Use the model's "
-                    "bfloat16 or float32 weights."
-                )
-            elif (info.dtype in FLOATS) != (like.dtype in FLOATS):
-                problems.append(f"{place}: {name} is {info.dtype}, in {donor.name} it is {like.dtype}.")
+        shared = sorted(set(names) & set(source.tensors))
+        is_one &= not missing and not extra and all(_same_shape(name, source, donor) for name in shared)
+        odd = [f"{place}: {told}" for name in shared if (told := _oddity(name, source, donor)) is not None]
+        problems += odd[:SHOWN_TENSORS]
+        if len(odd) > SHOWN_TENSORS:
+            problems.append(f"{place}: and {len(odd) - SHOWN_TENSORS} more tensors.")
+    return is_one
 
 
-def _check_globs(config: MergeConfig, names: Sequence[str], problems: list[str]) -> None:
+def _same_shape(name: str, source: Source, donor: Source) -> bool:
+    """As far as rows are not matched by token."""
+    shape, like = source.tensors[name].info.shape, donor.tensors[name].info.shape
+    return shape == like or (name in source.rows and shape[1:] == like[1:])
+
+
+def _oddity(name: str, source: Source, donor: Source) -> str | None:
+    """What stands against merging a tensor that both have."""
+    info, like = source.tensors[name].info, donor.tensors[name].info
+    if info.dtype.startswith("F8") or (info.dtype not in FLOATS and _PACKED.search(name)):
+        return (
+            f"{name} is {info.dtype}, a quantised type whose scales lie elsewhere. Use the model's bfloat16 or float32 "
+            "weights."
+        )
+    if not _same_shape(name, source, donor):
+        return f"{name} is {info.shape}, in {donor.name} it is {like.shape}."
+    is_float, like_float = info.dtype in FLOATS, like.dtype in FLOATS
+    if is_float != like_float or (not is_float and info.dtype != like.dtype):
+        return f"{name} is {info.dtype}, in {donor.name} it is {like.dtype}."
+    return None
+
+
+def _check_values(config: MergeConfig, names: Sequence[str], problems: list[str]) -> None:
     settings = {"lambda": config.scale, "t": config.t, "density": config.density}
     settings |= {f"models.{name}.weight": one.weight for name, one in config.models.items()}
     settings |= {f"models.{name}.density": one.density for name, one in config.models.items()}
     for setting, value in settings.items():
-        problems += check_globs(value, names, setting)
+        problems += check_value(value, names, setting)
 
 
 def _plan_tensors(

@@ -26,7 +26,7 @@ from evertune.model.checkpoint import (
     weight_files,
 )
 from evertune.model.header import DTYPE_BITS, TensorInfo, read_header
-from evertune.model.lora_config import PREFIX, check_plain, scale_of
+from evertune.model.lora_config import PREFIX, check_plain, pair_names, scale_of
 
 FLOATS = {"BF16": kernels.BF16, "F16": kernels.F16, "F32": kernels.F32, "F64": kernels.F64}
 # Of each end of a tensor, for a fingerprint.
@@ -142,15 +142,8 @@ def _updates(folder: Path, tensors: Mapping[str, Located]) -> Iterator[tuple[str
     check_plain(folder, config)
     file = folder / ADAPTER_WEIGHTS
     header = read_header(file)
-    keys = sorted(key.removesuffix(".lora_A.weight") for key in header if key.endswith(".lora_A.weight"))
-    odd = sorted({f"{key}.lora_{side}.weight" for key in keys for side in "AB"} ^ header.keys())
-    if odd or not keys:
-        raise CheckpointError(
-            f"{file}: {odd[0] if odd else 'no tensor'!r} does not belong to a pair of lora_A and lora_B.",
-            remedy="Copy the adapter again; adapters of embeddings and convolutions are not known.",
-        )
     transposed = bool(config.get("fan_in_fan_out"))
-    for key in keys:
+    for key in pair_names(file, header):
         a, b = header[f"{key}.lora_A.weight"], header[f"{key}.lora_B.weight"]
         module = key.removeprefix(PREFIX)
         stored = stored_name(module, tensors, folder)

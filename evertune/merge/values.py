@@ -56,18 +56,23 @@ def resolve(value: float | list[float] | list[Match] | Blocks, name: str, depths
     return _gradient([float(one) for one in value if not isinstance(one, Match)], depths.depth(name))
 
 
-def check_globs(value: object, names: Sequence[str], setting: str) -> list[str]:
-    """A problem for each glob of a value that matches no tensor, and for entries after one that matches all."""
+def check_value(value: object, names: Sequence[str], setting: str) -> list[str]:
+    """A problem for each part of a value that reaches no tensor: a glob that matches none, an entry after one that
+    matches all, more blocks than layers."""
     entries = [one for one in value if isinstance(one, Match)] if isinstance(value, list) else []
-    problems = []
+    layers = Depths(names).count
+    problems = [
+        f"{setting}: found {len(one.blocks)} blocks, the model has {layers} layers to divide among them."
+        for one in [value, *(each.value for each in entries)]
+        if isinstance(one, Blocks) and len(one.blocks) > layers
+    ]
     for i, one in enumerate(entries):
         if one.match is None:
             if i < len(entries) - 1:
                 problems.append(f"{setting}: the entry after the one without 'match' is never reached.")
         elif not any(fnmatch.fnmatchcase(name, one.match) for name in names):
-            problems.append(
-                f"{setting}: '{one.match}' matches no tensor; globs are for whole names: try '*{one.match}*'."
-            )
+            hint = "" if one.match.startswith("*") else f"; globs are for whole names: try '*{one.match.rstrip('*')}*'"
+            problems.append(f"{setting}: '{one.match}' matches no tensor{hint}.")
     return problems
 
 

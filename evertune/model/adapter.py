@@ -33,7 +33,7 @@ from evertune.model.checkpoint import (
     read_json,
     write_note,
 )
-from evertune.model.lora_config import PREFIX, check_plain, scale_of
+from evertune.model.lora_config import PREFIX, check_plain, pair_names, scale_of
 from evertune.model.lora_linear import Update, add_updates, lora_linear
 
 if TYPE_CHECKING:
@@ -204,15 +204,7 @@ def read_factors(folder: Path) -> dict[str, Factor]:
     config = read_json(folder / ADAPTER_CONFIG)
     check_plain(folder, config)
     tensors = load_file(folder / ADAPTER_WEIGHTS)
-    names = sorted(key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight"))
-    wanted = {f"{name}.lora_{side}.weight" for name in names for side in "AB"}
-    odd = sorted(wanted ^ tensors.keys())
-    if odd or not names:
-        raise CheckpointError(
-            f"{folder / ADAPTER_WEIGHTS}: {odd[0] if odd else 'no tensor'!r} does not belong to a pair of lora_A and "
-            "lora_B.",
-            remedy="Copy the adapter again; adapters of embeddings and convolutions are not known.",
-        )
+    names = pair_names(folder / ADAPTER_WEIGHTS, tensors)
     return {name.removeprefix(PREFIX): _factor(folder, config, name, tensors) for name in names}
 
 

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,29 @@ def check_plain(folder: Path, config: Mapping[str, Any]) -> None:
                 f"{folder / ADAPTER_CONFIG}: {field} is {value!r}; only plain LoRA on linear layers is known.",
                 remedy="Merge the adapter into its base with the tool that made it.",
             )
+
+
+def pair_names(file: Path, keys: Collection[str]) -> list[str]:
+    """Names of the modules, as the file has them, whose factors a weights file holds, in order.
+
+    Raises:
+        CheckpointError: anything in it is not one of a pair of factors of a linear layer.
+    """
+    names = sorted(key.removesuffix(".lora_A.weight") for key in keys if key.endswith(".lora_A.weight"))
+    odd = sorted({f"{name}.lora_{side}.weight" for name in names for side in "AB"} ^ set(keys))
+    if not odd and names:
+        return names
+    first = odd[0] if odd else "no tensor"
+    if ".base_layer." in first:
+        told = "is a weight of the base, which PEFT stores beside the update where a head or an embedding has one."
+        remedy = "Save the adapter again with save_pretrained(..., save_embedding_layers=False)."
+    elif ".lora_embedding_" in first:
+        told = "belongs to the adapter of an embedding; only linear layers are known."
+        remedy = "Leave the embedding out of target_modules, or merge the adapter into its base with PEFT."
+    else:
+        told = "does not belong to a pair of lora_A and lora_B."
+        remedy = "Copy the adapter again; adapters of convolutions are not known."
+    raise CheckpointError(f"{file}: {first!r} {told}", remedy=remedy)
 
 
 def scale_of(folder: Path, config: Mapping[str, Any], module: str, rank: int) -> float:

@@ -10,7 +10,9 @@ MergeMethod = Literal[
     "linear", "ema", "interpolate", "task_arithmetic", "slerp", "model_stock", "ties", "dare_linear", "dare_ties",
     "della_linear", "della", "breadcrumbs", "breadcrumbs_ties", "sce", "ram", "magmax",
 ]  # fmt: skip
-Number = Annotated[float, Field(allow_inf_nan=False)]
+# Beyond these, sums of weights would overflow.
+Number = Annotated[float, Field(allow_inf_nan=False, ge=-1e30, le=1e30)]
+Gradient = Annotated[list[Number], Field(min_length=1)]
 
 
 class Blocks(Config):
@@ -25,7 +27,7 @@ class Match(Config):
 
     match: str | None = None
     """A glob for the whole name of a tensor; without one, every tensor."""
-    value: float | list[Number] | Blocks
+    value: Number | Gradient | Blocks
     """For these tensors."""
 
 
@@ -33,7 +35,8 @@ def _number(value: object) -> object:
     return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-Value = Annotated[Number | list[Number] | list[Match] | Blocks, BeforeValidator(_number, json_schema_input_type=object)]
+Matches = Annotated[list[Match], Field(min_length=1)]
+Value = Annotated[Number | Gradient | Matches | Blocks, BeforeValidator(_number, json_schema_input_type=object)]
 
 
 class MergeModel(Config):
@@ -85,7 +88,7 @@ class Merge(StageSettings):
     """`auto`: an adapter where that is exact (a linear method on adapters over one base), else a model."""
     rank: int | None = Field(None, gt=0)
     """Rank of a resulting adapter: the best of that rank, and the lost energy is reported. All when not given."""
-    shard_gb: float = Field(5.0, gt=0.0, allow_inf_nan=False)
+    shard_gb: float = Field(5.0, gt=0.0, le=1e6)
     """Largest weights file, in 10^9 bytes."""
     config_from: Name | None = None
     """Model whose config, tokenizer and template the result gets; the base, or the first model, when not given."""

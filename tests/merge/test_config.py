@@ -8,7 +8,7 @@ import pytest
 from evertune.errors import MergeError, RecipeError
 from evertune.merge.config import load_config
 from evertune.merge.plan import plan_merge
-from evertune.merge.values import Depths, check_globs, resolve
+from evertune.merge.values import Depths, check_value, resolve
 from evertune.recipe.merging import Blocks, Match
 from tests.merge.folders import configure, merge, tensors_of, write_family
 
@@ -44,9 +44,10 @@ def test_globs_are_for_whole_names_and_the_first_match_counts() -> None:
     assert _value(value, "model.norm.weight") == 0.5
     with pytest.raises(MergeError, match=r"no entry matches model\.norm\.weight"):
         _value(value[:2], "model.norm.weight")
-    assert check_globs(value, NAMES, "w") == []
-    assert "matches no tensor" in check_globs([Match(match="layers.1.", value=1.0)], NAMES, "w")[0]
-    assert "never reached" in check_globs([Match(value=1.0), Match(match="*", value=2.0)], NAMES, "w")[0]
+    assert check_value(value, NAMES, "w") == []
+    assert "matches no tensor" in check_value([Match(match="layers.1.", value=1.0)], NAMES, "w")[0]
+    assert "found 3 blocks, the model has 2 layers" in check_value(Blocks(blocks=[1.0, 2.0, 3.0]), NAMES[:3], "t")[0]
+    assert "never reached" in check_value([Match(value=1.0), Match(match="*", value=2.0)], NAMES, "w")[0]
 
 
 def test_a_value_by_layer_reaches_the_numbers(tmp_path: Path) -> None:
@@ -79,6 +80,22 @@ def test_a_value_by_layer_reaches_the_numbers(tmp_path: Path) -> None:
         (
             "method: interpolate\nbase: b\nmodels: {a: {path: x}}\nt: 1.2",
             r"t: found 1\.2, expected a number from 0 to 1",
+        ),
+        (
+            "method: linear\nmodels: {a: {path: x, weight: []}}",
+            r"m\.yaml:2, models\.a\.weight: found nothing, expected one",
+        ),
+        (
+            "method: linear\nmodels: {a: {path: x, weight: [{value: []}]}}",
+            r"weight\[0\]\.value: found nothing, expected one",
+        ),
+        (
+            "method: linear\nmodels: {a: {path: x, weight: 1.0e308}}",
+            r"models\.a\.weight: found 1e\+308, expected a number",
+        ),
+        (
+            "method: linear\nmodels: {a: {path: x}}\nshard_gb: 1.0e300",
+            r"shard_gb: found 1e\+300, expected a number at most",
         ),
         ("method: linear\nmodels: {a: {path: x}}\nconfig_from: c", r"config_from: no model 'c'; models has: a"),
     ],
@@ -131,6 +148,14 @@ def test_a_mergekit_file_is_read_in_our_words(tmp_path: Path) -> None:
     assert two.weight == [Match(match="*mlp*", value=0.7), Match(value=0.4)]
     assert config.normalize is True
     assert config.density == 0.6
+
+
+def test_what_all_entries_of_a_mergekit_file_share_is_the_merges_own_and_a_filter_is_no_glob(tmp_path: Path) -> None:
+    text = TIES.replace("ties", "della").replace("weight: 1", "weight: [{filter: 'mlp[0]', value: 1}], epsilon: 0.1")
+    (tmp_path / "m.yaml").write_text(text)
+    config = load_config(tmp_path / "m.yaml")
+    assert config.epsilon == 0.1
+    assert config.models["m0-b"].weight == [Match(match="*mlp[[]0]*", value=1.0)]
 
 
 def test_slices_of_whole_models_and_nuslerp_weights_are_read(tmp_path: Path) -> None:
@@ -186,14 +211,38 @@ def test_a_slices_own_parameters_win_and_a_base_that_is_averaged_gives_the_confi
         ("merge_method: linear\nmodels: [{model: a}]\nmodules: {}", r"m\.yaml:3, modules: this mergekit setting"),
         ("merge_method: linear\nmodels: [{model: a, parameters: {scale: 2}}]", r"'scale' has no counterpart"),
         ("merge_method: [linear]\nmodels: []", r"merge_method: '\['linear'\]' is not among"),
-        ("merge_method: linear\nmodels: [a, b]", r"models: found something else, expected a list of entries"),
+        (
+            "merge_method: linear\nmodels: [a, b]",
+            r"models: found \['a', 'b'\], expected a list of entries with 'model' or 'parameters'",
+        ),
         ("merge_method: linear\nmodels: [{model: a}]\nparameters: [1]", r"parameters: found \[1\], expected settings"),
         ("merge_method: linear\nmodels: [{model: a, parameters: {weight: [{filter: x}]}}]", r"entries with 'value'"),
         ("merge_method: linear\nmodels: [{model: a, parameters: {weight: [{value: 1}, 2]}}]", r"entries with 'value'"),
         ("merge_method: linear\nmodels: [{model: a}]\nchat_template: chatml", r"chat_template: the result has the"),
-        ("merge_method: linear\nslices: [{sources: [], base_model: a}]", r"'base_model' of a slice has no counterpart"),
+        (
+            "merge_method: linear\nslices: [{sources: [], base_model: a}]",
+            r"m\.yaml:2, slices\[0\]\.base_model: entry 1 has 'base_model', expected 'parameters' or",
+        ),
         ("merge_method: linear\nslices: [{sources: [{model: a, layer_range: [1, 4]}]}]", r"the layers \[1, 4\] of 'a'"),
         ("merge_method: linear\nslices: [{sources: [{model: m, layer_range: [0, 4]}]}]", r"the layers \[0, 4\] of 'm'"),
+        ("merge_method: tise\nmodels: [{model: a}]", r"Did you mean 'ties'\?"),
+        ("merge_method: linear", r"m\.yaml, models: found nothing, expected a list of entries"),
+        (TIES.replace("base_model: a", "base_model: 3"), r"m\.yaml:2, base_model: found 3, expected a model's folder"),
+        (
+            TIES + "  - {model: c, weight: 1}",
+            r"m\.yaml:5, models\[1\]\.weight: entry 2 has 'weight'.* Put it under 'parameters'",
+        ),
+        (TIES + "  - {model: c, parametres: {density: 1}}", r"entry 2 has 'parametres'.*Did you mean 'parameters'\?"),
+        (
+            TIES + "  - {model: c, parameters: {density: 2}}",
+            r"m\.yaml:5, models\.m1-c\.density: found 2, expected a number",
+        ),
+        (
+            TIES + "  - {model: c, parameters: {weight: [{filter: q, value: x}]}}",
+            r"m\.yaml:5, .*weight\[0\]\.value: found 'x'",
+        ),
+        (TIES + "  - {model: c, parameters: {lambda: 2}}", r"m\.yaml:5, .*lambda: 'lambda' is one for all models here"),
+        (TIES + "parameters: {density: high}", r"m\.yaml:5, density: found 'high', expected a number"),
         (TIES + "parameters: {rescale: true}", r"'rescale: true' has no counterpart"),
         (TIES.replace("ties", "dare_ties") + "parameters: {rescale: false}", r"'rescale: false' has no counterpart"),
         (

@@ -184,6 +184,32 @@ def test_biases_and_unknown_tensors_are_merged_and_integers_copied(tmp_path: Pat
         merge(tmp_path, "out2", "linear", {"e0": {}, "e2": {}})
 
 
+@pytest.mark.parametrize(
+    ("name", "values", "said"),
+    [
+        # GPTQ, bitsandbytes and MXFP4, where no config.json says so; and a buffer of another width.
+        ("model.layers.0.mlp.up_proj.qweight", torch.int32, "qweight is I32, a quantised type"),
+        ("model.layers.0.mlp.gate_proj.weight", torch.uint8, "weight is U8, a quantised type"),
+        ("model.layers.0.mlp.up_proj.weight.absmax", torch.uint8, "absmax is U8, a quantised type"),
+        ("model.layers.0.mlp.experts.down_proj_blocks", torch.uint8, "down_proj_blocks is U8, a quantised type"),
+        ("steps", torch.int32, "steps is I32, in e0 it is I64"),
+    ],
+)
+def test_integers_that_stand_for_weights_are_refused(tmp_path: Path, name: str, values: torch.dtype, said: str) -> None:
+    for model in ("e0", "e1"):
+        dtype = torch.int64 if name == "steps" and model == "e0" else values
+        write_model(tmp_path / model, {**random_tensors(0), name: torch.ones(4, 4, dtype=dtype)})
+    with pytest.raises(MergeError, match=said):
+        plan_merge(configure("linear", {"e0": {}, "e1": {}}), folder=tmp_path)
+
+
+def test_of_another_architecture_a_few_tensors_are_named(family: Path, tmp_path: Path) -> None:
+    other = {name: torch.ones(2, *one.shape) for name, one in tensors_of(family / "e0").items()}
+    write_model(tmp_path / "odd", other)
+    with pytest.raises(MergeError, match=r"and 3 more tensors\. Merging needs one architecture\.$"):
+        plan_merge(configure("linear", {"e0": {}, "odd": {"path": str(tmp_path / "odd")}}), folder=family)
+
+
 def test_every_misfit_is_named_before_anything_is_read(family: Path, tmp_path: Path) -> None:
     tensors = tensors_of(family / "e0")
     del tensors["model.norm.weight"]

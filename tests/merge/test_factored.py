@@ -1,6 +1,8 @@
 """Adapters: merged on their factors exactly, materialised where the method needs it, taken out of a dense model."""
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 from peft.utils.other import get_pattern_key
+from safetensors.torch import load_file, save_file
 
 from evertune.errors import CheckpointError, MergeError
 from evertune.merge.extract import extract_adapter, randomised_svd
 from evertune.merge.factored import recompress
 from evertune.merge.plan import plan_merge
 from evertune.merge.run import Result, merge_planned
+from evertune.merge.sources import read_source
 from evertune.model.adapter import read_factors
 from evertune.model.checkpoint import describe
 from evertune.model.export import export_weights
@@ -119,6 +123,32 @@ def test_an_adapter_is_refused_where_only_a_model_is_exact(family: Path) -> None
     # A sum that counts the base twice is no adapter over it.
     done = _run(family, "twice", "linear", {"a": {"weight": 1.0}, "b": {"weight": 1.0}}, normalize=False)
     assert done.checkpoint.form == "model"
+
+
+@pytest.mark.parametrize("models", [{"a": {"weight": 0}, "b": {"weight": 0}}, {"a": {"weight": 0}}])
+def test_adapters_of_which_none_counts_leave_the_base(family: Path, tmp_path: Path, models: dict[str, Any]) -> None:
+    plan = plan_merge(configure("task_arithmetic", models, base="base"), folder=family)
+    result = merge_planned(plan, tmp_path / "out", threads=1)
+    base = tensors_of(family / "base")
+    assert all(one.equal(base[name]) for name, one in tensors_of(result.checkpoint.path).items())
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("lm_head.base_layer.weight", r"a weight of the base, which PEFT stores.*save_embedding_layers=False"),
+        ("model.embed_tokens.lora_embedding_A", r"the adapter of an embedding; only linear layers"),
+        ("model.layers.0.lora_B.weight", r"does not belong to a pair"),
+    ],
+)
+def test_what_is_no_pair_of_factors_is_said_to_be_what_it_is(family: Path, tmp_path: Path, key: str, said: str) -> None:
+    shutil.copytree(family / "a", tmp_path / "odd")
+    file = tmp_path / "odd/adapter_model.safetensors"
+    save_file({**load_file(file), f"base_model.model.{key}": torch.zeros(2, 2)}, file)
+    with pytest.raises(CheckpointError, match=said):
+        read_factors(tmp_path / "odd")
+    with pytest.raises(CheckpointError, match=said):
+        read_source("odd", dataclasses.replace(describe(family / "a"), path=tmp_path / "odd"))
 
 
 def test_variants_of_lora_are_refused_by_name(family: Path, tmp_path: Path) -> None:
