@@ -234,3 +234,5 @@ def test_the_command_shows_one_in_full() -> None:
 
 def test_an_unknown_method_is_one_clear_error() -> None:
     assert "found no method 'ewcc'. Did you mean 'ewc'?" in evertune("methods", "ewcc", code=3)
+    told = evertune("methods", "ewc", "--standing", "production", code=3)
+    assert "found --standing production, but 'ewc' is academic" in told

@@ -1,6 +1,6 @@
 """What a recipe may say of each academic method: the entry points of this package lead here. Imports no torch."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 
@@ -175,7 +175,7 @@ class InfLora(Memory):
 class PackNet(Config):
     """Masks that give each task weights of its own (arXiv:1711.05769)."""
 
-    keep: float = Field(0.5, gt=0.0, le=1.0)
+    keep: float = Field(0.5, gt=0.0, lt=1.0)
     """Share of each matrix's free entries that the task keeps, those that changed most; the paper prunes 50 to 75 %."""
     retrain: Share = 0.3
     """Share of the steps that train the kept entries alone."""
@@ -221,25 +221,52 @@ class FastSlow(Config):
     """How far the slow one then goes toward the fast one: 1 is all the way."""
 
 
+def _refuses_average(options: PackNet, settings: Any) -> str | None:
+    return None if settings.ema is None else "found ema: an average mixes kept weights with those that were given back"
+
+
+def _refuses_rank(options: Progressive, settings: Any) -> str | None:
+    rank = settings.tune.lora.rank if settings.tune.lora is not None else None
+    if rank is None or options.lateral < rank:
+        return None
+    return f"found lateral {options.lateral} and tune.lora.rank {rank}: the new column has no row of its own"
+
+
+def _stored_outputs(options: DerPlusPlus, tokens: int) -> int:
+    """Ids and log-probabilities as they are read back: 8 and 4 bytes a word."""
+    return options.memory_rows * tokens * (12 * options.words + 4)
+
+
 EWC = Plugin("ewc", Ewc, "evertune.academic.quadratic:make_ewc", copies=2.0)
 ONLINE_EWC = Plugin("online_ewc", OnlineEwc, "evertune.academic.quadratic:make_ewc", copies=2.0)
 MAS = Plugin("mas", Mas, "evertune.academic.quadratic:make_mas", copies=2.0)
 L2SP = Plugin("l2sp", L2Sp, "evertune.academic.quadratic:make_l2sp", copies=1.0)
-SI = Plugin("si", Si, "evertune.academic.si:make_si", copies=5.0, tunes=("full",))
+SI = Plugin("si", Si, "evertune.academic.si:make_si", copies=5.0, tunes=("full",), carries=True)
 LWF = Plugin("lwf", Lwf, "evertune.academic.lwf:make_lwf", full_copies=1.0)
 OLORA = Plugin("olora", Olora, "evertune.academic.olora:make_olora", tunes=("lora",))
 AGEM = Plugin("agem", Agem, "evertune.academic.projection:make_agem", copies=1.0)
-GEM = Plugin("gem", Gem, "evertune.academic.projection:make_gem", copies=2.0)
+GEM = Plugin("gem", Gem, "evertune.academic.projection:make_gem", copies=lambda options: 1.0 + len(options.sources))
 GPM = Plugin("gpm_ogd", Gpm, "evertune.academic.projection:make_gpm", copies=0.5, tunes=("full",))
-OGD = Plugin("gpm_ogd", Ogd, "evertune.academic.projection:make_ogd", copies=32.0)
+OGD = Plugin(
+    "gpm_ogd", Ogd, "evertune.academic.projection:make_ogd",
+    copies=lambda options: float(options.memory_rows * len(options.sources)),
+)  # fmt: skip
 DFT = Plugin("dft", Dft, "evertune.academic.objectives:make_dft", stages=("sft",))
 ASFT = Plugin("asft", Asft, "evertune.academic.objectives:make_asft", full_copies=1.0, stages=("sft",))
 PSFT = Plugin("psft", Psft, "evertune.academic.objectives:make_psft", copies=2.0, stages=("sft",))
-DERPP = Plugin("derpp", DerPlusPlus, "evertune.academic.derpp:make_derpp", copies=1.0, stages=("sft",))
+DERPP = Plugin(
+    "derpp", DerPlusPlus, "evertune.academic.derpp:make_derpp", copies=1.0, stages=("sft",), more_bytes=_stored_outputs,
+    carries=True,
+)  # fmt: skip
 INFLORA = Plugin("inflora", InfLora, "evertune.academic.subspaces:make_inflora", tunes=("lora",), stages=("sft",))
 OSFT = Plugin("osft", Osft, "evertune.academic.subspaces:make_osft", copies=2.0, tunes=("full",))
-PACKNET = Plugin("packnet", PackNet, "evertune.academic.isolation:make_packnet", copies=1.5, tunes=("full",))
-PROGRESSIVE = Plugin("prognets", Progressive, "evertune.academic.isolation:make_progressive", tunes=("lora",))
-COPR = Plugin("cppo_copr", Copr, "evertune.academic.preferences:make_copr", copies=1.0, stages=("dpo",))
+PACKNET = Plugin(
+    "packnet", PackNet, "evertune.academic.isolation:make_packnet", copies=1.5, tunes=("full",),
+    refuses=_refuses_average, carries=True,
+)  # fmt: skip
+PROGRESSIVE = Plugin(
+    "prognets", Progressive, "evertune.academic.isolation:make_progressive", tunes=("lora",), refuses=_refuses_rank,
+)  # fmt: skip
+COPR = Plugin("cppo_copr", Copr, "evertune.academic.preferences:make_copr", copies=1.0, stages=("dpo",), carries=True)
 FAST_SLOW = Plugin("ofs_dpo", FastSlow, "evertune.academic.preferences:make_fast_slow", copies=3.0, stages=("dpo",))
 JOINT = Plugin("joint_sft_pref", Joint, "evertune.academic.joint:make_joint", copies=1.0)

@@ -38,8 +38,14 @@ from evertune.data.rows import Row, digest_rows
 from evertune.hashing import digest_file, digest_json
 from evertune.model.checkpoint import describe, vocabulary_of
 from evertune.recipe.fields import REPLAYABLE, StageSettings
-from evertune.recipe.plugins import find_plugin
-from evertune.recipe.presets import ResolvedDistill, ResolvedExternal, ResolvedTraining, resolve_stage
+from evertune.recipe.plugins import Kind, find_plugin
+from evertune.recipe.presets import (
+    ResolvedDistill,
+    ResolvedExternal,
+    ResolvedFederated,
+    ResolvedTraining,
+    resolve_stage,
+)
 from evertune.recipe.schema import ADAPTING, Recipe, Round, Stage, Training, kept_sources, placed_stages
 from evertune.train.distill_spec import check_teacher, check_words
 from evertune.verifiers import located, validate
@@ -243,7 +249,10 @@ def look_at_federated(view: StageView) -> Planned | None:
     look, settings = view.look, view.resolved
     if look.shapes is None or any(name not in look.rows for name in view.settings.new_sources):
         return None
-    rows = sum(len(look.rows[name]) for name in view.settings.new_sources)
+    encoded = {name: _encode(view, name, settings) for name in view.settings.new_sources}
+    if any(one is None for one in encoded.values()):
+        return None
+    rows = sum(len(one or ()) for one in encoded.values())
     clients = len(settings.clients)
     # Client updates and the exchanges' models, in float32, and what is published.
     adapters = settings.rank * look.shapes.sides * 4 * (settings.exchanges * (clients + 1) + 1)
@@ -298,15 +307,40 @@ def _look_at_plugins(view: StageView, settings: ResolvedTraining, trained: int) 
         if view.kind not in plugin.stages:
             told = f"found {view.kind}, expected {' or '.join(plugin.stages)}, the stage that {name} works in."
             view.say("error", told, "Leave it out.", at=place)
-        is_full = settings.tune.kind == "full" and plugin.full_copies is not None
-        copies = plugin.full_copies if is_full else plugin.copies
-        if copies:
-            megabytes = copies * trained * 4 / 1e6
-            told = f"keeps {copies:g} float32 copies of the trained weights: {megabytes:,.1f} MB of memory."
+        refused = plugin.refuses(options, settings) if plugin.refuses is not None else None
+        if refused is not None:
+            view.say("error", f"{refused}.", "Change one of them, or leave it out.", at=place)
+        if plugin.standing == "academic":
+            view.say("note", "is an academic method, not production-validated.", at=place)
+        copies = plugin.copies_of(options, full=settings.tune.kind == "full")
+        more = plugin.more_bytes(options, settings.max_tokens) if plugin.more_bytes is not None else 0
+        if copies or more:
+            what = (
+                f"{copies:g} float32 {'copy' if copies == 1.0 else 'copies'} of the trained weights" if copies else ""
+            )
+            stored = f"{' and ' if copies else ''}up to {more / 1e6:,.1f} MB of outputs" if more else ""
+            told = f"keeps {what}{stored}: {(copies * trained * 4 + more) / 1e6:,.1f} MB of memory."
             view.say("note", told, at=place)
+        lost = _stage_that_loses(view, kind, name) if plugin.carries else None
+        if lost is not None:
+            told = f"begins anew: what an earlier stage left for it is lost at {lost}, which does not name it."
+            view.say("warning", told, f"Name {name} in every stage in between.", at=place)
         sources = getattr(options, "sources", None)
         if sources == ["history"] and view.round_index == 0:
             view.say("note", "remembers nothing in the first round: there is no history yet.", at=place)
+
+
+def _stage_that_loses(view: StageView, kind: Kind, name: str) -> str | None:
+    """The last stage before this one that does not name a plug-in which an earlier one named: what that one left beside
+    its checkpoint goes to a stage that starts from exactly it."""
+    is_named = [
+        (one.place, any((kind, name) == (each, known) for each, known, _ in getattr(one.stage.settings, "plugins", ())))
+        for one in placed_stages(view.look.recipe)
+        if not one.way and (one.round_index, one.index) < (view.round_index, view.index)
+    ]
+    if not is_named or is_named[-1][1] or not any(named for _, named in is_named):
+        return None
+    return is_named[-1][0]
 
 
 def _look_at_teachers(view: StageView, settings: ResolvedDistill) -> None:
@@ -339,7 +373,7 @@ def _look_at_command(view: StageView, settings: ResolvedExternal) -> None:
             view.say("error", f"{name}: found no file, expected one.", "Paths are relative to the recipe.", at=".files")
 
 
-def _encode(view: StageView, name: str, settings: ResolvedTraining) -> Sequence[Item] | None:
+def _encode(view: StageView, name: str, settings: ResolvedTraining | ResolvedFederated) -> Sequence[Item] | None:
     """Rows of a source as a stage reads them; None, with an error, where one cannot be read."""
     look, place = view.look, view.place
     encode = ENCODERS.get(view.kind, encode_rows) if name in view.settings.new_sources else encode_rows

@@ -21,6 +21,10 @@ def methods(
 ) -> None:
     """List all methods with their standing: production, research (validate yourself) or academic."""
     chosen = [one for one in table().values() if standing in (None, one.standing) and name in (None, one.id)]
+    if not chosen and name is not None and name in table():
+        raise RecipeError(
+            f"found --standing {standing}, but '{name}' is {table()[name].standing}.", remedy="Leave it out."
+        )
     if not chosen:
         raise RecipeError(f"found no method {name!r}{_near(name)}", remedy="'evertune methods' lists all.")
     if as_json:

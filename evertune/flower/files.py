@@ -109,6 +109,10 @@ class ServerFile(_File):
     def _noise_fits(self) -> Self:
         if self.noise is not None and (self.aggregate != "ffa" or self.norm_bound is None or self.weigh != "equal"):
             raise ValueError("'noise' needs aggregate: ffa, norm_bound, and weigh: equal")
+        if "too_large" in self.model_fields_set and self.norm_bound is None:
+            raise ValueError("'too_large' says what is done above norm_bound, and there is none")
+        if "trim" in self.model_fields_set and self.aggregate != "trimmed_mean":
+            raise ValueError(f"'trim' is read by aggregate: trimmed_mean; found {self.aggregate}")
         if len(set(self.clients)) < len(self.clients):
             raise ValueError("'clients' has a name twice")
         return self

@@ -6,7 +6,7 @@ academic methods of this distribution come in by the same door; no other module 
 """
 
 import importlib.metadata
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -33,8 +33,12 @@ class Plugin:
             among them), `memory_rows` how many of each.
         make: `module:function` of the function that makes it from a `train.plugins.Bench`; imported in the child.
         version: raised by hand when its meaning changes; results are then made anew.
-        copies: float32 copies of the trained weights that it keeps in memory.
+        copies: float32 copies of the trained weights that it keeps in memory; a function of its options where they say.
         full_copies: the same where all weights are trained, if that differs: a frozen start beside them, say.
+        more_bytes: of memory that it keeps beside these, at most: from its options and the longest row's tokens.
+        refuses: from its options and the stage's settings with all defaults filled in, why it cannot work with them;
+            None where it can.
+        carries: leaves something beside the checkpoint for its own next stage.
         tunes: kinds of `tune` that it can work with.
         stages: kinds of stages that it can work in.
         own_standing: of a method that the table does not know; it counts as `research` at best.
@@ -44,11 +48,20 @@ class Plugin:
     options: type[BaseModel]
     make: str
     version: int = 1
-    copies: float = 0.0
+    copies: float | Callable[[Any], float] = 0.0
     full_copies: float | None = None
+    more_bytes: Callable[[Any, int], int] | None = None
+    refuses: Callable[[Any, Any], str | None] | None = None
+    carries: bool = False
     tunes: tuple[str, ...] = ("lora", "full")
     stages: tuple[str, ...] = ("sft", "dpo", "rl", "distill")
     own_standing: Standing = "research"
+
+    def copies_of(self, options: Any, *, full: bool) -> float:
+        """Float32 copies of the trained weights that it keeps with these options."""
+        if full and self.full_copies is not None:
+            return self.full_copies
+        return self.copies(options) if callable(self.copies) else self.copies
 
     @property
     def standing(self) -> Standing:

@@ -261,7 +261,7 @@ class ResolvedFederated(Resolved):
     batch_rows: int
     micro_batch_rows: int
     max_tokens: int
-    too_long: str
+    too_long: Literal["error", "drop"]
 
 
 @dataclass(frozen=True)

@@ -40,12 +40,13 @@ FOUND_CHARACTERS = 60
 
 @dataclass(frozen=True)
 class _Problem:
-    """pydantic's `kind`, `context` and `found` input at a path of the recipe."""
+    """pydantic's `kind`, `context`, `found` input and `message` at a path of the recipe."""
 
     path: Steps
     kind: str
     context: Mapping[str, Any]
     found: Any
+    message: str
 
 
 def problem_lines(
@@ -61,7 +62,7 @@ def problem_lines(
     found: dict[Steps, list[_Problem]] = {}
     for one in error.errors(include_url=False):
         path = _real_path(one["loc"], value, keep_last=one["type"] in _ABOUT_KEYS)
-        found.setdefault(path, []).append(_Problem(path, one["type"], one.get("ctx") or {}, one["input"]))
+        found.setdefault(path, []).append(_Problem(path, one["type"], one.get("ctx") or {}, one["input"], one["msg"]))
     # Of the types that were tried for one value, the one that got furthest was meant.
     paths = [path for path in found if not any(other[: len(path)] == path != other for other in found)]
     misspelt = {_meant(path, root) for path in paths if found[path][0].kind == "extra_forbidden"}
@@ -102,11 +103,16 @@ def _told(one: _Problem, alternatives: Sequence[_Problem], root: Any) -> str:
         return f"{found}, expected a name of at most 64 small letters, digits, '-' and '_'."
     if one.kind == "string_too_short":
         return "found nothing, expected a text."
+    if one.kind == "too_long":
+        actual, most = one.context["actual_length"], one.context["max_length"]
+        return f"found {actual} of them, expected {'one entry' if most == 1 else f'{most} entries'} at most."
     if one.kind == "too_short":
         # Only what has two or more at least can have one and still be too short.
         actual, least = one.context["actual_length"], one.context["min_length"]
         few = f"{actual} of them" if actual else "nothing"
         return f"found {few}, expected {'one entry' if least == 1 else f'{least} entries'} or more."
+    if one.kind not in _TYPES and one.kind != "literal_error":
+        return f"{found}: {one.message}."
     expected = [_expected(each) for each in alternatives]
     return f"{found}, expected {' or '.join(dict.fromkeys(expected))}.{_hint(one, expected)}"
 

@@ -887,6 +887,10 @@ class Federated(StageSettings):
             raise ValueError(
                 "'noise' needs aggregate: ffa, norm_bound, and weigh: equal: else nothing bounds a client's part"
             )
+        if "too_large" in self.model_fields_set and self.norm_bound is None:
+            raise ValueError("'too_large' says what is done above norm_bound, and there is none")
+        if "trim" in self.model_fields_set and self.aggregate != "trimmed_mean":
+            raise ValueError(f"'trim' is read by aggregate: trimmed_mean; found {self.aggregate}")
         unknown = sorted(set(self.ranks) - set(self.clients))
         if unknown:
             raise ValueError(f"ranks: found no client '{unknown[0]}'; clients has: {', '.join(self.clients)}")

@@ -97,7 +97,61 @@ def test_a_frozen_start_beside_all_weights_is_stated_before_it_is_loaded(tune: s
     text = text.replace("          gradient_rules: {agem: {from: [general], rows: 2}}\n", "")
     (place / "recipe.yaml").write_text(text)
     told = evertune("check", place / "recipe.yaml")
-    assert ("sft.objective.asft: keeps 1 float32 copies of the trained weights" in told) == copies
+    assert ("sft.objective.asft: keeps 1 float32 copy of the trained weights" in told) == copies
+
+
+ANCHORED = (
+    "penalties: {ewc: {from: [general], memory_rows: 3}}\n          gradient_rules: {agem: {from: [general], rows: 2}}"
+)
+LORA = "tune: {lora: {rank: 4}}\n          replay"
+
+
+@pytest.mark.parametrize(
+    ("first", "tune", "told"),
+    [
+        ("gradient_rules: {progressive: {}}", LORA, "found lateral 8 and tune.lora.rank 4: the new column has no row"),
+        ("gradient_rules: {packnet: {}}\n          ema: {decay: 0.9}", "", "found ema: an average mixes kept weights"),
+        ("gradient_rules: {packnet: {keep: 1.0}}", "", "packnet.keep: found 1.0, expected a number below 1.0"),
+        ("objective: {dft: {}, asft: {}}", "", "sft.objective: found 2 of them, expected one entry at most"),
+    ],
+)
+def test_what_a_method_cannot_work_with_is_found_by_check(first: str, tune: str, told: str, place: Path) -> None:
+    text = RECIPE.replace(ANCHORED, first)
+    (place / "recipe.yaml").write_text(text.replace("tune: full\n          replay", tune) if tune else text)
+    assert told in evertune("check", place / "recipe.yaml", code=3)
+
+
+@pytest.mark.parametrize(
+    ("first", "told"),
+    [
+        ("gradient_rules: {ogd: {from: [general, rows], memory_rows: 5}}", "ogd: keeps 10 float32 copies of"),
+        ("gradient_rules: {gem: {from: [general, rows]}}", "gem: keeps 3 float32 copies of"),
+        # 12 bytes for each of 64 words and 4 for the rest, at 256 rows of 1024 tokens.
+        (
+            "gradient_rules: {derpp: {}}",
+            "derpp: keeps 1 float32 copy of the trained weights and up to 202.4 MB of outputs",
+        ),
+        ("penalties: {ewc: {from: [general]}}", "penalties.ewc: is an academic method, not production-validated"),
+    ],
+)
+def test_what_a_method_keeps_follows_its_options(first: str, told: str, place: Path) -> None:
+    (place / "recipe.yaml").write_text(RECIPE.replace(ANCHORED, first))
+    assert told in evertune("check", place / "recipe.yaml")
+
+
+def test_a_round_in_between_that_loses_what_a_method_carries_is_warned_of(place: Path) -> None:
+    text = RECIPE.replace(ANCHORED, "gradient_rules: {packnet: {}}")
+    last = (
+        text[text.index("  - name: second") :]
+        .replace("second", "third")
+        .replace("tune: full", "tune: full, gradient_rules: {packnet: {}}")
+    )
+    (place / "recipe.yaml").write_text(text + last)
+    told = evertune("check", place / "recipe.yaml")
+    assert "rounds[2].stages[0].sft.gradient_rules.packnet: begins anew: what an earlier stage left" in told
+    assert "is lost at rounds[1].stages[0].sft, which does not name it" in told
+    (place / "recipe.yaml").write_text(text.replace("second", "third"))
+    assert "begins anew" not in evertune("check", place / "recipe.yaml")
 
 
 def test_a_rule_of_dpo_stages_in_an_sft_stage_is_found_by_check(place: Path) -> None:

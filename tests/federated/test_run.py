@@ -73,6 +73,9 @@ def test_a_federated_round_is_probed_judged_and_reported(place: Path) -> None:
         ("rank: 4", "rank: 4, aggregate: fedavg, ranks: {paris: 2}", "needs a rule that averages products"),
         ("paris: [paris]", "paris: [parys]", "no data source 'parys'"),
         ("steps: 1, rank", "steps: 1, epochs: 1, rank", "give 'epochs' or 'steps', not both"),
+        ("norm_bound: 50", "too_large: clip", "'too_large' says what is done above norm_bound, and there is none"),
+        ("rank: 4", "rank: 4, trim: 0.1", "'trim' is read by aggregate: trimmed_mean; found flora"),
+        ("rank: 4", "rank: 4, max_tokens: 4", "rows longer than expected: max_tokens is 4"),
         ("rank: 4", "rank: 4, aggregate: flor", "Did you mean 'flora'?"),
     ],
 )
