@@ -168,8 +168,10 @@ def _summary(kind: str, body: dict[str, Any]) -> str:
 
 
 def _flat(value: Any) -> str:
+    if value is None or value == {} or value == []:
+        return "-"
     if isinstance(value, dict):
         return ", ".join(f"{key} {_flat(item)}" for key, item in value.items())
     if isinstance(value, list):
         return " ".join(_flat(item) for item in value)
-    return "-" if value is None else str(value)
+    return str(value)

@@ -71,5 +71,5 @@ def _one(method: Method) -> Iterator[str]:
 def _near(name: str | None) -> str:
     import difflib
 
-    near = difflib.get_close_matches(name or "", list(table()), n=1)
+    near = difflib.get_close_matches((name or "").lower(), list(table()), n=1)
     return f". Did you mean {near[0]!r}?" if near else "."
