@@ -44,7 +44,7 @@ IMPORT_BYTES = 90 << 20
 SHOWN_TENSORS = 3
 # Integers that stand for weights: GPTQ, AWQ, bitsandbytes and others, also where no config.json says so.
 _PACKED = re.compile(
-    r"(^|\.)(weight|bias|qweight|qzeros|absmax|quant_map|weight_packed|SCB|\w+_(blocks|scales))$|\.(nested_)?quant_state\."
+    r"(^|\.)(weight|qweight|qzeros|absmax|quant_map|weight_packed|SCB|\w+_(blocks|scales))$|\.(nested_)?quant_state\."
 )
 # Nanoseconds of one core for an element of one input, by what a method does; measured by benchmarks/merge.py.
 _NANOSECONDS = {"read": 0.3, "sum": 0.2, "gram": 0.6, "sparse": 1.2, "rank": 60.0, "low_rank": 6.0, "write": 2.0}

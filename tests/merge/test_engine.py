@@ -173,13 +173,15 @@ def test_biases_and_unknown_tensors_are_merged_and_integers_copied(tmp_path: Pat
     extra = {"model.layers.0.self_attn.q_proj.bias": torch.ones(24), "strange.thing": torch.ones(2, 3, 4)}
     for k, name in enumerate(("e0", "e1")):
         tensors = {**random_tensors(0, dtype=torch.float32), **{key: one + k for key, one in extra.items()}}
-        write_model(tmp_path / name, {**tensors, "steps": torch.tensor([7, 8]), "flag": torch.tensor(True)})
+        # GPT-NeoX stored its causal mask under such a name.
+        mask = {"layers.0.attention.bias": torch.ones(2, 2, dtype=torch.uint8)}
+        write_model(tmp_path / name, {**tensors, **mask, "steps": torch.tensor([7, 8]), "flag": torch.tensor(True)})
     found = tensors_of(merge(tmp_path, "out", "linear", {"e0": {}, "e1": {}}).checkpoint.path)
     for name in extra:
         assert torch.equal(found[name], torch.full_like(extra[name], 1.5))
     assert found["steps"].tolist() == [7, 8]
     assert bool(found["flag"])
-    write_model(tmp_path / "e2", {**tensors, "steps": torch.tensor([7, 9]), "flag": torch.tensor(True)})
+    write_model(tmp_path / "e2", {**tensors, **mask, "steps": torch.tensor([7, 9]), "flag": torch.tensor(True)})
     with pytest.raises(MergeError, match="the I64 buffer steps differs between 'e0' and 'e2'"):
         merge(tmp_path, "out2", "linear", {"e0": {}, "e2": {}})
 
