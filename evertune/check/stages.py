@@ -288,12 +288,16 @@ ENCODERS: dict[str, Callable[..., Encoding[Any]]] = {"dpo": encode_pairs, "rl": 
 
 def rescue_bytes(view: StageView, disk_bytes: int) -> int:
     """Disk for the winner of a rescue, where this stage makes the candidate: as much, but whole models in float32."""
-    rungs = view.round.rescue if view.round.rescue is not None else view.look.recipe.rescue
-    may_rescue = view.index == len(view.round.stages) - 1 and any(rung.interpolate for rung in rungs)
     shapes = view.look.shapes
     is_whole = shapes is not None and disk_bytes >= BYTES["bfloat16"] * shapes.weights
     winner = BYTES["float32"] * shapes.weights if shapes is not None and is_whole else disk_bytes
-    return winner * may_rescue
+    return winner * _may_interpolate(view)
+
+
+def _may_interpolate(view: StageView) -> bool:
+    """Whether a rescue may put a point between this stage's result and its start in its place."""
+    rungs = view.round.rescue if view.round.rescue is not None else view.look.recipe.rescue
+    return view.index == len(view.round.stages) - 1 and any(rung.interpolate for rung in rungs)
 
 
 def _look_at_plugins(view: StageView, settings: ResolvedTraining, trained: int) -> None:
@@ -320,6 +324,9 @@ def _look_at_plugins(view: StageView, settings: ResolvedTraining, trained: int) 
             )
             stored = f"{' and ' if copies else ''}up to {more / 1e6:,.1f} MB of outputs" if more else ""
             told = f"keeps {what}{stored}: {(copies * trained * 4 + more) / 1e6:,.1f} MB of memory."
+            view.say("note", told, at=place)
+        if plugin.carries and _may_interpolate(view):
+            told = "a rescue by interpolation leaves nothing of what it carries to its next stage."
             view.say("note", told, at=place)
         lost = _stage_that_loses(view, kind, name) if plugin.carries else None
         if lost is not None:

@@ -151,7 +151,11 @@ def test_a_round_in_between_that_loses_what_a_method_carries_is_warned_of(place:
     assert "rounds[2].stages[0].sft.gradient_rules.packnet: begins anew: what an earlier stage left" in told
     assert "is lost at rounds[1].stages[0].sft, which does not name it" in told
     (place / "recipe.yaml").write_text(text.replace("second", "third"))
-    assert "begins anew" not in evertune("check", place / "recipe.yaml")
+    told = evertune("check", place / "recipe.yaml")
+    assert "begins anew" not in told
+    assert "a rescue by interpolation leaves nothing" not in told
+    (place / "recipe.yaml").write_text(text.replace("rescue: [discard]", "rescue: [interpolate: {}]"))
+    assert "packnet: a rescue by interpolation leaves nothing" in evertune("check", place / "recipe.yaml")
 
 
 def test_a_rule_of_dpo_stages_in_an_sft_stage_is_found_by_check(place: Path) -> None:
