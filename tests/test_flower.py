@@ -46,6 +46,8 @@ def test_the_example_files_are_files_that_can_be_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "told"),
     [
+        ("too_large: clip", "'too_large' is what is done above norm_bound, and there is none"),
+        ("trim: 0.1", "'trim' is read by aggregate: trimmed_mean"),
         ("exchangez: 3", r"server.yaml:7: unknown key 'exchangez'\. Did you mean 'exchanges'\?"),
         ("noise: {multiplier: 1.0}", "needs aggregate: ffa, norm_bound, and weigh: equal"),
         ("exchanges: 0", "exchanges"),

@@ -245,11 +245,11 @@ SI = Plugin("si", Si, "evertune.academic.si:make_si", copies=5.0, tunes=("full",
 LWF = Plugin("lwf", Lwf, "evertune.academic.lwf:make_lwf", full_copies=1.0)
 OLORA = Plugin("olora", Olora, "evertune.academic.olora:make_olora", tunes=("lora",))
 AGEM = Plugin("agem", Agem, "evertune.academic.projection:make_agem", copies=1.0)
-GEM = Plugin("gem", Gem, "evertune.academic.projection:make_gem", copies=lambda options: 1.0 + len(options.sources))
+GEM = Plugin("gem", Gem, "evertune.academic.projection:make_gem", copies=lambda _, tasks: 1.0 + tasks)
 GPM = Plugin("gpm_ogd", Gpm, "evertune.academic.projection:make_gpm", copies=0.5, tunes=("full",))
 OGD = Plugin(
     "gpm_ogd", Ogd, "evertune.academic.projection:make_ogd",
-    copies=lambda options: float(options.memory_rows * len(options.sources)),
+    copies=lambda options, tasks: float(options.memory_rows * tasks),
 )  # fmt: skip
 DFT = Plugin("dft", Dft, "evertune.academic.objectives:make_dft", stages=("sft",))
 ASFT = Plugin("asft", Asft, "evertune.academic.objectives:make_asft", full_copies=1.0, stages=("sft",))

@@ -38,7 +38,7 @@ from evertune.data.rows import Row, digest_rows
 from evertune.hashing import digest_file, digest_json
 from evertune.model.checkpoint import describe, vocabulary_of
 from evertune.recipe.fields import REPLAYABLE, StageSettings
-from evertune.recipe.plugins import Kind, find_plugin
+from evertune.recipe.plugins import Kind, Plugin, find_plugin
 from evertune.recipe.presets import (
     ResolvedDistill,
     ResolvedExternal,
@@ -316,15 +316,9 @@ def _look_at_plugins(view: StageView, settings: ResolvedTraining, trained: int) 
             view.say("error", f"{refused}.", "Change one of them, or leave it out.", at=place)
         if plugin.standing == "academic":
             view.say("note", "is an academic method, not production-validated.", at=place)
-        copies = plugin.copies_of(options, full=settings.tune.kind == "full")
-        more = plugin.more_bytes(options, settings.max_tokens) if plugin.more_bytes is not None else 0
-        if copies or more:
-            what = (
-                f"{copies:g} float32 {'copy' if copies == 1.0 else 'copies'} of the trained weights" if copies else ""
-            )
-            stored = f"{' and ' if copies else ''}up to {more / 1e6:,.1f} MB of outputs" if more else ""
-            told = f"keeps {what}{stored}: {(copies * trained * 4 + more) / 1e6:,.1f} MB of memory."
-            view.say("note", told, at=place)
+        kept = _kept_in_memory(view, plugin, options, settings, trained)
+        if kept is not None:
+            view.say("note", kept, at=place)
         if plugin.carries and _may_interpolate(view):
             told = "a rescue by interpolation leaves nothing of what it carries to its next stage."
             view.say("note", told, at=place)
@@ -332,9 +326,24 @@ def _look_at_plugins(view: StageView, settings: ResolvedTraining, trained: int) 
         if lost is not None:
             told = f"begins anew: what an earlier stage left for it is lost at {lost}, which does not name it."
             view.say("warning", told, f"Name {name} in every stage in between.", at=place)
-        sources = getattr(options, "sources", None)
-        if sources == ["history"] and view.round_index == 0:
+        if getattr(options, "sources", None) == ["history"] and view.round_index == 0:
             view.say("note", "remembers nothing in the first round: there is no history yet.", at=place)
+
+
+def _kept_in_memory(
+    view: StageView, plugin: Plugin, options: Any, settings: ResolvedTraining, trained: int
+) -> str | None:
+    """What a plug-in keeps, of `history` a source for each new one of the rounds before; None where that is nothing."""
+    sources = getattr(options, "sources", [])
+    earlier = _history(view.look.recipe, view.round_index) if "history" in sources else []
+    remembered = len({*sources, *earlier} - {"history"})
+    copies = plugin.copies_of(options, remembered, full=settings.tune.kind == "full")
+    more = plugin.more_bytes(options, settings.max_tokens) if plugin.more_bytes is not None else 0
+    parts = [f"{copies:g} float32 {'copy' if copies == 1.0 else 'copies'} of the trained weights"] if copies else []
+    parts += [f"up to {more / 1e6:,.1f} MB of outputs"] if more else []
+    if not parts:
+        return None
+    return f"keeps {' and '.join(parts)}: {(copies * trained * 4 + more) / 1e6:,.1f} MB of memory."
 
 
 def _stage_that_loses(view: StageView, kind: Kind, name: str) -> str | None:

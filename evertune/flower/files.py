@@ -13,7 +13,7 @@ from evertune.model.bundled import resolve_base
 from evertune.model.checkpoint import Checkpoint, describe
 from evertune.recipe.fields import Config, Name, NonNegative, PlaceText, Positive, RowFormat
 from evertune.recipe.problems import problem_lines
-from evertune.recipe.schema import Noise
+from evertune.recipe.schema import TRIM, Noise, check_updates
 from evertune.recipe.strict_yaml import read_yaml
 from evertune.train.spec import RowsRef
 
@@ -75,7 +75,7 @@ class ServerFile(_File):
     """Largest norm of a client's update."""
     too_large: Literal["refuse", "clip"] = "refuse"
     """What is done with a larger one."""
-    trim: float = Field(0.2, gt=0.0, lt=0.5)
+    trim: float = Field(TRIM, gt=0.0, lt=0.5)
     """Share of the clients that `trimmed_mean` leaves out at each end."""
     noise: Noise | None = None
     """Noise that hides whether a client took part."""
@@ -106,13 +106,8 @@ class ServerFile(_File):
     """An exchange closes after so long, with those that have answered; `wait_seconds` when not given."""
 
     @model_validator(mode="after")
-    def _noise_fits(self) -> Self:
-        if self.noise is not None and (self.aggregate != "ffa" or self.norm_bound is None or self.weigh != "equal"):
-            raise ValueError("'noise' needs aggregate: ffa, norm_bound, and weigh: equal")
-        if "too_large" in self.model_fields_set and self.norm_bound is None:
-            raise ValueError("'too_large' says what is done above norm_bound, and there is none")
-        if "trim" in self.model_fields_set and self.aggregate != "trimmed_mean":
-            raise ValueError(f"'trim' is read by aggregate: trimmed_mean; found {self.aggregate}")
+    def _settings_fit(self) -> Self:
+        check_updates(self)
         if len(set(self.clients)) < len(self.clients):
             raise ValueError("'clients' has a name twice")
         return self

@@ -33,7 +33,8 @@ class Plugin:
             among them), `memory_rows` how many of each.
         make: `module:function` of the function that makes it from a `train.plugins.Bench`; imported in the child.
         version: raised by hand when its meaning changes; results are then made anew.
-        copies: float32 copies of the trained weights that it keeps in memory; a function of its options where they say.
+        copies: float32 copies of the trained weights that it keeps in memory; a function of its options and of how
+            many sources it remembers where these say.
         full_copies: the same where all weights are trained, if that differs: a frozen start beside them, say.
         more_bytes: of memory that it keeps beside these, at most: from its options and the longest row's tokens.
         refuses: from its options and the stage's settings with all defaults filled in, why it cannot work with them;
@@ -48,7 +49,7 @@ class Plugin:
     options: type[BaseModel]
     make: str
     version: int = 1
-    copies: float | Callable[[Any], float] = 0.0
+    copies: float | Callable[[Any, int], float] = 0.0
     full_copies: float | None = None
     more_bytes: Callable[[Any, int], int] | None = None
     refuses: Callable[[Any, Any], str | None] | None = None
@@ -57,11 +58,11 @@ class Plugin:
     stages: tuple[str, ...] = ("sft", "dpo", "rl", "distill")
     own_standing: Standing = "research"
 
-    def copies_of(self, options: Any, *, full: bool) -> float:
-        """Float32 copies of the trained weights that it keeps with these options."""
+    def copies_of(self, options: Any, remembered: int, *, full: bool) -> float:
+        """Float32 copies of the trained weights that it keeps with these options and so many remembered sources."""
         if full and self.full_copies is not None:
             return self.full_copies
-        return self.copies(options) if callable(self.copies) else self.copies
+        return self.copies(options, remembered) if callable(self.copies) else self.copies
 
     @property
     def standing(self) -> Standing:

@@ -122,7 +122,7 @@ def _expected(one: _Problem) -> str:
         return str(one.context["expected"])
     if one.kind in _LIMITS:
         return f"a number {_LIMITS[one.kind]} {next(iter(one.context.values()))}"
-    return _TYPES[one.kind]
+    return _TYPES.get(one.kind, one.message)
 
 
 def _hint(one: _Problem, expected: Sequence[str]) -> str:

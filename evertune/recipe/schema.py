@@ -831,6 +831,27 @@ class Noise(Config):
     """The account's delta: well below 1 / clients."""
 
 
+# Share of the clients that `trimmed_mean` leaves out at each end when a file does not say.
+TRIM = 0.2
+
+
+def check_updates(settings: Any) -> None:
+    """Raise ValueError where settings of a federated stage or server would not do what they say.
+
+    By their values, not by what was written: with all defaults filled in they are settings too.
+    """
+    if settings.noise is not None and (
+        settings.aggregate != "ffa" or settings.norm_bound is None or settings.weigh != "equal"
+    ):
+        raise ValueError(
+            "'noise' needs aggregate: ffa, norm_bound, and weigh: equal: else nothing bounds a client's part"
+        )
+    if settings.too_large == "clip" and settings.norm_bound is None:
+        raise ValueError("'too_large' is what is done above norm_bound, and there is none")
+    if settings.trim != TRIM and settings.aggregate != "trimmed_mean":
+        raise ValueError(f"'trim' is read by aggregate: trimmed_mean; found {settings.aggregate}")
+
+
 class Federated(StageSettings):
     """Rounds over clients that keep their rows (docs/federated.md). Academic: needs `academic: allow`."""
 
@@ -859,7 +880,7 @@ class Federated(StageSettings):
     """Largest norm of a client's update; any when not given."""
     too_large: Literal["refuse", "clip"] = "refuse"
     """What is done with an update above `norm_bound`."""
-    trim: float = Field(0.2, gt=0.0, lt=0.5)
+    trim: float = Field(TRIM, gt=0.0, lt=0.5)
     """Share of the clients that `trimmed_mean` leaves out at each end of every entry."""
     noise: Noise | None = None
     """Noise that hides whether a client took part; `norm_bound` then bounds the norm of B, and larger ones are clipped.
@@ -883,14 +904,7 @@ class Federated(StageSettings):
     def _ranks_fit(self) -> Self:
         if self.epochs is not None and self.steps is not None:
             raise ValueError("give 'epochs' or 'steps', not both")
-        if self.noise is not None and (self.aggregate != "ffa" or self.norm_bound is None or self.weigh != "equal"):
-            raise ValueError(
-                "'noise' needs aggregate: ffa, norm_bound, and weigh: equal: else nothing bounds a client's part"
-            )
-        if "too_large" in self.model_fields_set and self.norm_bound is None:
-            raise ValueError("'too_large' says what is done above norm_bound, and there is none")
-        if "trim" in self.model_fields_set and self.aggregate != "trimmed_mean":
-            raise ValueError(f"'trim' is read by aggregate: trimmed_mean; found {self.aggregate}")
+        check_updates(self)
         unknown = sorted(set(self.ranks) - set(self.clients))
         if unknown:
             raise ValueError(f"ranks: found no client '{unknown[0]}'; clients has: {', '.join(self.clients)}")

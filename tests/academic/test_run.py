@@ -139,6 +139,17 @@ def test_what_a_method_keeps_follows_its_options(first: str, told: str, place: P
     assert told in evertune("check", place / "recipe.yaml")
 
 
+def test_history_counts_as_the_sources_of_the_rounds_before(place: Path) -> None:
+    text = RECIPE.replace(ANCHORED, "gradient_rules: {gem: {}}")
+    later = text[text.index("  - name: second") :].replace("tune: full", "tune: full, gradient_rules: {gem: {}}")
+    third = later.replace("second", "third").replace("[rows]", "[general]")
+    fourth = later.replace("second", "fourth")
+    (place / "recipe.yaml").write_text(text[: text.index("  - name: second")] + later + third + fourth)
+    told = evertune("check", place / "recipe.yaml")
+    for i, kept in enumerate(("1 float32 copy", "2 float32 copies", "2 float32 copies", "3 float32 copies")):
+        assert f"rounds[{i}].stages[0].sft.gradient_rules.gem: keeps {kept} of the trained weights" in told
+
+
 def test_a_round_in_between_that_loses_what_a_method_carries_is_warned_of(place: Path) -> None:
     text = RECIPE.replace(ANCHORED, "gradient_rules: {packnet: {}}")
     last = (

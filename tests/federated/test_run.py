@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from evertune.recipe.load import load_recipe
+from evertune.recipe.presets import resolve_recipe
+from evertune.recipe.schema import Recipe
 from tests.command import evertune
 
 RECIPE = """\
@@ -65,6 +68,13 @@ def test_a_federated_round_is_probed_judged_and_reported(place: Path) -> None:
     assert "all clean" in evertune("verify", place / "run")
 
 
+@pytest.mark.parametrize("own", ["norm_bound: 50", "too_large: refuse", "trim: 0.2"])
+def test_a_federated_stage_with_its_defaults_filled_in_is_a_recipe_again(own: str, place: Path) -> None:
+    (place / "recipe.yaml").write_text(RECIPE.replace("norm_bound: 50", own))
+    resolved = resolve_recipe(load_recipe(place / "recipe.yaml").recipe)
+    assert resolve_recipe(Recipe.model_validate(resolved)) == resolved
+
+
 @pytest.mark.parametrize(
     ("old", "new", "told"),
     [
@@ -73,7 +83,7 @@ def test_a_federated_round_is_probed_judged_and_reported(place: Path) -> None:
         ("rank: 4", "rank: 4, aggregate: fedavg, ranks: {paris: 2}", "needs a rule that averages products"),
         ("paris: [paris]", "paris: [parys]", "no data source 'parys'"),
         ("steps: 1, rank", "steps: 1, epochs: 1, rank", "give 'epochs' or 'steps', not both"),
-        ("norm_bound: 50", "too_large: clip", "'too_large' says what is done above norm_bound, and there is none"),
+        ("norm_bound: 50", "too_large: clip", "'too_large' is what is done above norm_bound, and there is none"),
         ("rank: 4", "rank: 4, trim: 0.1", "'trim' is read by aggregate: trimmed_mean; found flora"),
         ("rank: 4", "rank: 4, max_tokens: 4", "rows longer than expected: max_tokens is 4"),
         ("rank: 4", "rank: 4, aggregate: flor", "Did you mean 'flora'?"),

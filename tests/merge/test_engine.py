@@ -243,6 +243,16 @@ def test_models_with_different_starts_are_refused_unless_asked_for(family: Path,
     merge(family, "stranger", "linear", models, different_starts="allow")
 
 
+def test_a_misspelt_command_and_a_folder_below_a_file_are_said_to_be_that(family: Path, tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["merge", "inspekt", "m.yaml"])
+    assert done.exit_code
+    assert "No such command or file 'inspekt'. Did you mean 'inspect'?" in done.output
+    (tmp_path / "note").write_text("")
+    plan = plan_merge(configure("linear", {"e0": {}, "e1": {}}), folder=family)
+    with pytest.raises(MergeError, match=r"note is a file, so there can be no folder .*note/out"):
+        run_merge(plan, tmp_path / "note/out")
+
+
 def test_heads_tied_and_untied(family: Path, tmp_path: Path) -> None:
     tied = tensors_of(family / "e0")
     embedding = tied["model.embed_tokens.weight"]

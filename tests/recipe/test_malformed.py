@@ -1,13 +1,16 @@
 """Malformed recipes: each is one clear error that names the place, what was found and what to do."""
 
 from pathlib import Path
+from typing import Annotated, Literal
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import BaseModel, Field, ValidationError
 
 from evertune.errors import RecipeError
 from evertune.recipe.load import load_recipe
+from evertune.recipe.problems import problem_lines
 from tests.recipe.texts import VALID, changed, load_text
 
 # name -> (text, what the one line of the error must hold)
@@ -272,3 +275,16 @@ def test_any_damage_is_a_recipe_or_a_recipe_error(
         assert load_recipe(path).digest
     except RecipeError as error:
         assert str(error).startswith(str(path))
+
+
+def test_a_rule_of_the_schema_that_has_no_words_of_its_own_keeps_pydantics() -> None:
+    class Odd(BaseModel):
+        steps: Annotated[int, Field(multiple_of=4)]
+        kind: Annotated[str, Field(max_length=2)] | Literal["long"]
+
+    with pytest.raises(ValidationError) as caught:
+        Odd.model_validate({"steps": 3, "kind": "middle"})
+    places = {(): "r.yaml:1", ("steps",): "r.yaml:1", ("kind",): "r.yaml:2"}
+    lines = problem_lines(caught.value, {"steps": 3, "kind": "middle"}, places, root=Odd)
+    assert lines[0] == "r.yaml:1, steps: found 3: Input should be a multiple of 4."
+    assert lines[1].startswith("r.yaml:2, kind: found 'middle'")
