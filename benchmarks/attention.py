@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.contest import machine
-from evertune.model.packing import _RowAttention
+from evertune.model.row_attention import RowAttention, Rows
 
 HEADS, KEY_HEADS, WIDTH = 9, 3, 64
 
@@ -38,7 +38,7 @@ def main() -> None:
             "fused": lambda parts=inputs: F.scaled_dot_product_attention(
                 *(one.unsqueeze(0) for one in parts), is_causal=True, enable_gqa=True
             )[0].transpose(0, 1),
-            "blocks": lambda parts=inputs, t=tokens: _RowAttention.apply(*parts, (t,), WIDTH**-0.5, None),
+            "blocks": lambda parts=inputs, t=tokens: RowAttention.apply(*parts, Rows.apart([t]), WIDTH**-0.5, None),
         }
         spent: dict[str, list[float]] = {name: [] for name in ways}
         for turn in range(options.repeats + 1):

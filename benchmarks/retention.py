@@ -1,11 +1,13 @@
 """Whether a cheap anchor retains as well as the exact one: the same update under four anchors, three seeds each.
 
-    python -m benchmarks.retention --data folder [--seeds 1 2 3] [--steps 60]
+    python -m benchmarks.retention --data folder [--seeds 1 2 3] [--steps 60] [--only none exact]
 
-The bundled model learns one skill (`banking20`), a fifth of the rows general ones (`replay_dolly`), LoRA of rank 16,
-a high rate so that there is something to lose. Anchors: none, exact on all rows (`cache: hidden`), top 64 words on all
-rows, top 64 words on the replayed rows only. Asked afterwards: the skill, and what should stay (ARC-Easy; bits per byte
-of held-out general answers). Each run is an ordinary recipe under --folder; what is done is not done again.
+The bundled model first learns one skill (`banking20`), once for all. Then it learns another (`snips7`), a fifth of the
+rows general ones (`replay_dolly`), so that nothing but the anchor, to the model that this update starts from, holds the
+first skill. LoRA of rank 16 and a high rate, so that there is something to lose. Anchors: none, exact on all rows
+(`cache: hidden`), top 64 words on all rows, top 64 words on the replayed rows only. Asked before and after: both skills,
+ARC-Easy, bits per byte of held-out general answers. Each run is an ordinary recipe; those of an anchor share a
+workspace under --folder, where what is done is not done again.
 """
 
 import argparse
@@ -18,45 +20,73 @@ from typing import Any
 
 from benchmarks.contest import machine
 
+EVERTUNE = [sys.executable, "-m", "evertune"]
 ANCHORS: dict[str, dict[str, Any]] = {
     "none": {"kl": 0.0},
     "exact": {"kl": 0.1, "to": "start", "on": "both", "cache": "hidden"},
     "top64": {"kl": 0.1, "to": "start", "on": "both", "cache": "top64"},
-    "top64 on replay": {"kl": 0.1, "to": "start", "on": "replay", "cache": "top64"},
+    "top64-replay": {"kl": 0.1, "to": "start", "on": "replay", "cache": "top64"},
 }
 
 
-def recipe(data: Path, folder: Path, anchor: dict[str, Any], seed: int, steps: int) -> Path:
-    """Write the recipe of one run; returns its place."""
+STAGE = {"batch_rows": 8, "micro_batch_rows": 8, "lr": 1e-3, "tune": {"lora": {"rank": 16}}}
+
+
+def taught(data: Path, folder: Path) -> Path:
+    """A folder with the model that has learnt the first skill; made when it is not there."""
+    made = folder / "taught"
+    if not made.is_dir():
+        stage = {**STAGE, "data": ["skill"], "steps": 60, "replay": {"share": 0.0}, "anchor": {"kl": 0.0}}
+        probe = {"path": str(data / "replay_dolly/validation.jsonl"), "kind": "bits_per_byte", "role": "watch"}
+        rows = {"path": str(data / "banking20/train.jsonl"), "format": "messages"}
+        place = write(folder / "first.yaml", "smollm2-135m", 1, {"skill": rows}, {"general": probe}, stage)
+        perform(place)
+        subprocess.run([*EVERTUNE, "export", str(folder / "first"), "update/1-sft", "--out", str(made)], check=True)
+    return made
+
+
+def second(data: Path, folder: Path, base: Path, anchor: dict[str, Any], seed: int, steps: int) -> Path:
+    """Write the recipe of one update; returns its place."""
     stage = {
-        "data": ["skill"], "steps": steps, "batch_rows": 8, "micro_batch_rows": 8, "lr": 1e-3,
-        "tune": {"lora": {"rank": 16}}, "replay": {"share": 0.2, "from": ["general"]}, "anchor": anchor,
+        **STAGE, "data": ["skill"], "steps": steps, "replay": {"share": 0.2, "from": ["general"]}, "anchor": anchor
     }  # fmt: skip
+    rows = {
+        name: {"path": str(data / place / "train.jsonl"), "format": "messages"}
+        for name, place in (("skill", "snips7"), ("general", "replay_dolly"))
+    }
+    probes = {
+        "new-skill": {"path": str(data / "snips7/validation.jsonl"), "kind": "choice", "role": "target"},
+        "old-skill": {"path": str(data / "banking20/validation.jsonl"), "kind": "choice"},
+        "arc": {"path": str(data / "arc_easy/validation.jsonl"), "kind": "choice"},
+        "general": {"path": str(data / "replay_dolly/validation.jsonl"), "kind": "bits_per_byte"},
+    }
+    return write(folder / f"seed-{seed}.yaml", str(base), seed, rows, probes, stage)
+
+
+def write(place: Path, base: str, seed: int, data: Any, probes: Any, stage: Any) -> Path:
+    """A recipe of one round with one sft stage; its workspace stands beside it, `run` or by the file's name."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    workspace = "first" if place.stem == "first" else "run"
+    rounds = [{"name": "update", "stages": [{"sft": stage}]}]
     text = {
-        "evertune": 1, "name": folder.name, "base": "smollm2-135m", "workspace": "run", "seed": seed,
-        "data": {
-            "skill": {"path": str(data / "banking20/train.jsonl"), "format": "messages"},
-            "general": {"path": str(data / "replay_dolly/train.jsonl"), "format": "messages"},
-        },
-        "probes": {
-            "skill": {"path": str(data / "banking20/validation.jsonl"), "kind": "choice", "role": "target"},
-            "arc": {"path": str(data / "arc_easy/validation.jsonl"), "kind": "choice", "role": "guard"},
-            "general": {"path": str(data / "replay_dolly/validation.jsonl"), "kind": "bits_per_byte", "role": "guard"},
-        },
-        "rescue": [], "rounds": [{"name": "update", "stages": [{"sft": stage}]}],
+        "evertune": 1, "name": place.parent.name, "base": base, "workspace": workspace, "seed": seed, "data": data,
+        "probes": probes, "rescue": [], "rounds": rounds,
     }  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
-    place = folder / "recipe.yaml"
     place.write_text(json.dumps(text))  # JSON is YAML
     return place
 
 
-def values(place: Path) -> dict[str, float]:
-    """The change of each probe from the base to the update; runs the recipe, or what is missing of it."""
-    done = subprocess.run([sys.executable, "-m", "evertune", "run", str(place), "--quiet"])
+def perform(place: Path) -> None:
+    """Run a recipe, or what is missing of it; whatever the gate says of it."""
+    done = subprocess.run([*EVERTUNE, "run", str(place), "--quiet"])
     if done.returncode not in (0, 2, 4):
         raise RuntimeError(f"{place} ended with {done.returncode}")
-    command = [sys.executable, "-m", "evertune", "log", str(place.parent / "run"), "--json"]
+
+
+def values(place: Path) -> dict[str, float]:
+    """The change of each probe from the base to the update; runs the recipe, or what is missing of it."""
+    perform(place)
+    command = [*EVERTUNE, "log", str(place.parent / "run"), "--json"]
     log = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     scores: dict[str, dict[str, float]] = {}
     for event in log["events"]:
@@ -72,13 +102,15 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("retention-run"))
     parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2, 3])
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--only", nargs="*", choices=ANCHORS, default=list(ANCHORS), help="these anchors")
     options = parser.parse_args()
+    data, folder = options.data.absolute(), options.folder.absolute()
     print(json.dumps(machine()))
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in ANCHORS}
+    base = taught(data, folder)
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in options.only}
     for seed in options.seeds:
-        for name, anchor in ANCHORS.items():
-            folder = options.folder / f"{name.replace(' ', '-')}-{seed}"
-            place = recipe(options.data.absolute(), folder, anchor, seed, options.steps)
+        for name in options.only:
+            place = second(data, folder / name, base, ANCHORS[name], seed, options.steps)
             found[name].append(values(place))
             print(f"seed {seed}, {name}: {json.dumps(found[name][-1])}", flush=True)
     names = list(next(iter(found.values()))[0])

@@ -7,13 +7,15 @@
     python -m benchmarks.step anchor --tune lora --model 128k
     python -m benchmarks.step flops --tune lora      multiplications of the same steps, whatever else the machine does
     python -m benchmarks.step profile --tune lora    where the time of a step goes
+    python -m benchmarks.step shared                 share of the rows' tokens that are read; --rows may be pairs, too
 
 Model: smollm2-135m, or a model with 128,256 words made here (random weights, 8 layers of 576). Rows: --rows, a JSONL of
 chats; each contestant sees the same ones, --batch in a step, in bfloat16. Adapters: rank 16 on all linear layers.
 
 A step is forward, backward, clipping and AdamW. `loop` is what one writes by hand: rows sorted by length, padded,
-transformers' own loss on labels, torch's AdamW on the parameters themselves. `evertune-compiled` (`--only evertune
-evertune-compiled`) is Evertune with what lies between the matrix products put through torch.compile. TRL runs as it is
+transformers' own loss on labels, torch's AdamW on the parameters themselves. Further contestants for `--only`:
+`evertune-compiled` is Evertune with what lies between the matrix products put through torch.compile, `evertune-apart`
+Evertune where each row reads what it has in common with others for itself. TRL runs as it is
 installed beside this package, with bfloat16 weights and without gradient checkpointing: its best here, as `trl` shows.
 Both update bfloat16 weights directly (TRL: adapters too); Evertune updates float32 masters. Tokens are those of the
 rows, without padding.
@@ -138,6 +140,10 @@ def _evertune(options: argparse.Namespace) -> None:
     turns = Turns(options.device)
     if options.name == "evertune-compiled":
         _compile_between_products()
+    if options.name == "evertune-apart":
+        from evertune.train import objective
+
+        objective.draws_at_random = lambda model: True  # type: ignore[assignment]
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(
             options, Path(folder), anchor=ANCHORS.get(options.name), has_replay=options.name in ANCHORS
@@ -396,9 +402,31 @@ def flops(options: argparse.Namespace) -> None:
         print(f"| {name} | {one:.0f} | {one / found['plain']:.3f} |")
 
 
+def shared(options: argparse.Namespace) -> None:
+    """What rows of a forward pass have in common at their start is read once: how much is left."""
+    from evertune.model.codec import load_codec
+    from evertune.model.tree import grow
+
+    codec = load_codec(model_folder(options.model))
+    groups: list[list[list[int]]] = []
+    with Path(options.rows).open(encoding="utf-8") as lines:
+        for line in lines:
+            one = json.loads(line)
+            chats = (
+                [one["prompt"] + one[side] for side in ("chosen", "rejected")] if "chosen" in one else [one["messages"]]
+            )
+            groups.append([list(codec.encode_chat(chat).ids) for chat in chats])
+    tokens = read = 0
+    for first in range(0, len(groups), options.micro):
+        rows = [row for group in groups[first : first + options.micro] for row in group]
+        tokens += sum(map(len, rows))
+        read += sum(len(tree.ids) for tree in grow(rows, budget=sys.maxsize))
+    print(f"{options.rows}, {options.micro} at a time: {len(groups)} rows, {tokens} tokens, {read / tokens:.3f} read")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("run", choices=["plain", "trl", "anchor", "flops", "profile", "contestant"])
+    parser.add_argument("run", choices=["plain", "trl", "anchor", "flops", "profile", "shared", "contestant"])
     parser.add_argument("--tune", choices=["lora", "full"], default="lora")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--rows", required=True, help="a JSONL of chats, such as replay_dolly/train.jsonl")
@@ -412,7 +440,10 @@ def main() -> None:
     parser.add_argument("--out", help="a JSON file for the ratios")
     parser.add_argument("--name", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    runs = {"plain": plain, "trl": trl, "anchor": anchor, "flops": flops, "profile": profile, "contestant": contestant}
+    runs = {
+        "plain": plain, "trl": trl, "anchor": anchor, "flops": flops, "profile": profile, "shared": shared,
+        "contestant": contestant,
+    }  # fmt: skip
     runs[options.run](options)
 
 

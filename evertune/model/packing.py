@@ -5,12 +5,20 @@
     position  0 1 2 0 1 0 1 2 3
     attention within each row, causal
 
+What rows have in common at their start (a system prompt, the prompt of two answers) need not be read twice:
+
+    rows      s t a b      s t c
+    shared    s t a b c                     a token sees the tokens on its way from the start of its row
+    position  0 1 2 3 2
+
 Linear layers and norms act on tokens one by one, so only attention has to know where rows begin. The model calls it by
-the name `NAME` in transformers' registry; asked without rows, that is transformers' own `sdpa`.
+the name `NAME` in transformers' registry; asked without rows, that is transformers' own `sdpa`. (Sharing the prompt of
+a preference pair: arXiv:2410.20305.)
 """
 
-# B rows, T tokens of all rows, t of one row, Q queries of a block, H heads, K key heads, G = H / K, D head width
+# B rows, T tokens that are read, t of one row, H heads, K key heads, D head width
 
+import sys
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from inspect import signature
@@ -24,7 +32,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from evertune.model.tree import AtOnce, ByRuns, Paths, Tree
+from evertune.model.row_attention import RowAttention, Rows
+from evertune.model.tree import AtOnce, ByRuns, Paths, Tree, grow
 
 flash_rows: Any
 try:
@@ -34,10 +43,6 @@ except ImportError:  # before torch 2.10
 
 NAME = "evertune_packed"
 ROWS, TREE = "packed_rows", "packed_tree"
-# Queries of one block: half of a long row's scores lie behind the query and are not computed. 96 to 160 are alike.
-BLOCK = 128
-# Probabilities of rows up to this length are kept for the backward pass; longer rows compute them twice.
-KEPT_TOKENS = 1024
 # What an architecture may add to the scores, and the attention here does not.
 _UNKNOWN = ("softcap", "s_aux", "position_bias", "sinks", "head_mask")
 _LAYERS = {"full_attention", "sliding_attention"}
@@ -72,18 +77,42 @@ def enable_packing(model: Any) -> bool:
     return is_exact
 
 
-def packed_hidden(decoder: Callable[..., Any], rows: Sequence[Tensor]) -> Tensor:
+def packed_hidden(
+    decoder: Callable[..., Any], rows: Sequence[Tensor], *, asked: Tensor | None = None, shares: bool = False
+) -> Tensor:
     """Last hidden states (T, H) of all tokens of the rows, one row after the other.
 
     Args:
         decoder: of a model that `enable_packing` has accepted.
         rows: token ids (t,) int64 of each row, at least one each.
+        asked: (T,) bool, where not all tokens are asked for: of which.
+        shares: read once what several rows begin with. On a CPU, and of a model that draws nothing at random: a token
+            that is read once has one dropout mask.
     """
-    lengths = tuple(map(len, rows))
-    ids_1T = torch.cat(list(rows)).unsqueeze(0)
-    positions_1T = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0).to(ids_1T.device)
-    hidden_TH: Tensor = _read(decoder, ids_1T, positions_1T, {ROWS: lengths}).last_hidden_state[0]
-    return hidden_TH
+    device = rows[0].device
+    tree = grow([row.tolist() for row in rows], budget=sys.maxsize)[0] if shares and len(rows) > 1 else None
+    if tree is None or len(tree.ids) == sum(map(len, rows)):
+        read = Rows.apart([len(row) for row in rows])
+        ids_1T = torch.cat(list(rows)).unsqueeze(0)
+        positions_1T = torch.cat([torch.arange(len(row)) for row in rows]).unsqueeze(0).to(device)
+        places = None if asked is None else asked.nonzero().squeeze(1)
+    else:
+        read = Rows.along(tree)
+        ids_1T, positions_1T = (torch.tensor([one], device=device) for one in (tree.ids, tree.positions))
+        places = torch.tensor([place for i in range(len(rows)) for place in tree.places[i]], device=device)
+        places = places if asked is None else places[asked]
+    hidden_TH: Tensor = _read(decoder, ids_1T, positions_1T, {ROWS: read}).last_hidden_state[0]
+    return hidden_TH if places is None else hidden_TH[places]
+
+
+def draws_at_random(model: Any) -> bool:
+    """Whether a forward pass has dropout or noise: by the model's config, or in a module such as an adapter's."""
+    if not model.training:
+        return False
+    settings = model.config.get_text_config().to_dict()
+    chances = [one for key, one in settings.items() if "drop" in key or "jitter" in key]
+    chances += [one.p for one in model.modules() if isinstance(one, nn.Dropout)]
+    return any(isinstance(one, int | float) and one > 0 for one in chances)
 
 
 def read_tree(decoder: nn.Module, tree: Tree, *, device: torch.device) -> Any:
@@ -145,12 +174,14 @@ def _attention(
     if paths is not None:
         return paths.attend(query[0], key[0], value[0], scale, window).transpose(0, 1).unsqueeze(0), None
     if query.device.type == "cpu" and dropout == 0.0:
-        return _RowAttention.apply(query[0], key[0], value[0], rows, scale, window).unsqueeze(0), None
+        return RowAttention.apply(query[0], key[0], value[0], rows, scale, window).unsqueeze(0), None
     if dropout == 0.0 and _has_flash(query):
-        return _flash(query[0], key[0], value[0], rows, scale, window).unsqueeze(0), None
+        return _flash(query[0], key[0], value[0], rows.lengths, scale, window).unsqueeze(0), None
     parts = [
         _sdpa(query_t, key_t, value_t, scale, window, dropout)
-        for query_t, key_t, value_t in zip(*(one.split(rows, dim=2) for one in (query, key, value)), strict=True)
+        for query_t, key_t, value_t in zip(
+            *(one.split(rows.lengths, dim=2) for one in (query, key, value)), strict=True
+        )
     ]
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
 
@@ -196,122 +227,6 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int |
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale, enable_gqa=True
         )
-
-
-class _RowAttention(torch.autograd.Function):
-    """Causal attention within each row, by blocks of queries, as two products with a softmax between them.
-
-    On a CPU in bfloat16 the backward pass of torch's fused attention takes four times as long as this one at 150 tokens
-    and is not more exact. Key heads serve their groups of queries without being repeated.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query_HTD: Tensor,
-        key_KTD: Tensor,
-        value_KTD: Tensor,
-        rows: tuple[int, ...],
-        scale: float,
-        window: int | None,
-    ) -> Tensor:
-        H, T, D = query_HTD.shape
-        K = key_KTD.shape[0]
-        out_TKGD = query_HTD.new_empty((T, K, H // K, D))
-        query_KGTD = query_HTD.unflatten(0, (K, H // K))
-        kept: list[Tensor] = []
-        is_kept = any(ctx.needs_input_grad[:3])
-        for first, length in _starts(rows):
-            for block in _blocks(length, window):
-                queries, keys = block.places(first)
-                probability_KQk = _probabilities(query_KGTD[:, :, queries], key_KTD[:, keys], block, scale)
-                found_KQD = torch.bmm(probability_KQk, value_KTD[:, keys])
-                out_TKGD[queries] = found_KQD.view(K, H // K, -1, D).permute(2, 0, 1, 3)
-                if is_kept and length <= KEPT_TOKENS:
-                    kept.append(probability_KQk)
-        ctx.save_for_backward(query_HTD, key_KTD, value_KTD, *kept)
-        ctx.rows, ctx.scale, ctx.window = rows, scale, window
-        return out_TKGD.view(T, H, D)
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        query_HTD, key_KTD, value_KTD, *kept = ctx.saved_tensors
-        H, T, D = query_HTD.shape
-        K = key_KTD.shape[0]
-        grad_KGTD = upstream[0].view(T, K, H // K, D).permute(1, 2, 0, 3)
-        query_KGTD = query_HTD.unflatten(0, (K, H // K))
-        # Laid out as the projections made them, token by token.
-        of_query_TKGD = query_HTD.new_empty((T, K, H // K, D))
-        of_key_KTD = key_KTD.new_zeros((T, K, D)).transpose(0, 1)
-        of_value_KTD = value_KTD.new_zeros((T, K, D)).transpose(0, 1)
-        probabilities = iter(kept)
-        for first, length in _starts(ctx.rows):
-            for block in _blocks(length, ctx.window):
-                queries, keys = block.places(first)
-                group = query_KGTD[:, :, queries]
-                if length <= KEPT_TOKENS:
-                    probability_KQk = next(probabilities)
-                else:
-                    probability_KQk = _probabilities(group, key_KTD[:, keys], block, ctx.scale)
-                grad_KQD = grad_KGTD[:, :, queries].reshape(K, -1, D)
-                slope_KQk = torch.bmm(grad_KQD, value_KTD[:, keys].transpose(1, 2))
-                slope_KQk = torch._softmax_backward_data(slope_KQk, probability_KQk, -1, probability_KQk.dtype)
-                found_KQD = torch.bmm(slope_KQk, key_KTD[:, keys]).mul_(ctx.scale)
-                of_query_TKGD[queries] = found_KQD.view(K, H // K, -1, D).permute(2, 0, 1, 3)
-                of_value_KTD[:, keys] += torch.bmm(probability_KQk.transpose(1, 2), grad_KQD)
-                of_key_KTD[:, keys] += torch.bmm(slope_KQk.transpose(1, 2), group.reshape(K, -1, D))
-        of_query_HTD = of_query_TKGD.view(T, H, D).transpose(0, 1)
-        return of_query_HTD, of_key_KTD.mul_(ctx.scale), of_value_KTD, None, None, None
-
-
-class _Block:
-    """Queries [first, last) of a row, and the keys [start, last) that any of them sees."""
-
-    def __init__(self, first: int, last: int, window: int | None) -> None:
-        self.first, self.last = first, last
-        self.start = 0 if window is None else max(0, first - window + 1)
-        self.window = window
-
-    def places(self, row: int) -> tuple[slice, slice]:
-        """Places of queries and keys where the row begins at `row`."""
-        return slice(row + self.first, row + self.last), slice(row + self.start, row + self.last)
-
-    def hide(self, scores_KGQk: Tensor) -> None:
-        """Set to minus infinity what a query does not see, in place."""
-        size = self.last - self.first
-        scores_KGQk[..., -size:] += _later(size, scores_KGQk.dtype)
-        if self.window is not None and self.last - self.start > self.window:
-            seen = torch.ones(scores_KGQk.shape[-2:], dtype=torch.bool).triu(self.first - self.start - self.window + 1)
-            scores_KGQk.masked_fill_(~seen, -torch.inf)
-
-
-def _probabilities(group_KGQD: Tensor, key_KkD: Tensor, block: _Block, scale: float) -> Tensor:
-    K, G, Q, D = group_KGQD.shape
-    query_KQD = group_KGQD.reshape(K, G * Q, D)
-    unused = query_KQD.new_empty((1, 1, 1))
-    scores_KQk = torch.baddbmm(unused, query_KQD, key_KkD.transpose(1, 2), beta=0, alpha=scale)
-    block.hide(scores_KQk.view(K, G, Q, -1))
-    return scores_KQk.softmax(dim=-1)
-
-
-@lru_cache(maxsize=2 * BLOCK)
-def _later(size: int, dtype: torch.dtype) -> Tensor:
-    """(size, size): minus infinity at keys that come after the query, 0 elsewhere."""
-    return torch.full((size, size), -torch.inf, dtype=dtype).triu(1)
-
-
-@lru_cache(maxsize=4096)
-def _blocks(length: int, window: int | None) -> tuple[_Block, ...]:
-    return tuple(_Block(first, min(first + BLOCK, length), window) for first in range(0, length, BLOCK))
-
-
-def _starts(rows: Sequence[int]) -> list[tuple[int, int]]:
-    """(first token, tokens) of each row."""
-    found, first = [], 0
-    for length in rows:
-        found.append((first, length))
-        first += length
-    return found
 
 
 AttentionInterface.register(NAME, _attention)

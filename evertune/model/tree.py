@@ -69,9 +69,10 @@ class Tree:
             else:
                 groups.append([one])
                 joins = is_leaf
-        return [Run(self._ancestors(group[0]), tuple(group)) for group in groups]
+        return [Run(self.ancestors(group[0]), tuple(group)) for group in groups]
 
-    def _ancestors(self, segment: Segment) -> tuple[Segment, ...]:
+    def ancestors(self, segment: Segment) -> tuple[Segment, ...]:
+        """The segments that lead up to one, from the root."""
         found: list[Segment] = []
         while segment.parent is not None:
             segment = self.segments[segment.parent]

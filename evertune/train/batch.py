@@ -60,11 +60,12 @@ def collate(rows: Sequence[EncodedRow], *, pad_id: int, device: torch.device) ->
     return MicroBatch(tuple(rows), ids_BT.to(device), predicts_BT.to(device))
 
 
-def counted_hidden(decoder: Decoder, batch: MicroBatch, *, is_packed: bool) -> Tensor:
+def counted_hidden(decoder: Decoder, batch: MicroBatch, *, is_packed: bool, shares: bool = False) -> Tensor:
     """Last hidden states (N, H) at the counted positions, row by row.
 
     Args:
         is_packed: read the rows packed; the model must have been accepted by `enable_packing`.
+        shares: read once what packed rows begin with alike; see `packed_hidden`.
     """
     if not is_packed or not batch.predicts_BT.any():
         hidden_BTH: Tensor = decoder(input_ids=batch.ids_BT, use_cache=False).last_hidden_state
@@ -73,7 +74,8 @@ def counted_hidden(decoder: Decoder, batch: MicroBatch, *, is_packed: bool) -> T
     lengths = [int(one.nonzero()[0][-1]) + 1 if one.any() else 0 for one in predicts]
     rows = [batch.ids_BT[b, :length] for b, length in enumerate(lengths) if length]
     asked_T = np.concatenate([one[:length] for one, length in zip(predicts, lengths, strict=True)])
-    return packed_hidden(decoder, rows)[torch.from_numpy(asked_T).to(batch.ids_BT.device)]
+    asked = torch.from_numpy(asked_T).to(batch.ids_BT.device)
+    return packed_hidden(decoder, rows, asked=asked, shares=shares)
 
 
 def counted_positions(row: EncodedRow) -> int:

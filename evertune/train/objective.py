@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from evertune.data.encode import EncodedRow, Item
+from evertune.model.packing import draws_at_random
 from evertune.train.batch import Decoder, MicroBatch, collate, counted_hidden, counted_positions
 from evertune.train.head import Head, PositionTerm, head_loss
 from evertune.train.penalty import Penalty
@@ -47,7 +48,8 @@ class Policy:
 
     def counted_hidden(self, batch: MicroBatch) -> Tensor:
         """Last hidden states (N, H) at the counted positions."""
-        return counted_hidden(self.decoder, batch, is_packed=self.is_packed)
+        shares = self.device.type == "cpu" and not draws_at_random(self.model)
+        return counted_hidden(self.decoder, batch, is_packed=self.is_packed, shares=shares)
 
     def backward(self, loss: Tensor) -> None:
         """Add the loss's gradient to the model's."""

@@ -75,7 +75,8 @@ class LiveReference:
         self._model.eval()
         try:
             with self._frozen():
-                hidden_MH = counted_hidden(self._decoder, batch, is_packed=self._is_packed)
+                shares = batch.ids_BT.device.type == "cpu"
+                hidden_MH = counted_hidden(self._decoder, batch, is_packed=self._is_packed, shares=shares)
         finally:
             self._model.train(was_training)
         self.forwards += 1

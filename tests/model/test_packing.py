@@ -9,8 +9,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM
 
-from evertune.model import packing
-from evertune.model.packing import BLOCK, enable_packing, packed_hidden
+from evertune.model import packing, row_attention
+from evertune.model.packing import enable_packing, packed_hidden
+from evertune.model.row_attention import BLOCK, RowAttention, Rows
+from evertune.model.tree import grow
 
 ROWS = (1, 5, BLOCK, 2 * BLOCK + 3)
 
@@ -37,10 +39,10 @@ def _by_torch(query: Tensor, key: Tensor, value: Tensor, window: int | None) -> 
 @pytest.mark.parametrize("window", [None, 3, BLOCK - 1, BLOCK + 7])
 @pytest.mark.parametrize("kept", [0, 10**6])
 def test_attention_within_rows_and_its_gradient_are_torch_s(window: int | None, kept: int, monkeypatch: Any) -> None:
-    monkeypatch.setattr(packing, "KEPT_TOKENS", kept)
+    monkeypatch.setattr(row_attention, "KEPT_TOKENS", kept)
     *inputs, slope = _heads()
     inputs = [one.requires_grad_() for one in inputs]
-    ours = packing._RowAttention.apply(*inputs, ROWS, 8**-0.5, window)
+    ours = RowAttention.apply(*inputs, Rows.apart(ROWS), 8**-0.5, window)
     theirs = _by_torch(*inputs, window)
     assert torch.allclose(ours, theirs, atol=1e-12)
     slope = slope.transpose(0, 1)
@@ -71,7 +73,7 @@ def test_in_bfloat16_it_is_as_close_to_the_truth_as_torch_s_own() -> None:
     truth = torch.autograd.grad(_by_torch(*exact, None), exact, slope.double().transpose(0, 1))
     inputs = [one.requires_grad_() for one in inputs]
     errors = []
-    for found in (packing._RowAttention.apply(*inputs, ROWS, 8**-0.5, None), _by_torch(*inputs, None)):
+    for found in (RowAttention.apply(*inputs, Rows.apart(ROWS), 8**-0.5, None), _by_torch(*inputs, None)):
         gradients = torch.autograd.grad(found, inputs, slope.transpose(0, 1))
         errors.append(
             [float((one.double() - true).norm() / true.norm()) for one, true in zip(gradients, truth, strict=True)]
@@ -92,6 +94,110 @@ def test_a_row_has_the_hidden_states_and_gradients_it_has_alone(tiny_model: Path
     for name, parameter in packed.named_parameters():
         expected_grad = dict(alone.named_parameters())[name].grad
         assert torch.allclose(parameter.grad, expected_grad, rtol=1e-4, atol=1e-4), name
+
+
+SYSTEM, PROMPT = torch.arange(90, 110), torch.arange(120, 131)
+# Two answers to one prompt, another prompt behind the same system prompt, a row twice, one that ends where others go
+# on, and one that shares nothing.
+FAMILY = [
+    torch.cat([SYSTEM, PROMPT, torch.arange(5, 12)]),
+    torch.arange(200, 215),
+    torch.cat([SYSTEM, PROMPT, torch.arange(30, 190)]),
+    torch.cat([SYSTEM, torch.arange(60, 64)]),
+    torch.cat([SYSTEM, torch.arange(60, 64)]),
+    torch.cat([SYSTEM, PROMPT[:9]]),
+]
+
+
+def _tokens_read(model: Any) -> list[int]:
+    read: list[int] = []
+    model.get_input_embeddings().register_forward_hook(lambda module, args, out: read.append(args[0].numel()))
+    return read
+
+
+def test_what_rows_begin_with_is_read_once_and_nothing_else_changes(tiny_model: Path) -> None:
+    models = [AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float64) for _ in range(2)]
+    counts = [_tokens_read(model) for model in models]
+    assert all(map(enable_packing, models))
+    asked = torch.cat([torch.arange(len(row)) % 3 > 0 for row in FAMILY])
+    for mask in (None, asked):
+        hidden = [
+            packed_hidden(model.get_decoder(), FAMILY, asked=mask, shares=shares)
+            for model, shares in zip(models, (False, True), strict=True)
+        ]
+        assert torch.allclose(*hidden, atol=1e-12)
+        assert len(hidden[1]) == (len(asked) if mask is None else int(mask.sum()))
+    # The system prompt, 9 tokens of the prompt, what each has from there; few alike tokens are not worth sharing.
+    assert [one[-1] for one in counts] == [sum(map(len, FAMILY)), 20 + 9 + 9 + 162 + 2 * 4 + 15]
+    for one in hidden:
+        (one * torch.linspace(-1, 1, one.numel(), dtype=one.dtype).view_as(one)).sum().backward()
+    for one, other in zip(*(model.parameters() for model in models), strict=True):
+        # The model's norms are in float32, whatever its dtype.
+        assert one.grad is None or (one.grad - other.grad).norm() <= 1e-6 * one.grad.norm()
+
+
+def test_rows_that_share_nothing_have_the_bits_of_rows_that_may_not(tiny_model: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    assert enable_packing(model)
+    rows = [FAMILY[0], torch.cat([SYSTEM[:7], FAMILY[1]])]  # seven tokens are fewer than are worth it
+    assert torch.equal(*(packed_hidden(model.get_decoder(), rows, shares=shares) for shares in (False, True)))
+
+
+@pytest.mark.parametrize("window", [None, 3, BLOCK - 1, BLOCK + 7])
+@pytest.mark.parametrize("kept", [0, 10**6])
+def test_attention_along_a_tree_and_its_gradient_are_torch_s(window: int | None, kept: int, monkeypatch: Any) -> None:
+    """Against torch's attention with the tree's mask written out: who shares my row up to me, and is near enough."""
+    monkeypatch.setattr(row_attention, "KEPT_TOKENS", kept)
+    rows = [torch.arange(300).tolist(), [*range(140), *range(400, 560)], [*range(10), 7], [900], [*range(140), 5]]
+    (tree,) = grow(rows, budget=10**6)
+    tokens = len(tree.ids)
+    assert tokens == 300 + 160 + 1 + 1 + 1
+    seen_TT = torch.zeros((tokens, tokens), dtype=torch.bool)
+    for places in tree.places.values():
+        for i, query in enumerate(places):
+            seen_TT[query, places[0 if window is None else max(0, i - window + 1) : i + 1]] = True
+    generator = torch.Generator().manual_seed(0)
+    *inputs, slope = (
+        torch.randn((tokens, heads, 8), generator=generator, dtype=torch.float64).transpose(0, 1)
+        for heads in (6, 2, 2, 6)
+    )
+    inputs = [one.requires_grad_() for one in inputs]
+    ours = RowAttention.apply(*inputs, Rows.along(tree), 8**-0.5, window)
+    theirs = F.scaled_dot_product_attention(*(one[None] for one in inputs), attn_mask=seen_TT, enable_gqa=True)[0]
+    theirs = theirs.transpose(0, 1)
+    assert torch.allclose(ours, theirs, atol=1e-12)
+    slope = slope.transpose(0, 1)
+    for one, other in zip(
+        torch.autograd.grad(ours, inputs, slope), torch.autograd.grad(theirs, inputs, slope), strict=True
+    ):
+        assert torch.allclose(one, other, atol=1e-12)
+
+
+def test_in_bfloat16_shared_tokens_sum_the_slopes_of_their_rows_without_losing_them() -> None:
+    """A prefix of 64 rows: its keys' gradient is as close to the truth as where each row has its own prefix."""
+    rows = [[*range(16), *range(1000 + 9 * i, 1000 + 9 * i + 9)] for i in range(64)]
+    (tree,) = grow(rows, budget=10**6)
+    generator = torch.Generator().manual_seed(1)
+    inputs = [torch.randn((len(tree.ids), heads, 8), generator=generator).transpose(0, 1) for heads in (6, 2, 2)]
+    slope = torch.randn((len(tree.ids), 6, 8), generator=generator) + 0.5
+    gradients = []
+    for dtype in (torch.float64, torch.bfloat16):
+        own = [one.to(torch.bfloat16).to(dtype).requires_grad_() for one in inputs]
+        found = RowAttention.apply(*own, Rows.along(tree), 8**-0.5, None)
+        gradients.append(torch.autograd.grad(found, own, slope.to(torch.bfloat16).to(dtype)))
+    for true, narrow in zip(*gradients, strict=True):
+        assert (narrow.double() - true).norm() < 0.006 * true.norm()
+
+
+def test_no_gradient_goes_from_a_row_to_what_another_has_alone(tiny_model: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    assert enable_packing(model)
+    seen: list[Tensor] = []
+    model.get_input_embeddings().register_forward_hook(lambda module, args, out: seen.append(out.retain_grad() or out))
+    ends = torch.tensor([0, *map(len, FAMILY)]).cumsum(0)
+    packed_hidden(model.get_decoder(), FAMILY, shares=True)[ends[2] : ends[3]].sum().backward()
+    gradient_T = seen[-1].grad[0].abs().sum(dim=-1)
+    assert int((gradient_T != 0).sum()) == len(FAMILY[2])
 
 
 def test_nothing_of_one_row_is_in_another(tiny_model: Path) -> None:
@@ -145,6 +251,9 @@ def test_a_sliding_window_is_kept() -> None:
     expected = torch.cat([model.get_decoder()(input_ids=row[None]).last_hidden_state[0] for row in rows])
     assert enable_packing(model)
     assert torch.allclose(packed_hidden(model.get_decoder(), rows), expected, atol=1e-5)
+    kin = [torch.cat([torch.arange(10), one]) for one in (torch.arange(20, 26), torch.arange(30, 41))]
+    expected = torch.cat([model.get_decoder()(input_ids=row[None]).last_hidden_state[0] for row in kin])
+    assert torch.allclose(packed_hidden(model.get_decoder(), kin, shares=True), expected, atol=1e-5)
 
 
 def test_an_architecture_that_adds_to_the_scores_is_not_packed_and_left_as_it_was() -> None:
@@ -154,7 +263,7 @@ def test_an_architecture_that_adds_to_the_scores_is_not_packed_and_left_as_it_wa
     assert model.config._attn_implementation == before
     query = torch.zeros(1, 2, 3, 4)
     with pytest.raises(NotImplementedError, match="softcap"):
-        packing._attention(model, query, query, query, None, softcap=5.0, packed_rows=(1, 2))
+        packing._attention(model, query, query, query, None, softcap=5.0, packed_rows=Rows.apart([1, 2]))
 
 
 def test_a_model_that_lets_rows_see_each_other_is_not_packed(tiny_model: Path, monkeypatch: Any) -> None:

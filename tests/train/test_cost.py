@@ -25,10 +25,13 @@ from evertune.train.reference import ReferenceSource
 V, H = 261, 32
 
 
-def _row(length: int, counted: range) -> EncodedRow:
-    ids = (np.arange(length) * 7 % 250).astype("<i4")
+def _row(length: int, counted: range, *, alike: int = 0) -> EncodedRow:
+    """Ids of its own behind the first `alike`, which are the same for all."""
+    place = np.arange(length)
+    ids = np.where(place < alike, place + 5, (place * 7 + length) % 250).astype("<i4")
     mask = np.isin(np.arange(length), counted)
-    return EncodedRow("s", str(length), ids, mask, is_replay=length % 2 == 0, digest=f"{length} {counted}")
+    digest = f"{length} {counted} {alike}"
+    return EncodedRow("s", str(length), ids, mask, is_replay=length % 2 == 0, digest=digest)
 
 
 # Of 12, 40 and 25 tokens; counted to the end, to the last but three, and in two turns.
@@ -72,6 +75,33 @@ def test_packed_rows_cost_what_each_costs_alone_and_give_the_gradient_of_padded_
     assert gradients.keys() == expected.keys()
     for name, one in gradients.items():
         assert torch.allclose(one, expected[name], rtol=1e-4, atol=1e-6), name
+
+
+def test_what_rows_begin_with_alike_is_read_once_and_the_gradient_is_that_of_padded_ones(opened: OpenModel) -> None:
+    read: list[int] = []
+    rows = [_row(12, range(6, 12), alike=9), _row(40, range(30, 37), alike=20), _row(25, range(5, 9), alike=20)]
+    opened.model.get_decoder().layers[0].register_forward_pre_hook(lambda module, args: read.append(args[0].shape[1]))
+    together, gradients = _step(_policy(opened), rows)
+    # The last row's 8 tokens are all three rows'; the first goes on with 3, the second with 28, of which one is alike
+    # and too few to be worth sharing.
+    assert read[-1] == 8 + 3 + 28
+    assert together < 0.8 * sum(_step(_policy(opened), [row])[0] for row in rows)
+    _, expected = _step(_policy(opened, is_packed=False), rows)
+    for name, one in gradients.items():
+        assert torch.allclose(one, expected[name], rtol=1e-4, atol=1e-6), name
+
+
+def test_rows_with_dropout_share_nothing(tiny_model: Path) -> None:
+    """Each token of each row has a mask of its own; without training there is none, and they share."""
+    opened = open_model(describe(tiny_model), dtype="float32")
+    add_adapter(opened, rank=4, alpha=8, dropout=0.5, targets="all-linear", seed=1)
+    read: list[int] = []
+    opened.model.get_decoder().layers[0].register_forward_pre_hook(lambda module, args: read.append(args[0].shape[1]))
+    rows, policy = [_row(20, range(15, 20), alike=12), _row(30, range(15, 30), alike=12)], _policy(opened)
+    for is_training, tokens in ((True, 19 + 29), (False, 19 + 29 - 12)):
+        opened.model.train(is_training)
+        _step(policy, rows)
+        assert read[-1] == tokens
 
 
 def test_a_row_is_read_up_to_the_position_that_predicts_its_last_counted_token(opened: OpenModel) -> None:
