@@ -5,8 +5,8 @@
 The bundled model first learns one skill (`banking20`), once for all. Then it learns another (`snips7`), a fifth of the
 rows general ones (`replay_dolly`), so that nothing but the anchor, to the model that this update starts from, holds the
 first skill. LoRA of rank 16 and a high rate, so that there is something to lose. Anchors: none, exact on all rows
-(`cache: hidden`), top 64 words on all rows, top 64 words on the replayed rows only. Asked before and after: both skills,
-ARC-Easy, bits per byte of held-out general answers. Each run is an ordinary recipe; those of an anchor share a
+(`cache: hidden`), top 64 words on all rows, top 64 words on the replayed rows only. Asked before and after: both
+skills, ARC-Easy, bits per byte of held-out general answers. Each run is an ordinary recipe; those of an anchor share a
 workspace under --folder, where what is done is not done again.
 """
 

@@ -14,11 +14,10 @@ chats; each contestant sees the same ones, --batch in a step, in bfloat16. Adapt
 
 A step is forward, backward, clipping and AdamW. `loop` is what one writes by hand: rows sorted by length, padded,
 transformers' own loss on labels, torch's AdamW on the parameters themselves. Further contestants for `--only`:
-`evertune-compiled` is Evertune with what lies between the matrix products put through torch.compile, `evertune-apart`
-Evertune where each row reads what it has in common with others for itself. TRL runs as it is
-installed beside this package, with bfloat16 weights and without gradient checkpointing: its best here, as `trl` shows.
-Both update bfloat16 weights directly (TRL: adapters too); Evertune updates float32 masters. Tokens are those of the
-rows, without padding.
+`evertune-compiled` has `numerics: {compile: true}`; in `evertune-apart` each row reads for itself what it has in common
+with others. TRL runs as it is installed beside this package, with bfloat16 weights and without gradient checkpointing:
+its best here, as `trl` shows. Both update bfloat16 weights directly (TRL: adapters too); Evertune updates float32
+masters. Tokens are those of the rows, without padding.
 """
 
 import argparse
@@ -138,8 +137,6 @@ def contestant(options: argparse.Namespace) -> None:
 
 def _evertune(options: argparse.Namespace) -> None:
     turns = Turns(options.device)
-    if options.name == "evertune-compiled":
-        _compile_between_products()
     if options.name == "evertune-apart":
         from evertune.train import objective
 
@@ -155,28 +152,6 @@ def _evertune(options: argparse.Namespace) -> None:
             metrics = trainer.step(step)
             turns.tell(tokens=metrics["tokens"], counted=metrics["counted_tokens"], loss=metrics["loss"])
             step += 1
-
-
-def _compile_between_products() -> None:
-    """Norms, rotations and gates of the bundled model's architecture, for any number of tokens. Whole layers would be
-    compiled again for each new division of a batch into rows, on which attention depends."""
-    import torch
-    from transformers.models.llama import modeling_llama as llama
-
-    def gate(opened: Any, values: Any) -> Any:
-        return torch.nn.functional.silu(opened) * values
-
-    gated = torch.compile(gate, dynamic=True)
-
-    def mlp(self: Any, x: Any) -> Any:
-        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
-
-    for place, name, made in (
-        (llama.LlamaRMSNorm, "forward", torch.compile(llama.LlamaRMSNorm.forward, dynamic=True)),
-        (llama, "apply_rotary_pos_emb", torch.compile(llama.apply_rotary_pos_emb, dynamic=True)),
-        (llama.LlamaMLP, "forward", mlp),
-    ):
-        setattr(place, name, made)
 
 
 def make_trainer(options: argparse.Namespace, folder: Path, *, anchor: Any, has_replay: bool) -> Any:
@@ -207,7 +182,7 @@ def make_trainer(options: argparse.Namespace, folder: Path, *, anchor: Any, has_
         weight_decay=0.0, clip=1.0, gradient_checkpointing=False, ema_decay=None, save_steps=10**6,
         anchor=AnchorSpec(kl=0.1, direction="forward", reference=base, **anchor) if anchor else None,
         plugins=[], seed=1, dtype="bfloat16", device=options.device, threads=options.threads, track=[],
-        kernels="liger" if options.name == "evertune-liger" else "torch",
+        kernels="liger" if options.name == "evertune-liger" else "torch", compile=options.name == "evertune-compiled",
     )  # fmt: skip
     workspace = Workspace.open(folder / "workspace", create=True)
     accelerator = make_accelerator(device=options.device, track=[], logging_dir=folder)

@@ -26,20 +26,27 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 
 
 def step(data: Path) -> Iterator[tuple[str, list[str]]]:
-    rows = ["--rows", str(data / "replay_dolly/train.jsonl"), "--batch", "16", "--micro", "16", "--steps", "3"]
-    for tune in ("lora", "full"):
-        yield f"step, {tune}", ["benchmarks.step", "plain", *rows, "--rounds", "1", "--tune", tune]
-        yield f"anchor, {tune}", ["benchmarks.step", "anchor", *rows, "--rounds", "1", "--tune", tune]
-    wide = ["--model", "128k", "--only", "plain", "top64-both", "hidden-both", "live-both"]
-    yield "anchor, 128k words", ["benchmarks.step", "anchor", *rows, "--rounds", "1", "--tune", "lora", *wide]
+    rows = ["--rows", str(data / "replay_dolly/train.jsonl"), "--batch", "8", "--micro", "8"]
+    rounds = ["--steps", "2", "--rounds", "2"]
+    ways = ["--only", "evertune", "trl", "loop", "evertune-compiled", "evertune-apart"]
+    # All contestants are in memory at once: not more than hold all weights trained in 24 GiB.
+    exact = ["--only", "plain", "top64-both", "hidden-both", "live-both"]
+    yield "step, lora", ["benchmarks.step", "plain", *rows, *rounds, "--tune", "lora", *ways]
+    yield "anchor, lora", ["benchmarks.step", "anchor", *rows, *rounds, "--tune", "lora"]
+    yield "step, full", ["benchmarks.step", "plain", *rows, *rounds, "--tune", "full"]
+    yield "anchor, full", ["benchmarks.step", "anchor", *rows, *rounds, "--tune", "full", *exact]
+    yield (
+        "anchor, 128k words",
+        ["benchmarks.step", "anchor", *rows, *rounds, "--tune", "lora", "--model", "128k", *exact],
+    )
 
 
 def probes(data: Path) -> Iterator[tuple[str, list[str]]]:
     items = ["--items-file", str(data / "arc_easy/test.jsonl")]
     yield "choice, no shots", ["benchmarks.probes", "choice", *items, "--items", "32"]
     yield "choice, 4 shots", ["benchmarks.probes", "choice", *items, "--items", "16", "--shots", "4"]
-    questions = ["--items-file", str(data / "gsm8k/test.jsonl"), "--items", "16", "--dtype", "bfloat16"]
-    yield "generate", ["benchmarks.probes", "generate", *questions]
+    questions = ["--items-file", str(data / "gsm8k/test.jsonl"), "--items", "16", "--part", "16", "--batch", "16"]
+    yield "generate", ["benchmarks.probes", "generate", *questions, "--dtype", "bfloat16", "--tokens", "128"]
 
 
 PARTS: dict[str, Callable[[Path], Iterator[tuple[str, list[str]]]]] = {"step": step, "probes": probes}

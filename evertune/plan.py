@@ -233,7 +233,7 @@ def make_plan(loaded: LoadedRecipe) -> Plan:
         load_probe(name, settings=probe.model_dump(exclude_none=True), root=loaded.folder)
         for name, probe in recipe.probes.items()
     )
-    numerics = recipe.numerics.model_dump(exclude={"versions", "kernels"})
+    numerics = recipe.numerics.model_dump(exclude={"versions", "kernels", "compile"})
     if recipe.numerics.versions == "strict":
         numerics["packages"] = package_versions()
     return Plan(loaded=loaded, base=base, probes=probes, workspace=workspace, numerics=numerics)

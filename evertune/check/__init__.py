@@ -8,7 +8,15 @@ findings.py    what comes out, as objects and JSON      printing.py  as text
 """
 
 from evertune.check.findings import CheckReport, Disk, Finding, Sample, StageEstimate
-from evertune.check.look import Look, look_at_history, look_at_leaks, read_data, read_models, read_probes
+from evertune.check.look import (
+    Look,
+    look_at_history,
+    look_at_leaks,
+    look_at_numerics,
+    read_data,
+    read_models,
+    read_probes,
+)
 from evertune.check.printing import print_report
 from evertune.check.promotable import look_at_gate
 from evertune.check.samples import render_samples
@@ -34,6 +42,7 @@ def check_recipe(loaded: LoadedRecipe, *, sample: int = 0) -> CheckReport:
         sample: rows of each new source to render with the counted tokens marked.
     """
     look = Look(loaded)
+    look_at_numerics(look)
     read_data(look)
     read_probes(look)
     read_models(look)

@@ -1,6 +1,9 @@
 """Reads all that a recipe names, and says what is wrong with it. A problem is a finding, not an exception."""
 
+import importlib.util
 import os
+import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -111,6 +114,27 @@ def read_data(look: Look) -> None:
             if repeated:
                 told = f"{len(repeated)} of {len(rows)} rows repeat an earlier one, the first at {repeated[0].place}."
                 look.say("note", place, told)
+
+
+def look_at_numerics(look: Look) -> None:
+    """What the recipe's numerics need of this machine."""
+    numerics = look.recipe.numerics
+    if numerics.kernels == "liger" and importlib.util.find_spec("liger_kernel") is None:
+        look.say(
+            "error",
+            "numerics.kernels",
+            "found 'liger', and liger-kernel is not installed.",
+            remedy="Run `pip install 'evertune[gpu]'`, or use 'kernels: torch'.",
+        )
+    # What torch.compile takes, and no other.
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if numerics.compile and shutil.which(compiler) is None:
+        look.say(
+            "error",
+            "numerics.compile",
+            f"found no C++ compiler: '{compiler}' is not there, and torch.compile needs one.",
+            remedy="Install it, name another in CXX, or leave 'compile' out.",
+        )
 
 
 def look_at_history(look: Look) -> None:

@@ -1277,6 +1277,9 @@ class Numerics(Config):
     kernels: Literal["torch", "liger"] = "torch"
     """Of a trained stage's cross-entropy where no anchor is added to it. `liger`: fused Triton kernels on a GPU, from
     the extra `gpu`."""
+    compile: bool = False
+    """Put norms, rotations and gates of trained stages through torch.compile. Needs a C++ compiler, and half a minute
+    the first time on a machine; other last bits than without it."""
     versions: Literal["recorded", "strict"] = "recorded"
     """What results of other package versions are worth. `recorded`: they stand, and the ledger names the versions.
     `strict`: versions are part of every key, and what other ones made is made anew."""
@@ -1381,6 +1384,10 @@ def _check_references(recipe: Recipe) -> None:
             if isinstance(one.stage.settings, Training)
             for kind, name, _ in one.stage.settings.plugins
         ]
+    if recipe.launch is not None and recipe.launch.fsdp and recipe.numerics.compile:
+        problems.append(
+            "numerics.compile: found true with 'launch.fsdp'; expected one of them: shards are not compiled"
+        )
     if recipe.academic == "refuse":
         problems += [
             f"{place}: found an academic method, {method}, which is not production-validated; expected "

@@ -64,6 +64,7 @@ def training_fields(place: Place, settings: ResolvedTraining) -> dict[str, Any]:
         "track": list(plan.recipe.track),
         "folder": str(plan.loaded.folder),
         "kernels": plan.recipe.numerics.kernels,
+        "compile": plan.recipe.numerics.compile,
         "fsdp": plan.recipe.launch is not None and plan.recipe.launch.fsdp,
     }
 
@@ -90,7 +91,7 @@ def training_key(version: int, spec: TrainingSpec) -> str:
     if facts.get("server"):  # where it is, and how it is asked, makes no other answers
         facts["server"] = facts["server"]["model"]
     # What came later and is not used keeps the keys of before.
-    for name in ("mix", "adapt", "guard_stop", "replay_ratio", "protect", "server"):
+    for name in ("mix", "adapt", "guard_stop", "replay_ratio", "protect", "server", "compile"):
         if not facts.get(name, True):
             del facts[name]
     if facts["kernels"] == "torch":

@@ -167,6 +167,7 @@ class TrainingSpec:
     keep_steps: int | None = field(default=None, kw_only=True)
     fsdp: bool = field(default=False, kw_only=True)
     kernels: Literal["torch", "liger"] = field(default="torch", kw_only=True)
+    compile: bool = field(default=False, kw_only=True)
     replay: list[RowsRef]
     share: float
     adapt: AdaptSpec | None = field(default=None, kw_only=True)

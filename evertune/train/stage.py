@@ -27,6 +27,7 @@ from evertune.methods import standing_of
 from evertune.model.adapter import add_adapter, new_parameters, read_factors, save_new
 from evertune.model.checkpoint import Checkpoint
 from evertune.model.codec import Codec
+from evertune.model.compiled import compile_between_products
 from evertune.model.export import save_dense
 from evertune.model.open import OpenModel, open_model
 from evertune.model.packing import enable_packing
@@ -293,6 +294,8 @@ def make_trainer(setting: Setting, trained: Mapping[str, nn.Parameter], lesson: 
     if spec.kernels == "liger":
         require_liger(setting.accelerator.device)
         head = replace(head, has_liger=True)
+    if spec.compile:
+        compile_between_products(opened.model)
     policy = Policy(opened.model, decoder, head, opened.codec.pad_id, is_packed=enable_packing(opened.model))
     # What is stored, where the model computes with its rounding.
     starts = dict(open_trained(spec, str(opened.device), dtype="float32")[1]) if spec.keeps_master else {}

@@ -5,11 +5,12 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from jsonschema import validate
 
-from evertune.check import check_recipe, render_samples
+from evertune.check import check_recipe, look, render_samples
 from evertune.recipe.load import load_recipe
 from tests.check.folders import chat, check, said, write_rows
 from tests.tiny import write_tiny_tokenizer
@@ -20,6 +21,16 @@ def test_a_folder_in_which_everything_is_right_has_no_findings(recipe: Path) -> 
     assert report.findings == ()
     assert not report.has_errors
     assert [one.label for one in report.stages] == ["first/1-sft"]
+
+
+def test_compiling_without_a_compiler_and_liger_without_liger_are_errors(recipe: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(look.importlib.util, "find_spec", lambda name: None)
+    found = said(check(recipe, "numerics.compile=true", "numerics.kernels=liger"), "error")
+    assert [place for place, _ in found] == ["numerics.kernels", "numerics.compile"]
+    assert "'no-such-compiler' is not there" in found[1][1]
+    monkeypatch.setenv("CXX", "true")
+    assert said(check(recipe, "numerics.compile=true"), "error") == []
 
 
 def _append(name: str, text: str) -> Callable[[Path], None]:

@@ -59,6 +59,13 @@ def test_what_sees_whole_weights_is_refused_where_they_lie_in_shards(tmp_path: P
     load_text(tmp_path, recipe % "false")
 
 
+def test_compiling_what_lies_in_shards_is_refused(tmp_path: Path) -> None:
+    launch = "launch: {command: torchrun --nproc-per-node 2, fsdp: %s}\nnumerics: {compile: true}\n"
+    recipe = with_plugins("weight_decay: 0.0").replace("name: team\n", "name: team\n" + launch)
+    assert "numerics.compile: found true with 'launch.fsdp'" in refused(tmp_path, recipe % "true")
+    load_text(tmp_path, recipe % "false")
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [

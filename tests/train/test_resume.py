@@ -67,10 +67,11 @@ def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch, *, after_update: bo
     monkeypatch.setattr(Masters, "update", break_down)
 
 
-def _check(
+def interrupted_as_whole(
     folder: Path, model: Path, monkeypatch: pytest.MonkeyPatch, *, steps: Iterable[int], **settings: Any
 ) -> None:
-    spec = make_spec(folder, model, steps=STEPS, **EVERYTHING, **settings)
+    """Run a stage, and again interrupted in each of the steps: the same files come out."""
+    spec = make_spec(folder, model, steps=STEPS, **{**EVERYTHING, **settings})
     whole = open_workspace(folder / "whole")
     run_sft(spec, whole)
     for step in steps:
@@ -86,7 +87,7 @@ def _check(
 
 @pytest.mark.parametrize(("kind", "steps"), [("lora", range(1, STEPS + 1)), ("full", (1, 4, 7))])
 def test_interrupted_in_any_step_it_ends_with_the_same_bits(tmp_path, dropout_model, monkeypatch, kind, steps):
-    _check(tmp_path, dropout_model, monkeypatch, steps=steps, save_steps=3, **KINDS[kind])
+    interrupted_as_whole(tmp_path, dropout_model, monkeypatch, steps=steps, save_steps=3, **KINDS[kind])
 
 
 @pytest.mark.slow
@@ -99,7 +100,9 @@ def test_the_whole_grid_of_interruptions(tmp_path, dropout_model, monkeypatch, k
     everything = {name: value for name, value in EVERYTHING.items() if name != "anchor"}
     monkeypatch.setattr(f"{__name__}.EVERYTHING", everything)
     steps = range(1, STEPS + 1)
-    _check(tmp_path, dropout_model, monkeypatch, steps=steps, save_steps=save_steps, dtype=dtype, **settings)
+    interrupted_as_whole(
+        tmp_path, dropout_model, monkeypatch, steps=steps, save_steps=save_steps, dtype=dtype, **settings
+    )
 
 
 def _other_masks(seed: int, device: torch.device, *parts: int) -> Any:
