@@ -141,8 +141,8 @@ class _Preferring(Lesson):
     def objective(self, setting: Setting) -> Objective:
         """The objective, with the reference's log-probabilities of every pair computed once and stored."""
         source = setting.source(self._spec.reference)
-        rows = [row for items in setting.material.new.values() for item in items for row in item.rows]
-        setting.complete(source, REFERENCE, rows)
+        pairs = [item for item in setting.material.shown() if not item.is_replay]
+        setting.complete(source, REFERENCE, [row for pair in pairs for row in pair.rows])
         return Preference(self._spec, source.stored(REFERENCE))
 
     def methods(self) -> dict[str, bool]:

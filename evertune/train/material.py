@@ -89,6 +89,17 @@ class Material:
         """Every row the stage sees, in order."""
         return [self.stream.pick(position) for position in range(self.steps * self.batch_rows)]
 
+    def shown(self) -> list[Item]:
+        """The items that the stage sees, each once; all there are where that is settled on the way."""
+        if isinstance(self.stream, Stretches):
+            return self.items()
+        return [self.row(pick) for pick in dict.fromkeys(self.picks())]
+
+    def items(self) -> list[Item]:
+        """All items, new ones first."""
+        kinds: Sequence[Items] = (self.new, self.replay)
+        return [item for kind in kinds for items in kind.values() for item in items]
+
     def first_rows(self, count: int, *, is_replay: bool) -> list[Item]:
         """The first items of one kind that the stage sees."""
         picks = [pick for pick in self.picks() if pick.is_replay == is_replay]

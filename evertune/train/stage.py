@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from evertune.data.encode import EncodedRow
+from evertune.data.encode import EncodedRow, Item
 from evertune.data.stream import Stretches
 from evertune.hashing import digest_json
 from evertune.methods import standing_of
@@ -306,12 +306,13 @@ def make_trainer(setting: Setting, trained: Mapping[str, nn.Parameter], lesson: 
         policy = replace(policy, decoder=sharded, head=sharded.head)
         setting = replace(setting, sharded=sharded)
     feed = lesson.feed(setting, policy)
+    items = setting.material.shown() if feed is setting.material else setting.material.items()
     if spec.guard_stop is not None:
         assert setting.ask is not None, "the stage ends where guards fall, and nothing asks them"
         feed = GuardedFeed(feed, spec.guard_stop, setting.ask, opened, agreer(setting))
     penalties = []
     if spec.anchor is not None and spec.anchor.kl > 0.0:
-        penalties.append(_anchor(spec.anchor, setting))
+        penalties.append(_anchor(spec.anchor, setting, items))
     pace = Pace(
         steps=feed.steps,
         micro_steps=feed.micro_steps,
@@ -353,19 +354,13 @@ def interference(trainer: Trainer, material: Material) -> dict[str, float] | Non
     return {"": cosine(*gradients), **{layer: cosine(*each) for layer, each in parts.items()}}
 
 
-def _anchor(anchor: AnchorSpec, setting: Setting) -> Anchor:
+def _anchor(anchor: AnchorSpec, setting: Setting, items: Sequence[Item]) -> Anchor:
+    """The anchor; where its reference's outputs are stored, those of these items are made first."""
     source = setting.source(anchor.reference)
     if anchor.cache == "off":
         reference: Reference = source.live()
     else:
-        material = setting.material
-        rows = [
-            row
-            for kind in (material.new, material.replay)
-            for items in kind.values()
-            for one in items
-            for row in one.rows
-        ]
+        rows = [row for item in items for row in item.rows]
         setting.complete(source, anchor.cache, [row for row in rows if anchors(anchor.on, row)])
         reference = source.from_cache(anchor.cache)
     return Anchor(anchor.kl, anchor.on, anchor.direction, reference)

@@ -117,6 +117,13 @@ def make_dpo(folder: Path, model: Path, **changes: Any) -> DpoSpec:
     return replace(spec, key=digest_json(spec.to_json()))
 
 
+def test_the_reference_is_asked_of_the_pairs_that_the_stage_sees(tmp_path: Path, tiny_model: Path) -> None:
+    spec, workspace = make_dpo(tmp_path, tiny_model, steps=2, share=0.0), open_workspace(tmp_path / "run")
+    run_dpo(spec, workspace)
+    (index,) = workspace.cache.rglob("index.json")
+    assert len(json.loads(index.read_text())["rows"]) == 2 * 8
+
+
 def _metrics(workspace: Workspace, spec: DpoSpec) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (workspace.path(spec.key) / "metrics.jsonl").read_text().splitlines()]
 
@@ -224,9 +231,11 @@ def test_the_reference_runs_once_over_each_conversation_and_not_again(
     hidden = LiveReference.hidden
     monkeypatch.setattr(LiveReference, "hidden", lambda self, rows: calls.append(len(rows)) or hidden(self, rows))
     workspace = open_workspace(tmp_path / "w")
-    run_dpo(make_dpo(tmp_path, tiny_model, steps=3), workspace)
-    assert sum(calls) == 2 * 18
-    run_dpo(make_dpo(tmp_path, tiny_model, steps=4), workspace)
+    # Three of four rows of a step are pairs; a step more needs three pairs more, and another rate none.
+    for steps, pairs in ((3, 9), (4, 12), (3, 12), (20, 18)):
+        run_dpo(make_dpo(tmp_path, tiny_model, steps=steps), workspace)
+        assert sum(calls) == 2 * pairs
+    run_dpo(make_dpo(tmp_path, tiny_model, steps=20, lr=1e-4), workspace)
     assert sum(calls) == 2 * 18
 
 

@@ -174,6 +174,14 @@ def test_the_anchor_counts_only_the_rows_it_is_on(tmp_path, tiny_model, workspac
     assert ("kl" in facts["final"]) == (on != "replay")
 
 
+@pytest.mark.parametrize(("steps", "shown"), [(2, 8), (200, 24 + 12)])
+def test_the_reference_is_asked_of_the_rows_that_the_stage_sees(tmp_path, tiny_model, workspace, steps, shown):
+    """Two steps of four rows see eight of the 36 there are; many steps see all, each stored once."""
+    _train(tmp_path, tiny_model, workspace, steps=steps, anchor={"on": "both", "cache": "top64"})
+    (index,) = workspace.cache.rglob("index.json")
+    assert len(json.loads(index.read_text())["rows"]) == shown
+
+
 def test_the_average_lies_between_start_and_end(tmp_path, tiny_model, workspace):
     start = open_model(describe(tiny_model), dtype="float32").model.get_input_embeddings().weight
     name = "model.embed_tokens.weight"
