@@ -1,13 +1,13 @@
 """Whether a cheap anchor retains as well as the exact one: the same update under four anchors, three seeds each.
 
-    python -m benchmarks.retention --data folder [--seeds 1 2 3] [--steps 60] [--only none exact]
+    python -m benchmarks.retention --data folder [--seeds 1 2 3] [--steps 40] [--only none exact]
 
 The bundled model first learns one skill (`banking20`), once for all. Then it learns another (`snips7`), a fifth of the
 rows general ones (`replay_dolly`), so that nothing but the anchor, to the model that this update starts from, holds the
 first skill. LoRA of rank 16 and a high rate, so that there is something to lose. Anchors: none, exact on all rows
-(`cache: hidden`), top 64 words on all rows, top 64 words on the replayed rows only. Asked before and after: both
-skills, ARC-Easy, bits per byte of held-out general answers. Each run is an ordinary recipe; those of an anchor share a
-workspace under --folder, where what is done is not done again.
+(`cache: hidden`), top 64 words on all rows, top 64 words on the replayed rows only. Asked before and after: bits per
+byte of held-out answers of both skills and of general ones, and the choice among the first skill's twenty. Each run is
+an ordinary recipe; those of an anchor share a workspace under --folder, where what is done is not done again.
 """
 
 import argparse
@@ -21,11 +21,12 @@ from typing import Any
 from benchmarks.contest import machine
 
 EVERTUNE = [sys.executable, "-m", "evertune"]
+KL = 0.5
 ANCHORS: dict[str, dict[str, Any]] = {
     "none": {"kl": 0.0},
-    "exact": {"kl": 0.1, "to": "start", "on": "both", "cache": "hidden"},
-    "top64": {"kl": 0.1, "to": "start", "on": "both", "cache": "top64"},
-    "top64-replay": {"kl": 0.1, "to": "start", "on": "replay", "cache": "top64"},
+    "exact": {"kl": KL, "to": "start", "on": "both", "cache": "hidden"},
+    "top64": {"kl": KL, "to": "start", "on": "both", "cache": "top64"},
+    "top64-replay": {"kl": KL, "to": "start", "on": "replay", "cache": "top64"},
 }
 
 
@@ -55,12 +56,29 @@ def second(data: Path, folder: Path, base: Path, anchor: dict[str, Any], seed: i
         for name, place in (("skill", "snips7"), ("general", "replay_dolly"))
     }
     probes = {
-        "new-skill": {"path": str(data / "snips7/validation.jsonl"), "kind": "choice", "role": "target"},
-        "old-skill": {"path": str(data / "banking20/validation.jsonl"), "kind": "choice"},
-        "arc": {"path": str(data / "arc_easy/validation.jsonl"), "kind": "choice"},
-        "general": {"path": str(data / "replay_dolly/validation.jsonl"), "kind": "bits_per_byte"},
+        "new-skill": {"path": str(answers(data, folder.parent, "snips7")), "kind": "bits_per_byte", "role": "target"},
+        "old-skill": {"path": str(answers(data, folder.parent, "banking20")), "kind": "bits_per_byte"},
+        "old-choice": {"path": str(data / "banking20/validation.jsonl"), "kind": "choice", "limit": 100},
+        "general": {"path": str(data / "replay_dolly/validation.jsonl"), "kind": "bits_per_byte", "limit": 100},
     }
     return write(folder / f"seed-{seed}.yaml", str(base), seed, rows, probes, stage)
+
+
+def answers(data: Path, folder: Path, task: str) -> Path:
+    """Held-out questions of a task with their right answers, as chats; written when they are not there."""
+    place = folder / f"{task}.jsonl"
+    if not place.is_file():
+        with (data / task / "validation.jsonl").open(encoding="utf-8") as lines:
+            items = [json.loads(line) for line in lines]
+        chats = [
+            [
+                {"role": "user", "content": one["prompt"]},
+                {"role": "assistant", "content": one["choices"][one["answer"]]},
+            ]
+            for one in items
+        ]
+        place.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    return place
 
 
 def write(place: Path, base: str, seed: int, data: Any, probes: Any, stage: Any) -> Path:
@@ -101,7 +119,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--folder", type=Path, default=Path("retention-run"))
     parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2, 3])
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--only", nargs="*", choices=ANCHORS, default=list(ANCHORS), help="these anchors")
     options = parser.parse_args()
     data, folder = options.data.absolute(), options.folder.absolute()
