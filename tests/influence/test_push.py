@@ -80,7 +80,8 @@ def test_a_push_is_minus_the_inner_product_of_row_and_probe_gradient(opened: Ope
         for weight in weights.values():
             weight.requires_grad_(False)
         products.append(float(sum((a * b).sum() for a, b in zip(gradients, toward.values(), strict=True)) / norm))
-    assert found[:2] == pytest.approx([-one for one in products], rel=5e-3)
+    # A difference of two float32 losses: how many of its digits hold depends on the processor's order of sums.
+    assert found[:2] == pytest.approx([-one for one in products], rel=2e-2)
     # A pair's slope at the start of DPO: beta / 2 (chosen nll - rejected nll).
     assert found[2] == pytest.approx(-0.05 * (products[0] - products[1]), rel=2e-2)
 
