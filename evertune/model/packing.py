@@ -106,9 +106,8 @@ def packed_hidden(
 
 
 def draws_at_random(model: Any) -> bool:
-    """Whether a forward pass has dropout or noise: by the model's config, or in a module such as an adapter's."""
-    if not model.training:
-        return False
+    """Whether a forward pass in training has dropout or noise: by the model's config, or in a module such as an
+    adapter's."""
     settings = model.config.get_text_config().to_dict()
     chances = [one for key, one in settings.items() if "drop" in key or "jitter" in key]
     chances += [one.p for one in model.modules() if isinstance(one, nn.Dropout)]

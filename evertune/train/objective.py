@@ -8,6 +8,7 @@ how a step is cut up changes speed and memory, not the result.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -41,6 +42,10 @@ class Policy:
     def device(self) -> torch.device:
         return self.head.weight_VH.device
 
+    @cached_property
+    def _draws(self) -> bool:
+        return draws_at_random(self.model)
+
     def hidden(self, ids_BT: Tensor) -> Tensor:
         """Last hidden states (B, T, H) of right-padded rows."""
         hidden_BTH: Tensor = self.decoder(input_ids=ids_BT, use_cache=False).last_hidden_state
@@ -48,7 +53,7 @@ class Policy:
 
     def counted_hidden(self, batch: MicroBatch) -> Tensor:
         """Last hidden states (N, H) at the counted positions."""
-        shares = self.device.type == "cpu" and not draws_at_random(self.model)
+        shares = self.device.type == "cpu" and not (self.model.training and self._draws)
         return counted_hidden(self.decoder, batch, is_packed=self.is_packed, shares=shares)
 
     def backward(self, loss: Tensor) -> None:

@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from evertune.data.encode import EncodedRow, Item
+from evertune.data.encode import EncodedRow
 from evertune.data.stream import Stretches
 from evertune.hashing import digest_json
 from evertune.methods import standing_of
@@ -306,13 +306,13 @@ def make_trainer(setting: Setting, trained: Mapping[str, nn.Parameter], lesson: 
         policy = replace(policy, decoder=sharded, head=sharded.head)
         setting = replace(setting, sharded=sharded)
     feed = lesson.feed(setting, policy)
-    items = setting.material.shown() if feed is setting.material else setting.material.items()
+    is_settled = feed is setting.material
     if spec.guard_stop is not None:
         assert setting.ask is not None, "the stage ends where guards fall, and nothing asks them"
         feed = GuardedFeed(feed, spec.guard_stop, setting.ask, opened, agreer(setting))
     penalties = []
     if spec.anchor is not None and spec.anchor.kl > 0.0:
-        penalties.append(_anchor(spec.anchor, setting, items))
+        penalties.append(_anchor(spec.anchor, setting, is_settled=is_settled))
     pace = Pace(
         steps=feed.steps,
         micro_steps=feed.micro_steps,
@@ -354,12 +354,14 @@ def interference(trainer: Trainer, material: Material) -> dict[str, float] | Non
     return {"": cosine(*gradients), **{layer: cosine(*each) for layer, each in parts.items()}}
 
 
-def _anchor(anchor: AnchorSpec, setting: Setting, items: Sequence[Item]) -> Anchor:
-    """The anchor; where its reference's outputs are stored, those of these items are made first."""
+def _anchor(anchor: AnchorSpec, setting: Setting, *, is_settled: bool) -> Anchor:
+    """The anchor; where its reference's outputs are stored, they are made first: of the rows that the stage sees, where
+    that is settled beforehand, else of all."""
     source = setting.source(anchor.reference)
     if anchor.cache == "off":
         reference: Reference = source.live()
     else:
+        items = setting.material.shown() if is_settled else setting.material.items()
         rows = [row for item in items for row in item.rows]
         setting.complete(source, anchor.cache, [row for row in rows if anchors(anchor.on, row)])
         reference = source.from_cache(anchor.cache)

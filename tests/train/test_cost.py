@@ -13,7 +13,7 @@ from evertune.data.encode import EncodedRow
 from evertune.model.adapter import add_adapter
 from evertune.model.checkpoint import describe
 from evertune.model.open import OpenModel, open_model
-from evertune.model.packing import enable_packing
+from evertune.model.packing import draws_at_random, enable_packing
 from evertune.train.anchor import Anchor
 from evertune.train.head import split_model
 from evertune.train.loop import count_items
@@ -102,6 +102,12 @@ def test_rows_with_dropout_share_nothing(tiny_model: Path) -> None:
         opened.model.train(is_training)
         _step(policy, rows)
         assert read[-1] == tokens
+
+
+@pytest.mark.parametrize(("key", "draws"), [("attention_dropout", True), ("rms_norm_eps", False)])
+def test_dropout_that_the_config_names_counts_too(opened: OpenModel, key: str, draws: bool) -> None:
+    setattr(opened.model.config, key, 0.1)
+    assert draws_at_random(opened.model) == draws
 
 
 def test_a_row_is_read_up_to_the_position_that_predicts_its_last_counted_token(opened: OpenModel) -> None:

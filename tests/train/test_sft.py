@@ -1,19 +1,24 @@
 """The stage as a whole on a tiny model: what it promises about results, not only that it runs."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from evertune.data.stream import Stretches
 from evertune.errors import TrainingError
 from evertune.hashing import canonical_json
 from evertune.model.adapter import read_factors
 from evertune.model.checkpoint import Checkpoint, describe
+from evertune.model.codec import load_codec
 from evertune.model.open import open_model
+from evertune.train.material import Material, load_material
 from evertune.train.sft import run_sft
 from evertune.train.spec import SftSpec
+from evertune.train.stage import Lesson
 from evertune.workspace import Workspace
 from tests.tiny import write_tiny_model
 from tests.train.stage import (
@@ -180,6 +185,32 @@ def test_the_reference_is_asked_of_the_rows_that_the_stage_sees(tmp_path, tiny_m
     _train(tmp_path, tiny_model, workspace, steps=steps, anchor={"on": "both", "cache": "top64"})
     (index,) = workspace.cache.rglob("index.json")
     assert len(json.loads(index.read_text())["rows"]) == shown
+
+
+def test_where_the_rows_are_settled_on_the_way_the_reference_is_asked_of_all(
+    tmp_path, tiny_model, workspace, monkeypatch
+):
+    class Rows:
+        """A feed of its own, over the same rows."""
+
+        def __init__(self, material: Material) -> None:
+            self._material = material
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._material, name)
+
+    monkeypatch.setattr(Lesson, "feed", lambda self, setting, policy: Rows(setting.material))
+    _train(tmp_path, tiny_model, workspace, steps=2, anchor={"on": "both", "cache": "top64"})
+    (index,) = workspace.cache.rglob("index.json")
+    assert len(json.loads(index.read_text())["rows"]) == 24 + 12
+
+
+def test_a_stream_whose_share_can_be_raised_may_show_every_row(tmp_path, tiny_model):
+    codec, spec = load_codec(tiny_model), make_spec(tmp_path, tiny_model, steps=2)
+    material = load_material(spec, codec, world_size=1)
+    assert len(material.shown()) == 8
+    raised = replace(material, stream=Stretches(material.stream, 8, spec.share))
+    assert len(raised.shown()) == len(raised.items()) == 24 + 12
 
 
 def test_the_average_lies_between_start_and_end(tmp_path, tiny_model, workspace):
