@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from evertune.errors import ProbeError
+from evertune.model.growing_cache import growing_cache
 from evertune.model.open import OpenModel
 from evertune.model.packing import enable_packing, read_tree
 from evertune.model.tree import grow
@@ -87,7 +87,7 @@ class Forward:
     def read_prompts(self, prompts: Sequence[Sequence[int]]) -> "ReadPrompts":
         """The backbone over prompts padded on the left, from an empty attention cache."""
         ids_BP, mask_BP = self.pad(prompts, left=True)
-        cache = DynamicCache(config=self.model.config)
+        cache = growing_cache(self.model.config)
         return ReadPrompts(self.read_on(ids_BP, mask_BP, cache), mask_BP, cache)
 
     def read_on(self, ids_BC: Tensor, mask_BT: Tensor, cache: Any) -> Any:

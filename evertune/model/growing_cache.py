@@ -1,0 +1,50 @@
+"""An attention cache with room to grow: one token more is written behind the others, which are not copied."""
+
+# B rows, K key heads, T tokens held, C new ones, D head width
+
+from typing import Any
+
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+# Tokens that there is room for after each copy.
+ROOM = 64
+
+
+def growing_cache(config: Any) -> DynamicCache:
+    """transformers' cache for a model with this configuration; layers that hold all tokens have room to grow."""
+    cache = DynamicCache(config=config)
+    cache.layers = [_GrowingLayer() if type(one) is DynamicLayer else one for one in cache.layers]
+    return cache
+
+
+class _GrowingLayer(DynamicLayer):
+    """`keys` and `values` (B, K, T, D) are the beginnings of longer tensors; what selects from them copies T tokens."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """(B, K, T + C, D) keys and values, views of what is held: without gradients only."""
+        if self.is_initialized:
+            self.keys, self.values = _behind(self.keys, key_states), _behind(self.values, value_states)
+        else:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = _with_room(key_states), _with_room(value_states)
+        return self.keys, self.values
+
+
+def _behind(held_BKTD: Tensor, new_BKCD: Tensor) -> Tensor:
+    B, K, T, D = held_BKTD.shape
+    _, of_head, of_token, _ = held_BKTD.stride()
+    longer = T + new_BKCD.shape[2]
+    if longer * of_token > of_head:
+        held_BKTD = _with_room(held_BKTD, longer)
+    grown = held_BKTD.as_strided((B, K, longer, D), held_BKTD.stride())
+    grown[:, :, T:] = new_BKCD
+    return grown
+
+
+def _with_room(held_BKTD: Tensor, tokens: int = 0) -> Tensor:
+    B, K, T, D = held_BKTD.shape
+    longer = held_BKTD.new_empty((B, K, max(T, tokens) + ROOM, D))
+    longer[:, :, :T] = held_BKTD
+    return longer[:, :, :T]
