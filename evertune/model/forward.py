@@ -9,7 +9,7 @@ model's own code, so that a softcap or a logit scale of an architecture is never
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from evertune.errors import ProbeError
-from evertune.model.growing_cache import growing_cache
+from evertune.model.growing_cache import growing_cache, holds_all_tokens, spread
 from evertune.model.open import OpenModel
 from evertune.model.packing import enable_packing, read_tree
 from evertune.model.tree import grow
@@ -44,9 +44,11 @@ class Tokens:
 
 
 class ReadPrompts(NamedTuple):
-    """Outputs of the backbone, mask (B, P) with 1 at real tokens, and the attention cache, which grows with its use."""
+    """Outputs of the backbone, its hidden states at the last token of each prompt, mask with 1 at real tokens, and the
+    attention cache, which grows with its use."""
 
     outputs: Any
+    last_BH: Tensor
     mask_BP: Tensor
     cache: Any
 
@@ -85,10 +87,31 @@ class Forward:
         return ids_BT.to(self.device), mask_BT.to(self.device)
 
     def read_prompts(self, prompts: Sequence[Sequence[int]]) -> "ReadPrompts":
-        """The backbone over prompts padded on the left, from an empty attention cache."""
-        ids_BP, mask_BP = self.pad(prompts, left=True)
+        """The backbone over prompts, which the cache holds padded on the left.
+
+        Where the architecture can be packed, what they begin with alike is read once.
+        """
         cache = growing_cache(self.model.config)
-        return ReadPrompts(self.read_on(ids_BP, mask_BP, cache), mask_BP, cache)
+        if self.can_pack and self._cache_name is not None and holds_all_tokens(cache):
+            return self._read_packed(prompts, {self._cache_name: cache})
+        ids_BP, mask_BP = self.pad(prompts, left=True)
+        outputs = self.read_on(ids_BP, mask_BP, cache)
+        return ReadPrompts(outputs, outputs.last_hidden_state[:, -1], mask_BP, cache)
+
+    def _read_packed(self, prompts: Sequence[Sequence[int]], named: Mapping[str, Any]) -> "ReadPrompts":
+        (cache,) = named.values()
+        places: list[list[int]] = [[] for _ in prompts]
+        last: list[Tensor] = [torch.empty(0) for _ in prompts]
+        first = 0
+        for tree in grow(prompts, budget=BATCH_TOKENS):
+            outputs = read_tree(self.decoder, tree, device=self.device, cache=named)
+            for i, own in tree.places.items():
+                places[i] = [first + one for one in own]
+                last[i] = outputs.last_hidden_state[0, own[-1]]
+            first += len(tree.ids)
+        place_BP, mask_BP = self.pad(places, left=True)
+        spread(cache, place_BP * mask_BP)
+        return ReadPrompts(outputs, torch.stack(last), mask_BP, cache)
 
     def read_on(self, ids_BC: Tensor, mask_BT: Tensor, cache: Any) -> Any:
         """Outputs of the backbone for the next C tokens after what the cache holds; the cache grows by them.
@@ -220,7 +243,7 @@ def _values_at(forward: Forward, outputs: Any, hidden_NH: Tensor, pairs: Sequenc
 
 def _score_branched(forward: Forward, groups: Sequence[Sequence[Tokens]], shared: Sequence[int]) -> list[list[float]]:
     prompts = [group[0].ids[:count] for group, count in zip(groups, shared, strict=True)]
-    _, mask_BP, cache = forward.read_prompts(prompts)
+    _, _, mask_BP, cache = forward.read_prompts(prompts)
     pairs = [(b, row) for b, group in enumerate(groups) for row in group]
     owner_R = torch.tensor([b for b, _ in pairs], device=forward.device)
     cache.batch_select_indices(owner_R)

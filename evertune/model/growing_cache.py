@@ -19,6 +19,21 @@ def growing_cache(config: Any) -> DynamicCache:
     return cache
 
 
+def holds_all_tokens(cache: DynamicCache) -> bool:
+    """Whether no layer holds a window or a state instead."""
+    return all(isinstance(one, _GrowingLayer) for one in cache.layers)
+
+
+def spread(cache: DynamicCache, place_BT: Tensor) -> None:
+    """Make a batch of B rows out of one sequence: each row holds copies of the tokens at its places.
+
+    Args:
+        cache: `holds_all_tokens`, of one sequence.
+    """
+    for layer in cache.layers:
+        layer.keys, layer.values = (one[0, :, place_BT].transpose(0, 1) for one in (layer.keys, layer.values))
+
+
 class _GrowingLayer(DynamicLayer):
     """`keys` and `values` (B, K, T, D) are the beginnings of longer tensors; what selects from them copies T tokens."""
 
@@ -34,9 +49,9 @@ class _GrowingLayer(DynamicLayer):
 
 def _behind(held_BKTD: Tensor, new_BKCD: Tensor) -> Tensor:
     B, K, T, D = held_BKTD.shape
-    _, of_head, of_token, _ = held_BKTD.stride()
+    of_head = held_BKTD.stride(1)
     longer = T + new_BKCD.shape[2]
-    if longer * of_token > of_head:
+    if held_BKTD.stride() != (K * of_head, of_head, D, 1) or longer * D > of_head:
         held_BKTD = _with_room(held_BKTD, longer)
     grown = held_BKTD.as_strided((B, K, longer, D), held_BKTD.stride())
     grown[:, :, T:] = new_BKCD

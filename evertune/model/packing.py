@@ -19,7 +19,7 @@ a preference pair: arXiv:2410.20305.)
 # B rows, T tokens that are read, t of one row, H heads, K key heads, D head width
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from inspect import signature
 from typing import Any
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -101,7 +101,7 @@ def packed_hidden(
         ids_1T, positions_1T = (torch.tensor([one], device=device) for one in (tree.ids, tree.positions))
         places = torch.tensor([place for i in range(len(rows)) for place in tree.places[i]], device=device)
         places = places if asked is None else places[asked]
-    hidden_TH: Tensor = _read(decoder, ids_1T, positions_1T, {ROWS: read}).last_hidden_state[0]
+    hidden_TH: Tensor = _read(decoder, ids_1T, positions_1T, {ROWS: read, "use_cache": False}).last_hidden_state[0]
     return hidden_TH if places is None else hidden_TH[places]
 
 
@@ -114,21 +114,24 @@ def draws_at_random(model: Any) -> bool:
     return any(isinstance(one, int | float) and one > 0 for one in chances)
 
 
-def read_tree(decoder: nn.Module, tree: Tree, *, device: torch.device) -> Any:
+def read_tree(
+    decoder: nn.Module, tree: Tree, *, device: torch.device, cache: Mapping[str, DynamicCache] | None = None
+) -> Any:
     """Outputs of the decoder for all tokens of a tree, in their order.
 
     Args:
         decoder: of a model that `enable_packing` has accepted.
+        cache: by the decoder's name for it, where keys and values are kept, behind those of trees read before.
     """
     ids_1T, positions_1T = (torch.tensor([one], device=device) for one in (tree.ids, tree.positions))
     paths: Paths = ByRuns(tree) if device.type == "cpu" else AtOnce(tree)
-    return _read(decoder, ids_1T, positions_1T, {TREE: paths})
+    return _read(decoder, ids_1T, positions_1T, {TREE: paths, **(cache or {}), "use_cache": cache is not None})
 
 
 def _read(decoder: Callable[..., Any], ids_1T: Tensor, positions_1T: Tensor, kind: dict[str, Any]) -> Any:
     # A mask that is ready is taken as it is, so that none of (T, T) is made; attention here reads the rows instead.
     no_mask = torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=ids_1T.device)
-    return decoder(input_ids=ids_1T, position_ids=positions_1T, attention_mask=no_mask, use_cache=False, **kind)
+    return decoder(input_ids=ids_1T, position_ids=positions_1T, attention_mask=no_mask, **kind)
 
 
 @torch.no_grad()
@@ -171,7 +174,9 @@ def _attention(
     window = kwargs.get("sliding_window")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if paths is not None:
-        return paths.attend(query[0], key[0], value[0], scale, window).transpose(0, 1).unsqueeze(0), None
+        own = slice(-query.shape[2], None)  # a cache may hold other trees before this one
+        found = paths.attend(query[0], key[0, :, own], value[0, :, own], scale, window)
+        return found.transpose(0, 1).unsqueeze(0), None
     if query.device.type == "cpu" and dropout == 0.0:
         return RowAttention.apply(query[0], key[0], value[0], rows, scale, window).unsqueeze(0), None
     if dropout == 0.0 and _has_flash(query):

@@ -84,9 +84,9 @@ def _speak(
     said: list[list[int]] = [[] for _ in prompts]
     stopped, finite = [False] * len(prompts), [True] * len(prompts)
     alive = list(range(len(prompts)))
-    outputs, mask_BT, cache = forward.read_prompts(prompts)
+    outputs, last_BH, mask_BT, cache = forward.read_prompts(prompts)
     for step in range(max_new_tokens):
-        logits_BV = forward.logits(outputs, outputs.last_hidden_state[:, -1])
+        logits_BV = forward.logits(outputs, last_BH)
         best_B, next_B = logits_BV.max(dim=-1)
         if draw is not None:
             next_B = draw(logits_BV, alive)
@@ -106,4 +106,5 @@ def _speak(
             alive = [alive[b] for b in speaking]
         mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(alive), 1)], dim=1)
         outputs = forward.read_on(next_B.unsqueeze(1), mask_BT, cache)
+        last_BH = outputs.last_hidden_state[:, -1]
     return [Answer(tuple(said[row]), stopped[row], finite[row]) for row in range(len(prompts))]

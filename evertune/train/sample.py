@@ -76,10 +76,9 @@ def _speak(
     said: list[list[int]] = [[] for _ in range(len(owner_S))]
     stopped = [False] * len(said)
     alive = list(range(len(said)))
-    outputs, mask_ST, cache = forward.read_prompts(prompts)
-    last_SH = outputs.last_hidden_state[:, -1]
+    outputs, last_BH, mask_ST, cache = forward.read_prompts(prompts)
     cache.batch_select_indices(owner_S)
-    logits_SV, mask_ST = forward.logits(outputs, last_SH)[owner_S], mask_ST[owner_S]
+    logits_SV, mask_ST = forward.logits(outputs, last_BH)[owner_S], mask_ST[owner_S]
     for step in range(max_new_tokens):
         next_S = draw_tokens(logits_SV / temperature, drawn_ST[alive, step])
         for answer, token in zip(alive, next_S.tolist(), strict=True):
