@@ -20,7 +20,7 @@ from torch import Tensor
 from evertune.errors import ProbeError
 from evertune.model.growing_cache import growing_cache, holds_all_tokens, spread
 from evertune.model.open import OpenModel
-from evertune.model.packing import enable_packing, read_tree
+from evertune.model.packing import enable_packing, for_next_token, read_tree
 from evertune.model.tree import grow
 
 # Padded tokens of one forward pass; a branch counts with the prompt it shares. In bfloat16 the last digits of a score
@@ -124,13 +124,16 @@ class Forward:
                 f"{type(self.model).__name__} keeps its state in a way of its own, so it cannot be asked to generate.",
                 remedy="Use probes of kind choice or bits_per_byte, and no rl stage.",
             )
+        # Recurrent models get no padding, and some read a mask longer than the new tokens wrongly.
+        seen: dict[str, Any] = {"attention_mask": mask_BT if self.can_branch else None}
+        if ids_BC.shape[1] == 1 and self.device.type == "cpu" and self.can_pack and holds_all_tokens(cache):
+            seen = for_next_token(mask_BT, self.model.dtype)
         positions_BT = (mask_BT.cumsum(dim=-1) - 1).clamp(min=0)
         return self.decoder(
             input_ids=ids_BC,
-            # Recurrent models get no padding, and some read a mask longer than the new tokens wrongly.
-            attention_mask=mask_BT if self.can_branch else None,
             position_ids=positions_BT[:, -ids_BC.shape[1] :],
             use_cache=True,
+            **seen,
             **{self._cache_name: cache},
         )
 

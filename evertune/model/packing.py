@@ -42,7 +42,7 @@ except ImportError:  # before torch 2.10
     flash_rows = None
 
 NAME = "evertune_packed"
-ROWS, TREE = "packed_rows", "packed_tree"
+ROWS, TREE, STEP = "packed_rows", "packed_tree", "next_token"
 # What an architecture may add to the scores, and the attention here does not.
 _UNKNOWN = ("softcap", "s_aux", "position_bias", "sinks", "head_mask")
 _LAYERS = {"full_attention", "sliding_attention"}
@@ -128,6 +128,19 @@ def read_tree(
     return _read(decoder, ids_1T, positions_1T, {TREE: paths, **(cache or {}), "use_cache": cache is not None})
 
 
+def for_next_token(mask_BT: Tensor, dtype: torch.dtype) -> dict[str, Any]:
+    """Arguments with which the decoder of a model that `enable_packing` has accepted reads one more token on a CPU.
+
+    transformers lays each group of heads out as queries of one, which torch's kernel takes a fifth longer for, and a mask
+    of truth values is turned into numbers in every layer.
+
+    Args:
+        mask_BT: 1 at the tokens that a row sees, of those in the cache and the new one. No layer has a window.
+    """
+    sees_B11T = mask_BT[:, None, None].bool()
+    return {"attention_mask": torch.where(sees_B11T, 0.0, -torch.inf).to(dtype), STEP: True}
+
+
 def _read(decoder: Callable[..., Any], ids_1T: Tensor, positions_1T: Tensor, kind: dict[str, Any]) -> Any:
     # A mask that is ready is taken as it is, so that none of (T, T) is made; attention here reads the rows instead.
     no_mask = torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=ids_1T.device)
@@ -164,13 +177,15 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls: query (B, H, T, D), key and value (B, K, T, D) -> (B, T, H, D)."""
-    rows, paths = kwargs.pop(ROWS, None), kwargs.pop(TREE, None)
-    if rows is None and paths is None:
+    rows, paths, is_step = kwargs.pop(ROWS, None), kwargs.pop(TREE, None), kwargs.pop(STEP, False)
+    if rows is None and paths is None and not is_step:
         return sdpa_attention_forward(  # type: ignore[no-any-return]
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     if any(kwargs.get(name) is not None for name in _UNKNOWN):
         raise NotImplementedError(f"packed attention without {', '.join(_UNKNOWN)}")
+    if is_step:
+        return _step(query, key, value, attention_mask, scaling), None
     window = kwargs.get("sliding_window")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if paths is not None:
@@ -188,6 +203,11 @@ def _attention(
         )
     ]
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _step(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    found = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
+    return found.transpose(1, 2)
 
 
 def _flash(

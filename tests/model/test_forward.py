@@ -88,6 +88,48 @@ def test_a_shared_prompt_is_read_once() -> None:
     assert read == [39, 4]
 
 
+PROMPTS = [[*range(3, 25), 40, 41], [*range(3, 25), 50], [*range(3, 25), 40, 41, 42, 43], [60, 61, 62], [60, 61, 62]]
+
+
+@pytest.mark.parametrize("name", ["llama", "granite", "qwen3_moe"])
+@pytest.mark.parametrize("budget", [25, 8192])
+@torch.no_grad()
+def test_prompts_read_as_a_tree_leave_what_padded_ones_leave(
+    name: str, budget: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, forward = architecture(name, **ARCHITECTURES[name])
+    monkeypatch.setattr(forward_module, "BATCH_TOKENS", budget)
+    tree = forward.read_prompts(PROMPTS)
+    forward.can_pack = False
+    padded = forward.read_prompts(PROMPTS)
+    assert torch.equal(tree.mask_BP, padded.mask_BP)
+    assert torch.allclose(tree.last_BH, padded.last_BH, atol=1e-5)
+    for one, other in zip(tree.cache.layers, padded.cache.layers, strict=True):
+        real = padded.mask_BP[:, None, :, None]
+        assert torch.allclose(one.keys * real, other.keys * real, atol=1e-5)
+        assert torch.allclose(one.values * real, other.values * real, atol=1e-5)
+
+
+def test_what_prompts_begin_with_is_read_once_and_no_padding() -> None:
+    model, forward = architecture("llama")
+    read = []
+    model.get_decoder().layers[0].register_forward_pre_hook(lambda _, inputs: read.append(inputs[0][..., 0].numel()))
+    forward.read_prompts(PROMPTS)
+    assert read == [22 + 2 + 1 + 4 + 3 + 3], "three tokens alike are not worth a call of their own"
+
+
+@torch.no_grad()
+def test_the_next_token_sees_what_transformers_attention_sees() -> None:
+    _, forward = architecture("llama")
+    ids_B1 = torch.arange(10, 10 + len(PROMPTS)).unsqueeze(1)
+    hidden = []
+    for forward.can_pack in (True, False):
+        _, _, mask_BP, cache = forward.read_prompts(PROMPTS)
+        mask_BT = torch.cat([mask_BP, torch.ones_like(ids_B1)], dim=1)
+        hidden.append(forward.read_on(ids_B1, mask_BT, cache).last_hidden_state)
+    assert torch.allclose(*hidden, atol=1e-5)
+
+
 def test_the_backbone_is_put_back_after_logits_even_on_an_error() -> None:
     model, forward = architecture("llama")
     before = forward.decoder.forward
