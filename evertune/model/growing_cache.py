@@ -31,7 +31,8 @@ def spread(cache: DynamicCache, place_BT: Tensor) -> None:
         cache: `holds_all_tokens`, of one sequence.
     """
     for layer in cache.layers:
-        layer.keys, layer.values = (one[0, :, place_BT].transpose(0, 1) for one in (layer.keys, layer.values))
+        held: Any = layer
+        held.keys, held.values = (one[0, :, place_BT].transpose(0, 1) for one in (held.keys, held.values))
 
 
 class _GrowingLayer(DynamicLayer):
@@ -39,7 +40,7 @@ class _GrowingLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """(B, K, T + C, D) keys and values, views of what is held: without gradients only."""
-        if self.is_initialized:
+        if self.keys is not None and self.values is not None:
             self.keys, self.values = _behind(self.keys, key_states), _behind(self.values, value_states)
         else:
             self.lazy_initialization(key_states, value_states)

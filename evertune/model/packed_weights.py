@@ -7,7 +7,8 @@ for every product. `benchmarks/decoding.py` has what it saves.
 # I inputs, O outputs
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, TypeGuard
 
 import torch
@@ -18,6 +19,8 @@ _reorder: Callable[[Tensor], Tensor] | None = getattr(torch.ops.mkldnn, "_reorde
 _product: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 LEAST_TOKENS = 8
 """Laying out the weights takes about as long as so many tokens save."""
+# Names of layers in one module that read the same tensor: one product for them reads it, and is called, once.
+_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 @contextlib.contextmanager
@@ -31,14 +34,30 @@ def packed_weights(model: nn.Module, *, tokens: int) -> Iterator[None]:
         tokens: how many will be generated one after the other; with few nothing is laid out.
     """
     is_worth_it = tokens >= LEAST_TOKENS and not torch.is_grad_enabled()
-    layers = [one for one in model.modules() if _can_pack(one)] if is_worth_it else []
+    groups = _groups(model) if is_worth_it else []
     try:
-        for one in layers:
-            one.forward = _packed(one)  # type: ignore[method-assign, assignment]
+        for group in groups:
+            for one, forward in zip(group, _packed(group), strict=True):
+                one.forward = forward  # type: ignore[method-assign, assignment]
         yield
     finally:
-        for one in layers:
-            vars(one).pop("forward", None)
+        for group in groups:
+            for one in group:
+                vars(one).pop("forward", None)
+
+
+def _groups(model: nn.Module) -> list[list[nn.Linear]]:
+    """Layers that can be packed, with their siblings where those read the same tensor."""
+    found: list[list[nn.Linear]] = []
+    for parent in model.modules():
+        layers = {name: one for name, one in parent.named_children() if _can_pack(one)}
+        for names in _SIBLINGS:
+            group = [layers[name] for name in names if name in layers]
+            if len({one.in_features for one in group}) == 1 and len({one.bias is None for one in group}) == 1:
+                found.append(group)
+                layers = {name: one for name, one in layers.items() if name not in names}
+        found += [[one] for one in layers.values()]
+    return found
 
 
 def _can_pack(module: nn.Module) -> TypeGuard[nn.Linear]:
@@ -54,12 +73,22 @@ def _can_pack(module: nn.Module) -> TypeGuard[nn.Linear]:
     )
 
 
-def _packed(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
+def _packed(group: Sequence[nn.Linear]) -> list[Callable[[Tensor], Tensor]]:
+    """A forward for each layer; the first that is asked about a tensor makes the product for all of them."""
     assert _reorder is not None
-    weight, bias_O = _reorder(layer.weight.detach()), layer.bias
+    weight = _reorder(torch.cat([one.weight.detach() for one in group]))
+    bias_O = None if group[0].bias is None else torch.cat([one.bias.detach() for one in group])
+    sizes = [one.out_features for one in group]
+    made: dict[int, Tensor] = {}
+    read: list[tuple[Tensor, int]] = []
 
-    def forward(x: Tensor) -> Tensor:
-        found: Tensor = _product(x, weight, bias_O, "none", [], "")
+    def forward(x: Tensor, which: int) -> Tensor:
+        if which not in made or read[0][0] is not x or read[0][1] != x._version:
+            read[:] = [(x, x._version)]
+            made.update(enumerate(_product(x, weight, bias_O, "none", [], "").split(sizes, dim=-1)))
+        found = made.pop(which)
+        if not made:
+            read.clear()
         return found
 
-    return forward
+    return [partial(forward, which=i) for i in range(len(group))]

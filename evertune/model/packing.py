@@ -131,8 +131,8 @@ def read_tree(
 def for_next_token(mask_BT: Tensor, dtype: torch.dtype) -> dict[str, Any]:
     """Arguments with which the decoder of a model that `enable_packing` has accepted reads one more token on a CPU.
 
-    transformers lays each group of heads out as queries of one, which torch's kernel takes a fifth longer for, and a mask
-    of truth values is turned into numbers in every layer.
+    transformers lays each group of heads out as queries of one, which torch's kernel takes a fifth longer for, and a
+    mask of truth values is turned into numbers in every layer.
 
     Args:
         mask_BT: 1 at the tokens that a row sees, of those in the cache and the new one. No layer has a window.

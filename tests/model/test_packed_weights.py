@@ -36,6 +36,49 @@ def test_products_are_as_close_to_the_truth_as_plain_ones(shape: tuple[int, ...]
     assert packed.shape == plain.shape and errors[0] <= 1.5 * errors[1]
 
 
+class _Attention(nn.Module):
+    """Layers by the names that go together, of which one reads what another has made."""
+
+    def __init__(self, bias: tuple[bool, bool, bool] = (False, False, False)) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (
+            nn.Linear(48, out, bias=has) for out, has in zip((96, 32, 32), bias, strict=True)
+        )
+        self.o_proj = nn.Linear(96, 48)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k = self.q_proj(x), self.k_proj(x)
+        v = self.v_proj(x + 1.0)
+        x = x + self.o_proj(q + torch.cat([k, v, k], dim=-1))
+        first = self.k_proj(x)
+        x.mul_(2.0)
+        return torch.cat([first, self.q_proj(x), self.v_proj(x)], dim=-1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [(False, False, False), (True, True, True), (True, False, True)])
+def test_layers_that_read_the_same_tensor_share_a_product_and_no_other(bias: tuple[bool, bool, bool]) -> None:
+    torch.manual_seed(0)
+    layers = _Attention(bias).bfloat16()
+    x = torch.randn(5, 48).bfloat16()
+    plain = layers(x.clone())
+    with packed_weights(layers, tokens=100):
+        packed = [layers(x.clone()) for _ in range(2)]
+    assert torch.equal(*packed)
+    assert torch.allclose(packed[0].float(), plain.float(), rtol=0.02, atol=0.05)
+
+
+@torch.no_grad()
+def test_siblings_are_multiplied_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers, made, product = _Attention().bfloat16(), [], module._product
+    monkeypatch.setattr(module, "_product", lambda x, weight, *rest: made.append(len(x)) or product(x, weight, *rest))
+    x = torch.randn(5, 48).bfloat16()
+    with packed_weights(layers, tokens=100):
+        for one in (layers.q_proj, layers.k_proj, layers.v_proj):
+            one(x)
+    assert made == [5]
+
+
 @torch.no_grad()
 def test_afterwards_the_layers_follow_their_weights_again() -> None:
     layers = _layers()
