@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import pty
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -97,6 +98,33 @@ def test_threads_that_wait_do_not_spin() -> None:
     process.Workers(start_method="fork")
     assert os.environ["OMP_WAIT_POLICY"]
     assert os.environ["HF_HUB_OFFLINE"] == "1"
+
+
+# After one large matrix has come and gone, glibc keeps the next in its heap, where a small one stands behind it.
+_HOLE = """
+import ctypes
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+
+libc.free(libc.malloc(30_000_000))
+before = resident()
+large = libc.malloc(25_000_000)
+ctypes.memset(large, 1, 25_000_000)
+small = libc.malloc(100_000)
+ctypes.memset(small, 1, 100_000)
+libc.free(large)
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's")
+def test_a_freed_matrix_leaves_no_hole_behind() -> None:
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": process.ENVIRONMENT["MALLOC_MMAP_THRESHOLD_"]}
+    told = subprocess.run([sys.executable, "-c", _HOLE], env=environment, capture_output=True, text=True, check=True)
+    assert int(told.stdout) < 5_000_000
 
 
 @pytest.mark.path

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,9 +48,10 @@ class MicroBatch:
         return chosen.repeat_interleave(counts)
 
 
-def collate(rows: Sequence[EncodedRow], *, pad_id: int, device: torch.device) -> MicroBatch:
-    """Pad rows to the longest of them."""
-    length = max(len(row.ids) for row in rows)
+def collate(rows: Sequence[EncodedRow], *, pad_id: int, device: torch.device, multiple: int = 1) -> MicroBatch:
+    """Pad rows to the longest of them, or to the next multiple of a number."""
+    longest = max(len(row.ids) for row in rows)
+    length = longest + -longest % multiple
     ids_BT = torch.full((len(rows), length), pad_id, dtype=torch.int64)
     predicts_BT = torch.zeros((len(rows), length), dtype=torch.bool)
     for b, row in enumerate(rows):
@@ -60,22 +60,26 @@ def collate(rows: Sequence[EncodedRow], *, pad_id: int, device: torch.device) ->
     return MicroBatch(tuple(rows), ids_BT.to(device), predicts_BT.to(device))
 
 
-def counted_hidden(decoder: Decoder, batch: MicroBatch, *, is_packed: bool, shares: bool = False) -> Tensor:
+def counted_hidden(
+    decoder: Decoder, batch: MicroBatch, *, is_packed: bool, shares: bool = False, multiple: int = 1
+) -> Tensor:
     """Last hidden states (N, H) at the counted positions, row by row.
 
     Args:
         is_packed: read the rows packed; the model must have been accepted by `enable_packing`.
+        multiple: of which the lengths of packed rows are, as far as the batch is padded.
         shares: read once what packed rows begin with alike; see `packed_hidden`.
     """
     if not is_packed or not batch.predicts_BT.any():
         hidden_BTH: Tensor = decoder(input_ids=batch.ids_BT, use_cache=False).last_hidden_state
         return hidden_BTH[batch.predicts_BT]
-    predicts = [row.counted[1:] for row in batch.rows]
-    lengths = [int(one.nonzero()[0][-1]) + 1 if one.any() else 0 for one in predicts]
-    rows = [batch.ids_BT[b, :length] for b, length in enumerate(lengths) if length]
-    asked_T = np.concatenate([one[:length] for one, length in zip(predicts, lengths, strict=True)])
-    asked = torch.from_numpy(asked_T).to(batch.ids_BT.device)
-    return packed_hidden(decoder, rows, asked=asked, shares=shares)
+    rows, asked = [], []
+    for b, row in enumerate(batch.rows):
+        if places := row.counted[1:].nonzero()[0].tolist():
+            last = places[-1] + 1
+            rows.append(batch.ids_BT[b, : last + -last % multiple])
+            asked.append(batch.predicts_BT[b, : len(rows[-1])])
+    return packed_hidden(decoder, rows, asked=torch.cat(asked), shares=shares)
 
 
 def counted_positions(row: EncodedRow) -> int:

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,9 @@ from evertune.train.sharding import ShardedDecoder
 
 Direction = Literal["forward", "reverse"]
 TOP_WORDS = 64
+# oneDNN makes a kernel for each shape and keeps a thousand of them, a third of a MiB each. Rows of all lengths, read
+# one at a time, would fill that: they are padded to a multiple of this.
+ALONE_MULTIPLE = 64
 # Of a tail's mass: below, it would vanish in float32, and its logarithm with it.
 SMALLEST = 1e-37
 
@@ -64,19 +67,22 @@ class LiveReference:
     ) -> None:
         self.head = head
         self.forwards = 0
+        self.positions = _positions(model)
         self._model, self._decoder = model, decoder
         self._frozen, self._pad_id, self._is_packed = frozen, pad_id, is_packed
 
     @torch.no_grad()
-    def hidden(self, rows: Sequence[EncodedRow]) -> Tensor:
-        """Last hidden states (M, H) at the counted positions, without dropout."""
-        batch = collate(rows, pad_id=self._pad_id, device=self.head.weight_VH.device)
+    def hidden(self, rows: Sequence[EncodedRow], *, multiple: int = 1) -> Tensor:
+        """Last hidden states (M, H) at the counted positions, without dropout; rows are padded to a multiple."""
+        batch = collate(rows, pad_id=self._pad_id, device=self.head.weight_VH.device, multiple=multiple)
         was_training = self._model.training
         self._model.eval()
         try:
             with self._frozen():
                 shares = batch.ids_BT.device.type == "cpu"
-                hidden_MH = counted_hidden(self._decoder, batch, is_packed=self._is_packed, shares=shares)
+                hidden_MH = counted_hidden(
+                    self._decoder, batch, is_packed=self._is_packed, shares=shares, multiple=multiple
+                )
         finally:
             self._model.train(was_training)
         self.forwards += 1
@@ -84,6 +90,14 @@ class LiveReference:
 
     def values(self, rows: Sequence[EncodedRow], direction: Direction) -> PositionValues:
         return full_divergence(self.hidden(rows), self.head, direction)
+
+
+def _positions(model: Any) -> float:
+    """How many tokens a model can read, all with the rotation of a short text."""
+    text = model.config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    known = (getattr(text, "max_position_embeddings", None), rope.get("original_max_position_embeddings"))
+    return min((one for one in known if one), default=float("inf"))
 
 
 @dataclass(frozen=True)
@@ -197,8 +211,12 @@ def reference_outputs(reference: LiveReference, kind: str) -> Callable[[EncodedR
     position up to 65,536 words, 386 above.
     """
 
+    def alone(row: EncodedRow) -> Tensor:
+        fits = len(row.ids) + -len(row.ids) % ALONE_MULTIPLE <= reference.positions
+        return reference.hidden([row], multiple=ALONE_MULTIPLE if fits else 1)
+
     def hidden(row: EncodedRow) -> dict[str, Tensor]:
-        return {"hidden": reference.hidden([row]).cpu()}
+        return {"hidden": alone(row).cpu()}
 
     @torch.no_grad()
     def top(row: EncodedRow) -> dict[str, Tensor]:
@@ -206,7 +224,7 @@ def reference_outputs(reference: LiveReference, kind: str) -> Callable[[EncodedR
         narrow = torch.uint16 if vocabulary <= 1 << 16 else torch.int32
         parts = [
             top_words(reference.head.log_probabilities(chunk), min(TOP_WORDS, vocabulary - 1))
-            for chunk in reference.hidden([row]).split(reference.head.chunk_positions())
+            for chunk in alone(row).split(reference.head.chunk_positions())
         ]
         ids, logp = (torch.cat(each).cpu() for each in zip(*parts, strict=True))
         return {"ids": ids.to(narrow), "logp": logp.to(torch.float16)}
@@ -214,7 +232,7 @@ def reference_outputs(reference: LiveReference, kind: str) -> Callable[[EncodedR
     @torch.no_grad()
     def target(row: EncodedRow) -> dict[str, Tensor]:
         targets_M = torch.from_numpy(row.ids[1:][row.counted[1:]]).long().to(reference.head.weight_VH.device)
-        return {"logp": target_log_probabilities(reference.hidden([row]), targets_M, head=reference.head).cpu()}
+        return {"logp": target_log_probabilities(alone(row), targets_M, head=reference.head).cpu()}
 
     return {"hidden": hidden, "top64": top, "target": target}[kind]
 

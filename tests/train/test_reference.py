@@ -21,7 +21,7 @@ from evertune.train.batch import collate
 from evertune.train.cache import ReferenceCache
 from evertune.train.head import split_model
 from evertune.train.losses import bucket, forward_kl, reverse_kl, top_words
-from evertune.train.reference import Reference, ReferenceSource
+from evertune.train.reference import Reference, ReferenceSource, reference_outputs
 from evertune.train.sft import run_sft
 from tests.tiny import write_tiny_model
 from tests.train.stage import anchor, make_spec, open_workspace, published_weights
@@ -162,6 +162,31 @@ def test_what_is_stored_of_a_row_does_not_depend_on_its_company(policy, tmp_path
     together.complete("hidden", ROWS)
     stored = [one.stored("hidden").read(ROWS[0])["hidden"] for one in (alone, together)]
     assert torch.equal(*stored)
+
+
+def test_rows_read_alone_come_in_few_lengths_and_have_the_same_outputs(policy, tmp_path):
+    live, lengths = _source(policy, tmp_path).live(), []
+    rows = [_row(seed, length) for seed, length in enumerate((3, 40, 63, 64, 65, 100, 128))]
+    expected = [live.hidden([row]) for row in rows]
+    embedding = policy.model.get_input_embeddings()
+    embedding.register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[-1]))
+    store = reference_outputs(live, "hidden")
+    for row, one in zip(rows, expected, strict=True):
+        assert torch.allclose(store(row)["hidden"], one, atol=1e-5)
+    assert set(lengths) == {64, 128}
+
+
+@pytest.mark.parametrize("rope", [{}, {"rope_type": "yarn", "original_max_position_embeddings": 100, "factor": 2.0}])
+def test_a_row_is_not_padded_past_what_the_model_reads(policy, tmp_path, rope):
+    text = policy.model.config.get_text_config()
+    text.max_position_embeddings = 200 if rope else 100
+    text.rope_parameters = {**text.rope_parameters, **rope}
+    live, lengths = _source(policy, tmp_path).live(), []
+    policy.model.get_input_embeddings().register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[-1]))
+    store = reference_outputs(live, "hidden")
+    for length in (30, 70):
+        store(_row(1, length))
+    assert lengths[0] == 64 and lengths[1] < 71
 
 
 def test_bytes_per_position_are_as_promised(policy, tmp_path):
