@@ -79,7 +79,7 @@ class Contestant:
 
     @classmethod
     def start(cls, name: str, command: Sequence[str], *, threads: int, log: Path) -> "Contestant":
-        environment = {**os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": str(threads)}
+        environment = {**ENVIRONMENT, **os.environ, "OMP_NUM_THREADS": str(threads)}
         with log.open("w") as errors:
             process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
