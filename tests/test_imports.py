@@ -240,7 +240,7 @@ def test_commands_import_what_they_need_and_no_more() -> None:
     unneeded = {
         "cli": ("numpy", "pydantic", "jinja2", "scipy", "pyarrow", "rich"),
         "lineage": ("jinja2", "scipy", "pyarrow"),
-        "report": ("pydantic", "scipy.optimize", "pyarrow"),
+        "report": ("pydantic", "scipy", "pyarrow"),
         "check": ("scipy", "rich"),
     }
     for room, names in unneeded.items():

@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import special
 
 from evertune.errors import ProbeError
-from evertune.measure.stats import Estimate, cluster_mean
+from evertune.measure.stats import Estimate, cluster_mean, special
 
 Floats = NDArray[np.float64]
-Z90 = float(special.ndtri(0.95))
+# The normal distribution's 95 % quantile: two sides of it hold 90 %.
+Z90 = 1.6448536269514722
 
 
 class Interval(NamedTuple):

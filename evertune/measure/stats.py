@@ -10,11 +10,10 @@ and tests are one-sided at level alpha; an interval is two bounds, so alpha 0.05
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import special
 
 from evertune.measure import anytime
 
@@ -29,6 +28,18 @@ ENUMERATE_CLUSTERS = 14
 PERMUTATIONS = 20_000
 # Resamples of the bootstrap, and the clusters they draw in all: a few thousand clusters need fewer.
 RESAMPLES, RESAMPLED_CLUSTERS = 10_000, 10_000_000
+
+
+class _Special:
+    """scipy.special, imported at its first use: a report shows what was computed before, and need not wait for it."""
+
+    def __getattr__(self, name: str) -> Any:
+        from scipy import special
+
+        return getattr(special, name)
+
+
+special = _Special()
 
 
 class Estimate(NamedTuple):
