@@ -229,7 +229,9 @@ def test_the_reference_runs_once_over_each_conversation_and_not_again(
 ) -> None:
     calls: list[int] = []
     hidden = LiveReference.hidden
-    monkeypatch.setattr(LiveReference, "hidden", lambda self, rows: calls.append(len(rows)) or hidden(self, rows))
+    monkeypatch.setattr(
+        LiveReference, "hidden", lambda self, rows, **way: calls.append(len(rows)) or hidden(self, rows, **way)
+    )
     workspace = open_workspace(tmp_path / "w")
     # Three of four rows of a step are pairs; a step more needs three pairs more, and another rate none.
     for steps, pairs in ((3, 9), (4, 12), (3, 12), (20, 18)):
