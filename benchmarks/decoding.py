@@ -74,7 +74,10 @@ def _prompts(forward: Forward, prompts: list[list[int]], rounds: int) -> None:
 
 
 def _tokens(forward: Forward, prompts: list[list[int]], tokens: int) -> None:
+    began = time.process_time()
     layouts = {name: _layout(forward.model, name) for name in WAYS}
+    made = sum(map(bool, layouts.values()))
+    print(f"\nweights are laid out in {(time.process_time() - began) / made:.2f} CPU s")
     states = {}
     for name in WAYS:
         outputs, last_BH, mask_BT, cache = forward.read_prompts(prompts)

@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 
-from benchmarks.contest import ENVIRONMENT
+from evertune.process import ENVIRONMENT
 
 PLAIN = ["evertune", "trl", "loop"]
 FUSED = ["evertune-liger", "evertune-compiled", "trl-liger"]
@@ -69,7 +69,7 @@ def main() -> None:
         for command in PARTS[part](options):
             print(f"\npython -m {' '.join(command)} --device {options.device}", flush=True)
             whole = [sys.executable, "-m", *command, "--device", options.device]
-            subprocess.run(whole, check=True, env={**os.environ, **ENVIRONMENT})
+            subprocess.run(whole, check=True, env={**ENVIRONMENT, **os.environ})
 
 
 if __name__ == "__main__":

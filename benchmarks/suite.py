@@ -19,7 +19,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from benchmarks.contest import ENVIRONMENT, machine
+from benchmarks.contest import machine
+from evertune.process import ENVIRONMENT
 
 HISTORY = Path(__file__).with_name("history.jsonl")
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -53,7 +54,7 @@ PARTS: dict[str, Callable[[Path], Iterator[tuple[str, list[str]]]]] = {"step": s
 
 def perform(command: list[str]) -> dict[str, float]:
     """The ratios that a script writes."""
-    environment = {**os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": "1"}
+    environment = {**ENVIRONMENT, **os.environ, "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "ratios.json"
         subprocess.run([sys.executable, "-m", *command, "--out", str(out)], check=True, env=environment)

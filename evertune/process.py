@@ -33,8 +33,10 @@ ENVIRONMENT = {
     # Waiting OpenMP threads sleep instead of spinning: up to ten times less CPU on a busy machine.
     "OMP_WAIT_POLICY": "PASSIVE",
     "GOMP_SPINCOUNT": "0",
-    # glibc gives a freed chunk of logits back to the system instead of keeping a hole that only smaller ones fit.
-    "MALLOC_MMAP_THRESHOLD_": "12000000",
+    # glibc gives a freed chunk of logits back to the system instead of keeping a hole that only smaller ones fit; the
+    # second is what it keeps at the heap's end, by itself next to nothing once the first is set.
+    "MALLOC_MMAP_THRESHOLD_": "15000000",
+    "MALLOC_TRIM_THRESHOLD_": "67108864",
     "TOKENIZERS_PARALLELISM": "false",
     # Nothing leaves the machine.
     "HF_HUB_OFFLINE": "1",

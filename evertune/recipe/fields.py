@@ -37,8 +37,9 @@ class Config(BaseModel):
         properties = handler.resolve_ref_schema(schema).get("properties", {})
         docs = attribute_docs(cls)
         for name, field in cls.model_fields.items():
-            if name in docs:
-                properties[field.alias or name].setdefault("description", docs[name])
+            place = properties.get(field.alias or name)
+            if place is not None and name in docs:
+                place.setdefault("description", docs[name])
         return schema
 
 
