@@ -3,8 +3,9 @@
     python -m benchmarks.overhead recipes/demo.yaml --workspace NEW
 
 Performs the recipe and prints, of its wall time: the processor time of the run's own process (plan, digests, ledger,
-gate; training and scoring are in workers), and the seconds that the ledger has for stages and probes. What is left is
-workers: starting them, opening and verifying models, and the scan of an interpolation.
+gate; training and scoring are in workers), and the seconds of stages' steps and of probes, those of every scanned point
+of an interpolation among them. What is left is workers: starting them, opening and writing models, what a stage does
+beside its steps. A round's time is that from the end of the one before, or of the base's probes, to its own end.
 """
 
 import argparse
@@ -33,19 +34,26 @@ def main() -> None:
     )
     whole, own = time.monotonic() - began, cpu_seconds() - own
     spent, rounds = defaultdict[str, float](float), defaultdict[str, dict[str, float]](lambda: defaultdict(float))
+    end, durations = 0.0, {}
     for one in current_events(open_workspace(options.workspace).ledger):
-        if one.kind in ("checkpoint", "probe") and "seconds" in one.volatile:
-            kind = "stages" if one.kind == "checkpoint" else "probes"
-            spent[kind] += one.volatile["seconds"]
-            rounds[one.body["label"].split("/")[0]][kind] += one.volatile["seconds"]
+        name = one.body.get("label", "").split("/")[0]
+        stage, probe = ("seconds", "") if one.kind == "checkpoint" else ("", "seconds")
+        for kind, key in (("stages", stage), ("probes", probe), ("probes", "scan_seconds")):
+            spent[kind] += one.volatile.get(key, 0.0)
+            rounds[name][kind] += one.volatile.get(key, 0.0)
+        if one.kind == "settled":
+            durations[one.body["round"]] = one.volatile["time"] - end
+        if one.kind == "settled" or name == "base":
+            end = one.volatile["time"]
     print(json.dumps(facts))
     print(f"| | seconds | share of {whole:.0f} s |\n|---|---|---|")
     for kind, seconds in {"the run's own process, CPU": own, **spent, "left": whole - sum(spent.values())}.items():
         print(f"| {kind} | {seconds:.1f} | {100 * seconds / whole:.1f} % |")
-    print("\n| round | stages, s | probes, s | probes, of both |\n|---|---|---|---|")
-    for name, told in rounds.items():
-        both = told["stages"] + told["probes"]
-        print(f"| {name} | {told['stages']:.1f} | {told['probes']:.1f} | {100 * told['probes'] / both:.0f} % |")
+    print("\n| round | its time, s | stages, s | probes, s | of its time |\n|---|---|---|---|---|")
+    for name, seconds in durations.items():
+        told = rounds[name]
+        share = f"{100 * told['probes'] / seconds:.1f} %"
+        print(f"| {name} | {seconds:.0f} | {told['stages']:.1f} | {told['probes']:.1f} | {share} |")
 
 
 def cpu_seconds() -> float:

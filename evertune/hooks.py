@@ -121,7 +121,7 @@ class ProbeCallback(TrainerCallback):  # type: ignore[misc]
     def _score(self, args: "TrainingArguments", state: "TrainerState", model: Any) -> dict[str, ItemScores]:
         assert self._codec is not None, "scored before training has begun"
         with _asking(model):
-            found = score_open(as_open(model, self._codec), self.suite.probes)
+            found = score_open(as_open(model, self._codec), self.suite.probes, alone=True)
         self.scores[state.global_step] = found
         for name, scores in found.items():
             scores.write_parquet(self._place(args) / f"{state.global_step}-{name}.parquet")

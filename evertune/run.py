@@ -551,7 +551,7 @@ def _interpolate(
     reference = {"start": made[0], "before": made[-2], "champion": position.champion}[settings.toward]
     scan = _scan(session, one, ladder.shares_of(settings.alphas, settings.blocks), candidate, reference)
     chosen = ladder.choose(
-        scan,
+        scan.scores,
         position.champion.scores,
         position.ratchet.best,
         _open_facts(session, one),
@@ -559,7 +559,7 @@ def _interpolate(
         tried=tries,
         shares=position.ratchet.shares,
     )
-    winner = probe(session, _write_interpolation(session, one, chosen.share, candidate, reference))
+    winner = probe(session, _write_interpolation(session, one, scan, chosen.share, candidate, reference))
     blocks = list(chosen.share) if isinstance(chosen.share, tuple) else None
     facts = {
         "rung": "interpolate",
@@ -571,43 +571,56 @@ def _interpolate(
     return decide(session, one, winner, position, tried=tries, rescue_facts=facts)
 
 
-def _scan(
-    session: Session, one: Round, shares: Sequence[ladder.Share], candidate: Model, reference: Model
-) -> dict[ladder.Share, dict[str, ItemScores]]:
-    """Item scores by share and probe, found or made."""
+class _Scan(NamedTuple):
+    """A scan's object, what a job needs to load its probes, and item scores by share and probe."""
+
+    key: str
+    probes: list[dict[str, Any]]
+    scores: dict[ladder.Share, dict[str, ItemScores]]
+
+
+def _scan(session: Session, one: Round, shares: Sequence[ladder.Share], candidate: Model, reference: Model) -> _Scan:
+    """The shares' scores, found or made."""
     plan, workspace = session.plan.asked(held_out=False), session.workspace
     line = _line(session, candidate, reference)
     asked = [[each.name, each.digest] for each in plan.probes]
-    key = digest_json({"kind": "scan", "version": 4, "shares": list(shares), "probes": asked, **line.identity})
+    key = digest_json({"kind": "scan", "version": 5, "shares": list(shares), "probes": asked, **line.identity})
+    probes = [plan.probe_job(each) for each in plan.probes]
     if workspace.manifest(key) is None:
-        probes = [plan.probe_job(each) for each in plan.probes]
         job = {"kind": "scan", "label": one.name, "key": key, "shares": list(shares), "probes": probes, **line.job}
         with session.display.rescuing(one.name, shares, reference.label) as watch:
             session.workers.run(job, watch=watch)
     folder = workspace.path(key)
-    return {
+    scores = {
         share: {each.name: ItemScores.read_parquet(folder / f"{number}-{each.name}.parquet") for each in plan.probes}
         for number, share in enumerate(shares)
     }
+    return _Scan(key, probes, scores)
 
 
 def _write_interpolation(
-    session: Session, one: Round, share: ladder.Share, candidate: Model, reference: Model
+    session: Session, one: Round, scan: _Scan, share: ladder.Share, candidate: Model, reference: Model
 ) -> Model:
-    """A point between as a checkpoint of its own, recorded."""
+    """A scanned point as a checkpoint of its own, recorded."""
     workspace = session.workspace
     line = _line(session, candidate, reference)
     plain = list(share) if isinstance(share, tuple) else share
     key = digest_json({"kind": "interpolate", "version": 3, "share": plain, **line.identity})
+    number = list(scan.scores).index(share)
     if workspace.manifest(key) is None:
-        session.workers.run({"kind": "interpolate", "label": one.name, "key": key, "share": plain, **line.job})
+        job = {"kind": "interpolate", "label": one.name, "key": key, "scan": scan.key, "number": number, **line.job}
+        session.workers.run({**job, "probes": scan.probes})
     checkpoint = describe(workspace.path(key), cache=workspace.cache / "digests.json")
     points = "-".join(f"{each:g}" for each in plain) if isinstance(plain, list) else f"{plain:g}"
     label = f"{one.name}/rescue-{points}"
     body = session.plan.interpolation_body(
         checkpoint, key, label, one.name, plain, reference.checkpoint, candidate.checkpoint
     )
-    _record(session, "checkpoint", digest_json({"label": label, "object": key}), body)
+    scanned = workspace.manifest(scan.key)
+    assert scanned is not None, "read above"
+    # Those of the point itself are with its probes, where its scores are the scanned ones.
+    spent = sum(sum(each.values()) for i, each in enumerate(scanned.record["volatile"]["seconds"]) if i != number)
+    _record(session, "checkpoint", digest_json({"label": label, "object": key}), body, {"scan_seconds": spent})
     return Model(checkpoint, label)
 
 

@@ -53,26 +53,32 @@ def _probe(job: Job, workspace: Workspace) -> dict[str, Any]:
 
 def _scan(job: Job, workspace: Workspace) -> dict[str, Any]:
     """Score every share of the candidate in memory; one Parquet of item scores per share, by its number, and probe."""
+    import torch
+
     from evertune.merge.interpolate import Share, scan
     from evertune.model.checkpoint import Checkpoint
     from evertune.model.open import OpenModel
-    from evertune.probe.job import score_open
+    from evertune.probe.job import score_each
     from evertune.probe.suite import load_probe
 
+    numerics = job["numerics"]
+    if numerics.get("threads"):
+        torch.set_num_threads(numerics["threads"])
     probes = [load_probe(one["name"], settings=one["settings"], root=Path(one["root"])) for one in job["probes"]]
     shares: list[Share] = [tuple(one) if isinstance(one, list) else one for one in job["shares"]]
 
     def write(folder: Path) -> dict[str, Any]:
         numbers = {share: number for number, share in enumerate(shares)}
+        spent: list[dict[str, float]] = [{} for _ in shares]
 
         def visit(share: Share, opened: OpenModel) -> None:
-            for name, scores in score_open(opened, probes).items():
-                scores.write_parquet(folder / f"{numbers[share]}-{name}.parquet")
+            for probe, scores, seconds in score_each(opened, probes):
+                scores.write_parquet(folder / f"{numbers[share]}-{probe.name}.parquet")
+                spent[numbers[share]][probe.name] = seconds
 
-        numerics = job["numerics"]
         candidate, reference = (Checkpoint.from_json(job[one]) for one in ("candidate", "reference"))
         scan(candidate, reference, shares, dtype=numerics["dtype"], device=numerics["device"], visit=visit)
-        return {"shares": job["shares"]}
+        return {"shares": job["shares"], "volatile": {"seconds": spent}}
 
     return {"key": workspace.publish(kind="scan", key=job["key"], record={}, write=write).key}
 
@@ -110,17 +116,31 @@ def _early(job: Job, workspace: Workspace) -> dict[str, Any]:
 
 
 def _interpolate(job: Job, workspace: Workspace) -> dict[str, Any]:
-    from evertune.merge.interpolate import write_winner
-    from evertune.model.checkpoint import Checkpoint
+    """Write a point of a scan as a checkpoint; where it has the weights that were scanned, the scores are its own."""
+    from evertune.merge.interpolate import is_exact, write_winner
+    from evertune.model.checkpoint import Checkpoint, describe
+    from evertune.probe.job import publish_scores
+    from evertune.probe.scores import ItemScores
+    from evertune.probe.suite import load_probe
 
     candidate, reference = (Checkpoint.from_json(job[one]) for one in ("candidate", "reference"))
+    number, scanned = job["number"], workspace.manifest(job["scan"])
+    assert scanned is not None, "scanned before it is written"
+    share = scanned.record["shares"][number]
 
     def write(folder: Path) -> dict[str, Any]:
-        share = tuple(job["share"]) if isinstance(job["share"], list) else job["share"]
-        write_winner(candidate, reference, share, folder)
+        write_winner(candidate, reference, tuple(share) if isinstance(share, list) else share, folder)
         return {}
 
-    return {"key": workspace.publish(kind="checkpoint", key=job["key"], record={}, write=write).key}
+    key = workspace.publish(kind="checkpoint", key=job["key"], record={}, write=write).key
+    if is_exact(candidate, reference):
+        winner = describe(workspace.path(key), cache=workspace.cache / "digests.json")
+        for one in job["probes"]:
+            probe = load_probe(one["name"], settings=one["settings"], root=Path(one["root"]))
+            scores = ItemScores.read_parquet(workspace.path(job["scan"]) / f"{number}-{probe.name}.parquet")
+            seconds = scanned.record["volatile"]["seconds"][number][probe.name]
+            publish_scores(winner, probe, scores, workspace, numerics=job["numerics"], seconds=seconds)
+    return {"key": key}
 
 
 def _blame(job: Job, workspace: Workspace) -> dict[str, Any]:

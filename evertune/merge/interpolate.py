@@ -78,6 +78,13 @@ def write_winner(candidate: Checkpoint, reference: Checkpoint, alpha: Share, fol
     write_adapter(parts[0] if len(parts) == 1 else concatenate(parts), folder, reference)
 
 
+def is_exact(candidate: Checkpoint, reference: Checkpoint) -> bool:
+    """Whether what `write_winner` writes has, opened in the dtype of a scan, the scanned weights bit for bit: all but
+    several adapters that become one."""
+    adapters = above(candidate, reference)
+    return adapters is None or len(adapters) == 1
+
+
 def above(candidate: Checkpoint, reference: Checkpoint) -> tuple[Checkpoint, ...] | None:
     """The adapters of the candidate's stack that stand above the reference; None when it does not stand on it."""
     digests = [one.digest for one in candidate.stack]

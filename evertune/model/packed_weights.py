@@ -23,6 +23,21 @@ LEAST_TOKENS = 8
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
+# Models whose weights do not change for a while, with the forwards that have been made for them.
+_constant: dict[nn.Module, "_Forwards | None"] = {}
+_Forwards = dict[nn.Linear, Callable[[Tensor], Tensor]]
+
+
+@contextlib.contextmanager
+def constant_weights(model: nn.Module) -> Iterator[None]:
+    """Inside, the weights do not change, so that all `packed_weights` share the copy that the first one makes."""
+    _constant[model] = None
+    try:
+        yield
+    finally:
+        del _constant[model]
+
+
 @contextlib.contextmanager
 def packed_weights(model: nn.Module, *, tokens: int) -> Iterator[None]:
     """Inside, linear layers in bfloat16 on a CPU multiply with a copy of their weights laid out for it.
@@ -34,16 +49,18 @@ def packed_weights(model: nn.Module, *, tokens: int) -> Iterator[None]:
         tokens: how many will be generated one after the other; with few nothing is laid out.
     """
     is_worth_it = tokens >= LEAST_TOKENS and not torch.is_grad_enabled()
-    groups = _groups(model) if is_worth_it else []
+    forwards = _constant.get(model) if is_worth_it else {}
+    if forwards is None:
+        forwards = {one: made for group in _groups(model) for one, made in zip(group, _packed(group), strict=True)}
+        if model in _constant:
+            _constant[model] = forwards
     try:
-        for group in groups:
-            for one, forward in zip(group, _packed(group), strict=True):
-                one.forward = forward  # type: ignore[method-assign, assignment]
+        for layer, forward in forwards.items():
+            layer.forward = forward  # type: ignore[method-assign, assignment]
         yield
     finally:
-        for group in groups:
-            for one in group:
-                vars(one).pop("forward", None)
+        for layer in forwards:
+            vars(layer).pop("forward", None)
 
 
 def _groups(model: nn.Module) -> list[list[nn.Linear]]:

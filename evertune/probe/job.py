@@ -1,8 +1,10 @@
 """Scores of a checkpoint as objects of a workspace: one per probe, keyed by weights, items and numerics."""
 
+import itertools
 import time
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,8 +12,8 @@ import numpy as np
 from evertune.hashing import digest_json
 from evertune.measure.stats import mean_interval
 from evertune.model.checkpoint import Checkpoint
-from evertune.probe.scores import ItemScores
-from evertune.probe.suite import AnyProbe, LmEvalProbe
+from evertune.probe.scores import ItemScores, concatenate
+from evertune.probe.suite import AnyProbe, LmEvalProbe, Probe
 from evertune.probe.task_files import require_lm_eval
 from evertune.workspace import Workspace
 
@@ -19,7 +21,12 @@ if TYPE_CHECKING:
     from evertune.model.open import OpenModel
 
 # Raised by hand when the meaning of a score changes.
-PROBE_VERSION = 2
+PROBE_VERSION = 3
+# Items scored together on a CPU. In bfloat16 the last digits of a score follow the shape of its batch, so this number
+# is part of what a score means.
+PART_ITEMS = 100
+# Kinds whose answers are generated token by token.
+SPOKEN = ("generate", "episode")
 
 
 def probe_key(checkpoint: Checkpoint, probe: AnyProbe, numerics: Mapping[str, Any]) -> str:
@@ -51,46 +58,130 @@ def run_probes(
     from evertune.model.open import open_model
 
     keys = [probe_key(checkpoint, probe, numerics) for probe in probes]
-    missing = [(key, probe) for key, probe in zip(keys, probes, strict=True) if workspace.manifest(key) is None]
+    missing = [probe for key, probe in zip(keys, probes, strict=True) if workspace.manifest(key) is None]
     if not missing:
         return keys
     if numerics.get("threads"):
         torch.set_num_threads(numerics["threads"])
     opened = open_model(checkpoint, dtype=numerics["dtype"], device=numerics["device"])
-    for key, probe in missing:
-        began = time.monotonic()
-        scores = score_one(opened, probe)
-
-        def write(folder: Path, scores: ItemScores = scores) -> None:
-            scores.write_parquet(folder / "scores.parquet")
-
-        record = {
-            "probe": _body(checkpoint, probe, scores),
-            "volatile": {"seconds": round(time.monotonic() - began, 3)},
-        }
-        workspace.publish(kind="probe", key=key, record=record, write=write)
+    for probe, scores, seconds in score_each(opened, missing):
+        publish_scores(checkpoint, probe, scores, workspace, numerics=numerics, seconds=seconds)
     return keys
 
 
-def score_open(opened: "OpenModel", probes: Sequence[AnyProbe]) -> dict[str, ItemScores]:
-    """Scores of a model in memory, such as an interpolation that is never written."""
-    return {probe.name: score_one(opened, probe) for probe in probes}
+def publish_scores(
+    checkpoint: Checkpoint,
+    probe: AnyProbe,
+    scores: ItemScores,
+    workspace: Workspace,
+    *,
+    numerics: Mapping[str, Any],
+    seconds: float,
+) -> None:
+    """Publish a checkpoint's scores on a probe, made in so many seconds, as `run_probes` does."""
+    workspace.publish(
+        kind="probe",
+        key=probe_key(checkpoint, probe, numerics),
+        record={"probe": _body(checkpoint, probe, scores), "volatile": {"seconds": round(seconds, 3)}},
+        write=lambda folder: scores.write_parquet(folder / "scores.parquet"),
+    )
 
 
-def score_one(opened: "OpenModel", probe: AnyProbe) -> ItemScores:
-    """Scores of a model in memory on one probe.
+def score_open(opened: "OpenModel", probes: Sequence[AnyProbe], *, alone: bool = False) -> dict[str, ItemScores]:
+    """Scores of a model in memory, such as an interpolation that is never written, by probe.
+
+    Args:
+        alone: in this process, which may hold what is not to be forked.
 
     Raises:
         ProbeError: see `score_probe` and `score_lm_eval`.
     """
-    if isinstance(probe, LmEvalProbe):
-        require_lm_eval(probe.name)
+    if alone:
+        return {probe.name: score_one(opened, probe) for probe in probes}
+    found = {probe.name: scores for probe, scores, _ in score_each(opened, probes)}
+    return {probe.name: found[probe.name] for probe in probes}
+
+
+def score_one(opened: "OpenModel", probe: AnyProbe) -> ItemScores:
+    """Scores of a model in memory on one probe, in this process.
+
+    Raises:
+        ProbeError: see `score_probe` and `score_lm_eval`.
+    """
+    return concatenate([_score_part(opened, part) for part in _parts(opened, probe)])
+
+
+def score_each(opened: "OpenModel", probes: Sequence[AnyProbe]) -> Iterator[tuple[AnyProbe, ItemScores, float]]:
+    """Each probe with its scores and seconds, as it is done; of processes side by side a second counts by their number.
+
+    Raises:
+        ProbeError: see `score_probe` and `score_lm_eval`.
+    """
+    parts = {(i, k): part for i, probe in enumerate(probes) for k, part in enumerate(_parts(opened, probe))}
+    counts = Counter(i for i, _ in parts)
+    found: dict[int, dict[int, tuple[ItemScores, float]]] = defaultdict(dict)
+    for (i, k), scores, seconds in _scored_parts(opened, parts):
+        found[i][k] = scores, seconds
+        if len(found[i]) == counts[i]:
+            done = [found[i][k] for k in range(counts[i])]
+            yield probes[i], concatenate([one for one, _ in done]), sum(one for _, one in done)
+
+
+def _scored_parts(
+    opened: "OpenModel", parts: Mapping[tuple[int, int], AnyProbe]
+) -> Iterator[tuple[tuple[int, int], ItemScores, float]]:
+    """Places of parts, as they are done, with scores and seconds."""
+    import torch
+
+    from evertune.model.packed_weights import constant_weights, packed_weights
+    from evertune.probe.processes import count_processes, in_processes
+
+    def score(place: tuple[int, int]) -> tuple[tuple[int, int], ItemScores, float]:
+        began = time.monotonic()
+        return place, _score_part(opened, parts[place]), time.monotonic() - began
+
+    # lm-eval has processes and files of its own.
+    shared = {place: one for place, one in parts.items() if isinstance(one, Probe)}
+    processes = count_processes(opened, len(shared))
+    with constant_weights(opened.model):
+        if processes == 1:
+            yield from map(score, parts)
+            return
+        spoken = max((one.max_new_tokens for one in shared.values() if one.kind in SPOKEN), default=0)
+        with torch.no_grad(), packed_weights(opened.model, tokens=spoken):
+            pass  # the children share the copy
+        # The longest first, so that all end together.
+        longest_first = sorted(shared, key=lambda place: _effort(shared[place]), reverse=True)
+        for place, scores, seconds in in_processes(score, longest_first, processes):
+            yield place, scores, seconds / processes
+        yield from map(score, parts.keys() - shared.keys())
+
+
+def _parts(opened: "OpenModel", probe: AnyProbe) -> list[AnyProbe]:
+    """The probe's items on a CPU in parts of about equal size, else in one; the same for every model."""
+    if isinstance(probe, LmEvalProbe) or opened.device.type != "cpu":
+        return [probe]
+    count = -(-len(probe.items) // PART_ITEMS)
+    bounds = [len(probe.items) * k // count for k in range(count + 1)]
+    return [replace(probe, items=probe.items[a:b]) for a, b in itertools.pairwise(bounds)]
+
+
+def _effort(part: Probe) -> tuple[int, int]:
+    """Sorts by what takes longer: tokens generated one by one, then characters read."""
+    spoken = len(part.items) * part.samples * part.max_new_tokens * part.max_steps
+    read = sum(len(turn["content"]) for item in part.items for turn in item.messages)
+    return spoken if part.kind in SPOKEN else 0, read
+
+
+def _score_part(opened: "OpenModel", part: AnyProbe) -> ItemScores:
+    if isinstance(part, LmEvalProbe):
+        require_lm_eval(part.name)
         from evertune.probe.lm_eval import score_lm_eval
 
-        return score_lm_eval(opened, probe)
+        return score_lm_eval(opened, part)
     from evertune.probe.score import score_probe
 
-    return score_probe(opened, probe)
+    return score_probe(opened, part)
 
 
 def _body(checkpoint: Checkpoint, probe: AnyProbe, scores: ItemScores) -> dict[str, Any]:

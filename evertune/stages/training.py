@@ -198,7 +198,7 @@ def ask_guards(spec: TrainingSpec) -> "Callable[[OpenModel], dict[str, float]] |
     from evertune.probe.suite import load_probe
 
     probes = [load_probe(one["name"], settings=one["settings"], root=Path(one["root"])) for one in asking.probes]
-    return lambda opened: {name: float(scores.value) for name, scores in score_open(opened, probes).items()}
+    return lambda opened: {name: float(one.value) for name, one in score_open(opened, probes, alone=True).items()}
 
 
 def _history_refs(place: Place, folder: Path) -> list[RowsRef]:

@@ -327,17 +327,29 @@ def count_items(items: Sequence[Item], objective: Objective, penalties: Sequence
     )
 
 
-def cosine(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
-    """Cosine of two gradients, tensor by tensor in float64 sums; 0 when one of them vanishes."""
-    dots = [(own(one[name]).double() * own(other[name]).double()).sum() for name in one if name in other]
-    parts = dots + [own(each).double().square().sum() for all_ in (one, other) for each in all_.values()]
-    if not parts:
-        return 0.0
-    values = over_shards(parts, [*one.values(), *other.values()])
-    dot = sum(values[: len(dots)])
-    squares = values[len(dots) :]
-    norms = [math.sqrt(sum(each)) for each in (squares[: len(one)], squares[len(one) :])]
-    return dot / (norms[0] * norms[1]) if min(norms) > 0.0 else 0.0
+def cosines(one: Mapping[str, Tensor], other: Mapping[str, Tensor], parts: Mapping[str, str]) -> dict[str, float]:
+    """Cosines of two gradients, by part: over the tensors in whose name the part's text occurs, each read once.
+
+    Sums are in float64; 0 where one of the gradients vanishes.
+    """
+    names = list(one.keys() | other.keys())
+    sums = [total for name in names for total in _products(one.get(name), other.get(name))]
+    values = over_shards(sums, [*one.values(), *other.values()]) if sums else []
+    of_name = dict(zip(names, zip(*(iter(values),) * 3, strict=True), strict=True))
+    found = {}
+    for part, text in parts.items():
+        triples = [triple for name, triple in of_name.items() if text in name]
+        dot, *squares = map(math.fsum, zip(*triples, strict=True)) if triples else (0.0, 0.0, 0.0)
+        found[part] = dot / math.sqrt(squares[0] * squares[1]) if min(squares) > 0.0 else 0.0
+    return found
+
+
+def _products(one: Tensor | None, other: Tensor | None) -> list[Tensor]:
+    """Of what this process holds of two tensors: their dot product, and of each with itself."""
+    held = [None if each is None else own(each).double().flatten() for each in (one, other)]
+    like = next(each for each in held if each is not None)
+    a, b = (torch.zeros_like(like) if each is None else each for each in held)
+    return [a.dot(b), a.dot(a), b.dot(b)]
 
 
 @contextlib.contextmanager

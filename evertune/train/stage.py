@@ -37,7 +37,7 @@ from evertune.train.distance import stage_drift
 from evertune.train.guarded import GuardedFeed, guard_brake
 from evertune.train.head import split_model
 from evertune.train.kernels import require_liger
-from evertune.train.loop import Feed, Pace, Trainer, cosine, gradient_of, make_accelerator, train, wait_for_all
+from evertune.train.loop import Feed, Pace, Trainer, cosines, gradient_of, make_accelerator, train, wait_for_all
 from evertune.train.material import Material
 from evertune.train.objective import Objective, Policy
 from evertune.train.optimizer import Masters, full, warmup_steps
@@ -218,11 +218,11 @@ def run_training(spec: TrainingSpec, workspace: Workspace, lesson: Lesson, *, as
         trainer, points, sink, first=first, save_steps=spec.save_steps, brake=brake, observe=lesson.observe, keep=keep
     )
     trainer.masters.use_average()
-    cosines = _start_and_end(at_start, interference(trainer, material)) if lesson.can_compare else None
+    compared = _start_and_end(at_start, interference(trainer, material)) if lesson.can_compare else None
     performance = {"peak_memory_bytes": peak_memory(accelerator.device), **lesson.volatile()}
     written = whole_model(spec, opened, trainer)
     if accelerator.is_main_process:
-        facts = {**_facts(spec, lesson, material, sink.history), "interference": cosines}
+        facts = {**_facts(spec, lesson, material, sink.history), "interference": compared}
         if spec.plugins:
             facts["plugins"] = plugged.facts()
         _publish(spec, workspace, written, sink.history, facts, performance, plugged.carried())
@@ -345,13 +345,9 @@ def interference(trainer: Trainer, material: Material) -> dict[str, float] | Non
     new, old = (material.first_rows(material.micro_batch_rows, is_replay=kind) for kind in (False, True))
     if not new or not old:
         return None
-    gradients = [gradient_of(trainer, rows) for rows in (new, old)]
-    layers = {found[1]: None for name in gradients[0] if (found := _LAYER.search(name))}
-    parts = {
-        layer: [{name: one for name, one in each.items() if f"{layer}." in name} for each in gradients]
-        for layer in layers
-    }
-    return {"": cosine(*gradients), **{layer: cosine(*each) for layer, each in parts.items()}}
+    taught, replayed = (gradient_of(trainer, rows) for rows in (new, old))
+    layers = {found[1]: found[0] for name in taught if (found := _LAYER.search(name))}
+    return cosines(taught, replayed, {"": "", **layers})
 
 
 def _anchor(anchor: AnchorSpec, setting: Setting, *, is_settled: bool) -> Anchor:

@@ -79,10 +79,11 @@ def test_what_is_there_is_not_scored_again(
 ) -> None:
     run_probes(checkpoint, probes[:1], workspace, numerics=NUMERICS)
     scored = []
-    original = job_module.score_one
+    original = job_module._score_part
     monkeypatch.setattr(
-        job_module, "score_one", lambda opened, probe: scored.append(probe.name) or original(opened, probe)
+        job_module, "_score_part", lambda opened, part: scored.append(part.name) or original(opened, part)
     )
+    monkeypatch.setattr("evertune.probe.processes.count_processes", lambda *_: 1)
     keys = run_probes(checkpoint, probes, workspace, numerics=NUMERICS)
     assert scored == ["prose", "answers"]
     monkeypatch.setattr("evertune.model.open.open_model", lambda *_, **__: pytest.fail("opened a model for nothing"))

@@ -13,7 +13,7 @@ from torch import Tensor
 from evertune.errors import RecipeError, TrainingError
 from evertune.train import stage
 from evertune.train.batch import collate
-from evertune.train.loop import cosine, dropout_seed, make_accelerator
+from evertune.train.loop import cosines, dropout_seed, make_accelerator
 from evertune.train.penalty import PositionValues
 from evertune.train.sft import run_sft
 from evertune.train.sink import Sink, require_trackers, start_trackers
@@ -47,13 +47,19 @@ def test_padding_changes_no_hidden_state(tiny_model):
         assert torch.allclose(together[b, : len(row.ids)], alone, atol=1e-6)
 
 
-def test_the_cosine_of_gradients_runs_over_all_tensors():
-    # (1, 0; 2) and (0, 3; 2): dot 4, norms sqrt(5) and sqrt(13).
-    one = {"a": torch.tensor([1.0, 0.0]), "b": torch.tensor([2.0])}
-    other = {"a": torch.tensor([0.0, 3.0]), "b": torch.tensor([2.0])}
-    assert cosine(one, other) == pytest.approx(4 / (5 * 13) ** 0.5)
-    assert cosine(one, {name: -2 * value for name, value in one.items()}) == pytest.approx(-1.0)
-    assert cosine(one, {name: 0 * value for name, value in one.items()}) == 0.0
+def test_the_cosine_of_gradients_runs_over_all_tensors_of_a_part():
+    # (1, 0; 2) and (0, 3; 2): dot 4, norms sqrt(5) and sqrt(13). The third has no like in the other gradient.
+    one = {"h.1.a": torch.tensor([1.0, 0.0]), "h.12.b": torch.tensor([2.0])}
+    other = {"h.1.a": torch.tensor([0.0, 3.0]), "h.12.b": torch.tensor([2.0])}
+    parts = {"": "", "first": "h.1.", "last": "h.12.", "none": "h.3."}
+    expected = {"": 4 / (5 * 13) ** 0.5, "first": 0.0, "last": 1.0, "none": 0.0}
+    assert cosines(one, other, parts) == pytest.approx(expected)
+    longer = {**other, "h.2.c": torch.tensor([6.0])}
+    assert cosines(one, longer, {"": ""})[""] == pytest.approx(4 / (5 * 49) ** 0.5)
+    assert cosines(longer, one, {"": ""})[""] == pytest.approx(4 / (5 * 49) ** 0.5)
+    assert cosines(one, {name: -2 * value for name, value in one.items()}, {"": ""})[""] == pytest.approx(-1.0)
+    assert cosines(one, {name: 0 * value for name, value in one.items()}, {"": ""})[""] == 0.0
+    assert cosines({}, {}, {"": ""}) == {"": 0.0}
 
 
 def test_masks_follow_the_seed_and_leave_the_global_generator_alone():
