@@ -2,7 +2,7 @@
 
     python -m benchmarks.probes choice --items-file arc_easy/test.jsonl              zero-shot, four choices
     python -m benchmarks.probes choice --items-file arc_easy/test.jsonl --shots 4    behind four solved items
-    python -m benchmarks.probes generate --items-file gsm8k/test.jsonl               greedy answers, early stop
+    python -m benchmarks.probes generate --items-file gsm8k/test.jsonl [--shots 5]   greedy answers, early stop
     python -m benchmarks.probes close --items-file arc_easy/test.jsonl               what float32 for close items costs
 
 Items are asked through the model's chat template; shots are earlier turns of the same conversation, the same for all
@@ -211,7 +211,13 @@ def _groups(options: argparse.Namespace, codec: Any) -> list[list[Any]]:
 
 
 def _prompts(options: argparse.Namespace, codec: Any) -> list[list[int]]:
-    return [list(codec.encode_prompt(row["messages"])) for row in _rows(options)]
+    rows = _rows(options)
+    shots = [
+        turn
+        for row in rows[: options.shots]
+        for turn in (*row["messages"], {"role": "assistant", "content": row["solution"]})
+    ]
+    return [list(codec.encode_prompt([*shots, *row["messages"]])) for row in rows[options.shots :]]
 
 
 def _rows(options: argparse.Namespace) -> list[dict[str, Any]]:
