@@ -121,6 +121,7 @@ def contestant(options: argparse.Namespace) -> None:
 def _ours(options: argparse.Namespace) -> Iterator[Any]:
     from evertune.model.forward import Forward, score_branches
     from evertune.model.open import open_model
+    from evertune.model.packed_weights import constant_weights
     from evertune.probe.generate import generate_answers
 
     opened = open_model(_checkpoint(), dtype=options.dtype, device=options.device)
@@ -128,9 +129,10 @@ def _ours(options: argparse.Namespace) -> Iterator[Any]:
     if options.kind == "generate":
         prompts = _prompts(options, opened.codec)
         yield generate_answers(forward, prompts[:1], max_new_tokens=2, stop_ids=opened.codec.stop_ids)
-        for part in _parts(prompts, options.part):
-            answers = generate_answers(forward, part, max_new_tokens=options.tokens, stop_ids=opened.codec.stop_ids)
-            yield [opened.codec.decode(one.ids) for one in answers]
+        with constant_weights(opened.model):  # as over the parts of a suite
+            for part in _parts(prompts, options.part):
+                answers = generate_answers(forward, part, max_new_tokens=options.tokens, stop_ids=opened.codec.stop_ids)
+                yield [opened.codec.decode(one.ids) for one in answers]
         return
     groups = _groups(options, opened.codec)
     yield score_branches(forward, groups[:1])

@@ -249,6 +249,19 @@ def test_commands_import_what_they_need_and_no_more() -> None:
         assert done.stdout.strip() == "[]", room
 
 
+def test_a_check_loads_no_more_than_it_imports() -> None:
+    recipe = PACKAGE.parent / "recipes" / "debug.yaml"
+    names = ("torch", "scipy", "pyarrow", "rich", "numpy.ma")
+    code = (
+        f"import sys; sys.argv = ['evertune', 'check', {str(recipe)!r}]\n"
+        "from evertune.cli import main\n"
+        "try: main()\n"
+        f"except SystemExit as end: print(end.code, [name for name in {names!r} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "0 []", done.stdout
+
+
 def test_nothing_but_the_door_leads_to_academic_methods() -> None:
     importers = {
         str(path.relative_to(PACKAGE))

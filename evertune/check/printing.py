@@ -1,30 +1,35 @@
 """A check's report for a person."""
 
-from typing import TYPE_CHECKING
+import os
+from typing import Any
+
+import typer
 
 from evertune.check.findings import CheckReport, Sample, StageEstimate
 from evertune.durations import duration
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-COLOURS = {"error": "bold red", "warning": "yellow", "note": "dim"}
+STYLES: dict[str, dict[str, Any]] = {
+    "error": {"fg": "red", "bold": True},
+    "warning": {"fg": "yellow"},
+    "note": {"dim": True},
+}
 
 
 def print_report(report: CheckReport) -> None:
-    """Print findings, stages and samples, and last whether a run can start."""
-    from rich.console import Console
-    from rich.markup import escape
-
-    console = Console(highlight=False, soft_wrap=True)
+    """Print findings, stages and samples, and last whether a run can start; in colour on a terminal."""
     for one in report.findings:
-        told = escape(f"{one.place}: {one.message} {one.remedy}".rstrip())
-        console.print(f"[{COLOURS[one.severity]}]{one.severity}[/]  {told}")
+        severity = typer.style(one.severity, **STYLES[one.severity])
+        _say(f"{severity}  {one.place}: {one.message} {one.remedy}".rstrip())
     for stage in report.stages:
-        console.print(f"stage  {escape(stage.label)}: {escape(stage.summary)}{_state(stage)}")
+        _say(f"stage  {stage.label}: {stage.summary}{_state(stage)}")
     for sample in report.samples:
-        _print_sample(sample, console)
-    console.print(escape(f"{report.recipe}: {_conclusion(report)}"))
+        _say(_sample(sample))
+    _say(f"{report.recipe}: {_conclusion(report)}")
+
+
+def _say(text: str) -> None:
+    # typer takes the colours out where there is no terminal, and knows nothing of https://no-color.org.
+    typer.echo(text, color=False if os.environ.get("NO_COLOR") else None)
 
 
 def _state(stage: StageEstimate) -> str:
@@ -42,10 +47,10 @@ def _conclusion(report: CheckReport) -> str:
     return f"fine; {len(waiting)} of {len(report.stages)} stages to do, {disk}"
 
 
-def _print_sample(sample: Sample, console: "Console") -> None:
-    from rich.markup import escape
-
-    console.print(f"\n[bold]{escape(f'{sample.source} {sample.id}')}[/] (tokens between « and » carry loss)")
-    for piece, counted in sample.segments:
-        console.print(f"[green]«{escape(piece)}»[/]" if counted else f"[dim]{escape(piece)}[/]", end="")
-    console.print()
+def _sample(sample: Sample) -> str:
+    name = typer.style(f"{sample.source} {sample.id}", bold=True)
+    pieces = [
+        typer.style(f"«{piece}»", fg="green") if counted else typer.style(piece, dim=True)
+        for piece, counted in sample.segments
+    ]
+    return f"\n{name} (tokens between « and » carry loss)\n{''.join(pieces)}"

@@ -243,7 +243,8 @@ class _Hits:
         self.rows, self.hashes = np.concatenate([self.rows, met[0]]), np.concatenate([self.hashes, met[1]])
 
     def rows_from(self, first: int) -> NDArray[np.int64]:
-        return np.unique(self.rows[self.rows >= first])
+        # Not np.unique, for which numpy imports its masked arrays.
+        return first + np.flatnonzero(np.bincount(self.rows[self.rows >= first] - first))
 
 
 class _Contained:
