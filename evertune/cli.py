@@ -7,6 +7,7 @@ Exit codes: 0 fine or promoted, 1 a bug (the traceback goes to a file), 2 held, 
 import gc
 import io
 import json
+import os
 import sys
 import tempfile
 import traceback
@@ -86,6 +87,8 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """Find everything that can be known before training: syntax, data, leaks, templates, disk, time."""
+    # numpy's BLAS starts a thread for each core as it is imported, and a check multiplies nothing.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from evertune.check import check_recipe, print_report
     from evertune.recipe.load import load_recipe
 

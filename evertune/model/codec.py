@@ -250,7 +250,7 @@ def _exact_tokenizer(file: Path) -> tuple[Tokenizer, str]:
             remedy="Save the tokenizer with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...).",
         )
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_bytes().decode()  # as text it would be searched for line ends, which takes longer
         tokenizer = Tokenizer.from_str(_TRIMMED.sub(r"\1false", text))
     except Exception as error:  # the tokenizers library raises bare Exception
         raise CheckpointError(f"{file}: not a tokenizer: {error}.", remedy="Fetch the model folder again.") from error
