@@ -27,6 +27,9 @@ from evertune.train.penalty import ClosedForm, PositionValues
 CHUNK_ELEMENTS = 1 << 24
 # On a CPU what follows a product finds it in the cache where it is not larger.
 CPU_POSITIONS = 128
+# Slopes of a trained head's logits that are kept, in its dtype, to form its gradient from: each time a matrix of the
+# weight's size is written, read and added, which for a chunk of 64 positions takes longer than the product.
+SLOPE_ELEMENTS = 1 << 24
 
 # Transforms of the logits after the head, by their key in the config, with the value that means "none".
 _LOGIT_TRANSFORMS: dict[str, tuple[Any, ...]] = {
@@ -210,11 +213,15 @@ Parts = Sequence[Tensor | None]
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Loss and sums (without gradient) of a chunk, and the gradients of its parts that were wanted, in their order."""
+    """Loss and sums (without gradient) of a chunk, and the gradients of its parts that were wanted, in their order.
+
+    slope_nV: where given, the loss's slope in the logits, from which the head's gradient is yet to be formed.
+    """
 
     loss: Tensor
     sums: list[Tensor]
     gradients: Sequence[Tensor]
+    slope_nV: Tensor | None = None
 
 
 def _chunk_by_autograd(
@@ -286,11 +293,9 @@ def _chunk_in_place(
     gradients = []
     if wanted[0]:
         gradients.append(narrow_nV @ weight_VH)
-    if wanted[1]:
-        gradients.append(narrow_nV.t() @ hidden_nH)
     if wanted[2]:
         gradients.append(slope_nV.sum(dim=0))
-    return _Chunk(loss.sum(), sums, gradients)
+    return _Chunk(loss.sum(), sums, gradients, narrow_nV if wanted[1] else None)
 
 
 def target_log_probabilities(
@@ -391,9 +396,10 @@ class _ChunkedLoss(torch.autograd.Function):
         grads = _Gradients(wanted)
         chunks = []
         for start in range(0, len(hidden_NH), step):
-            chunk = chunk_loss((hidden_NH[start : start + step], weight_VH, bias_V), start, wanted)
+            hidden_nH = hidden_NH[start : start + step]
+            chunk = chunk_loss((hidden_nH, weight_VH, bias_V), start, wanted)
             if any(wanted):
-                grads.add(chunk.gradients)
+                grads.add(chunk.gradients, slope=None if chunk.slope_nV is None else (chunk.slope_nV, hidden_nH))
             chunks.append((chunk.loss, torch.stack(chunk.sums)))
         ctx.grads = grads.finish(hidden_NH, weight_VH, bias_V)
         assert chunks, "no counted position"
@@ -414,22 +420,37 @@ class _Gradients:
         self._wanted = wanted
         self._hidden: list[Tensor] = []
         self._shared: list[Tensor | None] = [None, None]
+        self._slopes: list[tuple[Tensor, Tensor]] = []
 
-    def add(self, gradients: Sequence[Tensor]) -> None:
-        """One chunk's, of those that are wanted, in order."""
+    def add(self, gradients: Sequence[Tensor], *, slope: tuple[Tensor, Tensor] | None = None) -> None:
+        """One chunk's, of those that are wanted, in order; or for the weight's what it is the product of."""
         found = iter(gradients)
         if self._wanted[0]:
             self._hidden.append(next(found))
         for i in (0, 1):
-            if self._wanted[i + 1]:
-                new, old = next(found), self._shared[i]
-                # One chunk stays as it is; only a second one makes the float32 sum worth its memory.
-                self._shared[i] = new if old is None else old.float().add_(new)
+            if self._wanted[i + 1] and (i or slope is None):
+                self._add_shared(i, next(found))
+        if slope is not None:
+            self._slopes.append(slope)
+            if sum(one.numel() for one, _ in self._slopes) >= SLOPE_ELEMENTS:
+                self._multiply()
 
     def finish(self, *inputs: Tensor | None) -> list[Tensor | None]:
+        self._multiply()
         hidden = torch.cat(self._hidden) if self._hidden else None
         shared = [
             None if grad is None or one is None else grad.to(one.dtype)
             for grad, one in zip(self._shared, inputs[1:], strict=True)
         ]
         return [hidden, *shared]
+
+    def _add_shared(self, i: int, new: Tensor) -> None:
+        old = self._shared[i]
+        # One stays as it is; only a second one makes the float32 sum worth its memory.
+        self._shared[i] = new if old is None else old.float().add_(new)
+
+    def _multiply(self) -> None:
+        if self._slopes:
+            slope_nV, hidden_nH = (torch.cat(each) for each in zip(*self._slopes, strict=True))
+            self._slopes.clear()
+            self._add_shared(0, slope_nV.t() @ hidden_nH)

@@ -139,8 +139,9 @@ def test_the_upstream_gradient_scales_all():
     assert torch.equal(gradients[0][1] * 4, gradients[1][1])
 
 
-def test_the_weight_gradient_over_many_bfloat16_chunks_is_summed_in_float32():
+def test_the_weight_gradient_over_many_bfloat16_chunks_is_summed_in_float32(monkeypatch):
     """Adding 13 small gradients to a large one in bfloat16 would lose them: 256 + 13 x 1 stays 256."""
+    monkeypatch.setattr(head_module, "SLOPE_ELEMENTS", 1)
     hidden = torch.ones(14, 1, dtype=torch.bfloat16)
     hidden[0] = 256
     weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
@@ -149,6 +150,23 @@ def test_the_weight_gradient_over_many_bfloat16_chunks_is_summed_in_float32():
     )
     found.loss.backward()
     assert weight.grad[1].item() == torch.tensor(256.0 + 13.0).bfloat16().item() != 256.0
+
+
+@pytest.mark.parametrize(("elements", "products"), [(1, 8), (5 * 10, 3), (1 << 24, 1)])
+def test_the_weight_gradient_is_formed_of_many_chunks_at_once(monkeypatch, elements: int, products: int):
+    monkeypatch.setattr(head_module, "SLOPE_ELEMENTS", elements)
+    made, multiply = [], head_module._Gradients._add_shared
+    monkeypatch.setattr(
+        head_module._Gradients, "_add_shared", lambda own, i, new: made.append(i) or multiply(own, i, new)
+    )
+    torch.manual_seed(0)
+    hidden, targets = torch.randn(16, 6), torch.randint(0, 10, (16,))
+    weight, expected = (torch.randn(10, 6).requires_grad_() for _ in range(2))
+    expected.data.copy_(weight.data)
+    head_loss(hidden, targets, head=Head(weight, None), ce_weight=0.5, chunk_positions=2).loss.backward()
+    assert len(made) == products
+    (0.5 * torch.nn.functional.cross_entropy(hidden @ expected.t(), targets, reduction="sum")).backward()
+    assert torch.allclose(weight.grad, expected.grad, atol=1e-6)
 
 
 def test_sums_are_undivided_and_carry_no_gradient():
