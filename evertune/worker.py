@@ -116,9 +116,12 @@ def _early(job: Job, workspace: Workspace) -> dict[str, Any]:
 
 
 def _interpolate(job: Job, workspace: Workspace) -> dict[str, Any]:
-    """Write a point of a scan as a checkpoint."""
-    from evertune.merge.interpolate import write_winner
-    from evertune.model.checkpoint import Checkpoint
+    """Write a point of a scan as a checkpoint; where it has the weights that were scanned, the scores are its own."""
+    from evertune.merge.interpolate import is_exact, write_winner
+    from evertune.model.checkpoint import Checkpoint, describe
+    from evertune.probe.job import publish_scores
+    from evertune.probe.scores import ItemScores
+    from evertune.probe.suite import load_probe
 
     candidate, reference = (Checkpoint.from_json(job[one]) for one in ("candidate", "reference"))
     number, scanned = job["number"], workspace.manifest(job["scan"])
@@ -130,6 +133,13 @@ def _interpolate(job: Job, workspace: Workspace) -> dict[str, Any]:
         return {}
 
     key = workspace.publish(kind="checkpoint", key=job["key"], record={}, write=write).key
+    if is_exact(candidate, reference):
+        winner = describe(workspace.path(key), cache=workspace.cache / "digests.json")
+        for one in job["probes"]:
+            probe = load_probe(one["name"], settings=one["settings"], root=Path(one["root"]))
+            scores = ItemScores.read_parquet(workspace.path(job["scan"]) / f"{number}-{probe.name}.parquet")
+            seconds = scanned.record["volatile"]["seconds"][number][probe.name]
+            publish_scores(winner, probe, scores, workspace, numerics=job["numerics"], seconds=seconds)
     return {"key": key}
 
 

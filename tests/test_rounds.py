@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from evertune import run as run_module
 from evertune.ledger import Event, verify_workspace
 from evertune.lineage import current_events, find_checkpoint, log_body, open_workspace, promote
+from evertune.process import Workers
 from evertune.recipe.load import load_recipe
 from evertune.report import write_report
 from evertune.report.story import build_report
@@ -133,6 +135,37 @@ def test_a_stage_is_dropped_by_the_probes_that_were_asked_after_each_stage(tmp_p
     outcome, events = run(tmp_path, held_out="true", **given)
     assert outcome.last == "INCONCLUSIVE"
     assert bodies(events, "verdict")[-1]["held_out"] is True
+
+
+@pytest.mark.path
+@pytest.mark.parametrize("tune", ["{lora: {rank: 2}}", "full"])
+def test_a_scanned_point_is_not_scored_again_once_it_is_written(
+    tmp_path: Path, tune: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = []
+    perform = Workers.run
+
+    def told(workers: Workers, job: dict[str, Any], **named: Any) -> dict[str, Any]:
+        jobs.append((job["kind"], job["label"]))
+        return perform(workers, job, **named)
+
+    monkeypatch.setattr(Workers, "run", told)
+    stage = STAGE.replace("{lora: {rank: 2}}", tune)
+    _, events = run(tmp_path, stages=stage, **ladder_of(0.5))
+    assert ("scan", "one") in jobs and ("probe", "one/rescue-0.5") not in jobs
+    # Scored anew by the other way, it has the same scores, bit for bit.
+    made = next(one for one in events if one.kind == "checkpoint" and one.body["label"] == "one/rescue-0.5")
+    assert made.volatile["scan_seconds"] == 0.0, "there is no other point"
+    workspace = open_workspace(tmp_path / "run").workspace
+    manifests = [one for one in workspace.manifests() if one.kind == "probe"]
+    objects = [workspace.path(one.key) for one in manifests if one.record["probe"]["checkpoint"] == made.body["digest"]]
+    before = {one: (one / "scores.parquet").read_bytes() for one in objects}
+    assert len(before) == 3
+    for one in objects:
+        shutil.rmtree(one)
+    run(tmp_path, stages=stage, **ladder_of(0.5))
+    assert jobs[-1] == ("probe", "one/rescue-0.5")
+    assert {one: (one / "scores.parquet").read_bytes() for one in objects} == before
 
 
 @pytest.mark.path
