@@ -112,7 +112,7 @@ def score_one(opened: "OpenModel", probe: AnyProbe) -> ItemScores:
 
 
 def score_each(opened: "OpenModel", probes: Sequence[AnyProbe]) -> Iterator[tuple[AnyProbe, ItemScores, float]]:
-    """Each probe with its scores and seconds, in order; of processes side by side a second counts by their number.
+    """Each probe with its scores and seconds, as it is done; of processes side by side a second counts by their number.
 
     Raises:
         ProbeError: see `score_probe` and `score_lm_eval`.
@@ -120,14 +120,11 @@ def score_each(opened: "OpenModel", probes: Sequence[AnyProbe]) -> Iterator[tupl
     parts = {(i, k): part for i, probe in enumerate(probes) for k, part in enumerate(_parts(opened, probe))}
     counts = Counter(i for i, _ in parts)
     found: dict[int, dict[int, tuple[ItemScores, float]]] = defaultdict(dict)
-    following = 0
     for (i, k), scores, seconds in _scored_parts(opened, parts):
         found[i][k] = scores, seconds
-        # In the order of the probes, whichever process was faster: a run that is stopped leaves the same behind.
-        while following < len(probes) and len(found[following]) == counts[following]:
-            done = [found[following][k] for k in range(counts[following])]
-            yield probes[following], concatenate([one for one, _ in done]), sum(one for _, one in done)
-            following += 1
+        if len(found[i]) == counts[i]:
+            done = [found[i][k] for k in range(counts[i])]
+            yield probes[i], concatenate([one for one, _ in done]), sum(one for _, one in done)
 
 
 def _scored_parts(
