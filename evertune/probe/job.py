@@ -134,7 +134,7 @@ def _scored_parts(
     import torch
 
     from evertune.model.packed_weights import constant_weights, packed_weights
-    from evertune.probe.processes import count_processes, in_processes
+    from evertune.probe.processes import in_processes, is_divided
 
     def score(place: tuple[int, int]) -> tuple[tuple[int, int], ItemScores, float]:
         began = time.monotonic()
@@ -142,11 +142,11 @@ def _scored_parts(
 
     # lm-eval has processes and files of its own.
     shared = {place: one for place, one in parts.items() if isinstance(one, Probe)}
-    processes = count_processes(opened, len(shared))
     with constant_weights(opened.model):
-        if processes == 1:
+        if not is_divided(opened):
             yield from map(score, parts)
             return
+        processes = min(torch.get_num_threads(), len(shared))
         spoken = max((one.max_new_tokens for one in shared.values() if one.kind in SPOKEN), default=0)
         with torch.no_grad(), packed_weights(opened.model, tokens=spoken):
             pass  # the children share the copy

@@ -14,7 +14,6 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -24,21 +23,22 @@ from evertune.model.open import OpenModel
 
 A = TypeVar("A")
 T = TypeVar("T")
+MOST_THREADS = 8
 
 
-def count_processes(opened: OpenModel, parts: int) -> int:
-    """How many processes of one thread each to score parts with; 1 where this process does it, with all its threads.
+def is_divided(opened: OpenModel) -> bool:
+    """Whether parts are scored by processes of one thread each, rather than by this one with all its threads.
 
-    Forked threads of OpenMP are not there any more, so a child has one. That pays on a CPU where children use at least
-    half of the threads. They share the weights; each has room for as much again.
+    Decided by machine, settings and model alone: the last bits of a score follow the number of threads, and must not
+    follow which other probes are asked. Forked threads of OpenMP are not there any more, so a child has one; with more
+    threads than `MOST_THREADS` a suite has too few parts for them, and a large model's products keep them busy.
     """
     threads = torch.get_num_threads()
     may_fork = sys.platform == "linux" and not multiprocessing.current_process().daemon
-    if opened.device.type != "cpu" or not may_fork:
-        return 1
+    if opened.device.type != "cpu" or not may_fork or not 2 <= threads <= MOST_THREADS:
+        return False
     weights = sum(one.nbytes for one in opened.model.parameters())
-    processes = min(threads, parts, _available_bytes() // max(weights, 1))
-    return processes if processes > 1 and 2 * processes >= threads else 1
+    return 2 * threads * weights <= _memory_bytes()
 
 
 def in_processes(work: Callable[[A], T], given: Sequence[A], processes: int) -> Iterator[T]:
@@ -125,8 +125,6 @@ def _died(child: Any) -> ProbeError:
     )
 
 
-def _available_bytes() -> int:
-    """Memory that can be had without swapping."""
-    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    found = next((one for one in lines if one.startswith("MemAvailable:")), "MemAvailable: 0 kB")
-    return int(found.split()[1]) * 1024
+def _memory_bytes() -> int:
+    """The machine's memory, whatever is in use."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -83,7 +83,7 @@ def test_what_is_there_is_not_scored_again(
     monkeypatch.setattr(
         job_module, "_score_part", lambda opened, part: scored.append(part.name) or original(opened, part)
     )
-    monkeypatch.setattr("evertune.probe.processes.count_processes", lambda *_: 1)
+    monkeypatch.setattr("evertune.probe.processes.is_divided", lambda _: False)
     keys = run_probes(checkpoint, probes, workspace, numerics=NUMERICS)
     assert scored == ["prose", "answers"]
     monkeypatch.setattr("evertune.model.open.open_model", lambda *_, **__: pytest.fail("opened a model for nothing"))

@@ -16,7 +16,7 @@ from evertune.model.open import OpenModel, open_model
 from evertune.probe import job as job_module
 from evertune.probe import processes as module
 from evertune.probe.job import score_each, score_open
-from evertune.probe.processes import count_processes, in_processes
+from evertune.probe.processes import in_processes, is_divided
 from evertune.probe.suite import AnyProbe
 from tests.probe.test_score import QUESTIONS, make
 
@@ -59,7 +59,7 @@ def test_scores_are_those_of_one_process(
     def told(opened: OpenModel, part: AnyProbe) -> object:
         return replace(original(opened, part), prediction=(str(os.getpid()),) * len(part.items) * part.samples)
 
-    monkeypatch.setattr(module, "count_processes", lambda *_: 3)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     together = score_open(opened, probes)
     assert list(together) == [one.name for one in probes]
     for name, scores in alone.items():
@@ -79,7 +79,7 @@ def test_weights_are_laid_out_once_for_all(
     made = []
     monkeypatch.setattr(packed_weights, "_packed", lambda group: made.append(1) or [one.forward for one in group])
     monkeypatch.setattr(job_module, "PART_ITEMS", 2)
-    monkeypatch.setattr(module, "count_processes", lambda *_: 1)
+    monkeypatch.setattr(module, "is_divided", lambda _: False)
     with torch.no_grad():
         once = len(packed_weights._groups(opened.model))
     score_open(opened, probes)
@@ -91,7 +91,7 @@ def test_weights_are_laid_out_once_for_all(
 def test_an_error_of_a_child_is_raised_under_its_name(
     opened: OpenModel, probes: list[AnyProbe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "count_processes", lambda *_: 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     broken = replace(probes[2], verifier={"regex": {"pattern": "("}})
     with pytest.raises(ProbeError, match=r"probe 'answers': the verifier failed on 5 of 5 items") as caught:
         list(score_each(opened, [probes[0], broken]))
@@ -148,14 +148,33 @@ def _is_alive(pid: int) -> bool:
     return status.rpartition(")")[2].split()[0] != "Z"
 
 
-def test_how_many_processes_there_are(opened: OpenModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_probe_asked_alone_has_the_bits_it_has_among_others(
+    opened: OpenModel, probes: list[AnyProbe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # One thread scores it in either case: a run that is stopped asks only for what is missing.
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    used: list[int] = []
+    original = job_module._score_part
+
+    def told(opened: OpenModel, part: AnyProbe) -> object:
+        monkeypatch.undo()
+        return replace(original(opened, part), prediction=(str(torch.get_num_threads()),) * len(part.items))
+
+    monkeypatch.setattr(job_module, "_score_part", told)
+    for asked in (probes[:1], probes[:2]):
+        used += [int(one) for scores in score_open(opened, asked).values() for one in scores.prediction]
+    assert set(used) == {1}
+
+
+def test_when_a_suite_is_divided(opened: OpenModel, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = sum(one.nbytes for one in opened.model.parameters())
-    monkeypatch.setattr(module, "_available_bytes", lambda: 5 * weights)
-    for threads, parts, expected in ((1, 9, 1), (2, 9, 2), (4, 1, 1), (4, 2, 2), (5, 2, 1), (9, 9, 5), (12, 12, 1)):
+    monkeypatch.setattr(module, "_memory_bytes", lambda: 10 * weights)
+    for threads, expected in ((1, False), (2, True), (5, True), (6, False), (9, False)):
         monkeypatch.setattr(torch, "get_num_threads", lambda n=threads: n)
-        assert count_processes(opened, parts) == expected, (threads, parts)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    monkeypatch.setattr(module, "_available_bytes", lambda: weights)
-    assert count_processes(opened, 4) == 1
+        assert is_divided(opened) is expected, threads
+    monkeypatch.setattr(module, "_memory_bytes", lambda: 1 << 40)
+    for threads, expected in ((8, True), (9, False)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda n=threads: n)
+        assert is_divided(opened) is expected, threads
     monkeypatch.undo()
-    assert module._available_bytes() > 1 << 28
+    assert module._memory_bytes() > 1 << 28
