@@ -451,6 +451,7 @@ class _Gradients:
 
     def _multiply(self) -> None:
         if self._slopes:
-            slope_nV, hidden_nH = (torch.cat(each) for each in zip(*self._slopes, strict=True))
+            columns = zip(*self._slopes, strict=True)
+            slope_nV, hidden_nH = (torch.cat(each) if len(each) > 1 else each[0] for each in columns)
             self._slopes.clear()
             self._add_shared(0, slope_nV.t() @ hidden_nH)

@@ -262,3 +262,18 @@ def test_the_printed_report_names_everything_and_survives_brackets(
     out = capsys.readouterr().out
     assert "error  base:" in out
     assert "recipe.yaml: 1 error" in out
+
+
+@pytest.mark.parametrize(("value", "color"), [(None, None), ("", None), ("1", False)])
+def test_no_color_is_heard(
+    recipe: Path, value: str | None, color: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from evertune.check import print_report, printing
+
+    seen = []
+    monkeypatch.setattr(printing.typer, "echo", lambda text, color: seen.append(color))
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if value is not None:
+        monkeypatch.setenv("NO_COLOR", value)
+    print_report(check(recipe))
+    assert set(seen) == {color}
