@@ -26,6 +26,8 @@ from evertune.model.tree import grow
 # Padded tokens of one forward pass; a branch counts with the prompt it shares. In bfloat16 the last digits of a score
 # follow the shape of its batch, so this number is part of what a score means.
 BATCH_TOKENS = 8192
+# What the attention cache of a batch of answers may come to, between BATCH_TOKENS and four times as many tokens.
+CACHE_BYTES = 1 << 30
 # Largest float32 chunk of logits: 2**24 elements, 64 MiB.
 CHUNK_ELEMENTS = 1 << 24
 
@@ -58,6 +60,7 @@ class Forward:
 
     max_tokens: the longest sequence the architecture allows, or None where its configuration does not say.
     can_branch: whether several continuations can share a prompt's attention cache; recurrent models cannot.
+    answer_tokens: padded tokens of one batch of answers.
     can_pack: whether rows are read packed, as a tree of what they share, without padding and without a cache.
     """
 
@@ -70,6 +73,7 @@ class Forward:
         self.max_tokens: int | None = getattr(text_config, "max_position_embeddings", None)
         self.can_branch = not opened.model._is_stateful
         self.can_pack = enable_packing(opened.model)
+        self.answer_tokens = _answer_tokens(text_config, opened.model.dtype)
         self.chunk_positions = max(1, CHUNK_ELEMENTS // text_config.vocab_size)
         # transformers renamed the argument within its version 5.
         parameters = inspect.signature(self.decoder.forward).parameters
@@ -204,6 +208,18 @@ def score_branches(
         for i in batch:
             found[i] = [next(scored) for _ in groups[i]]
     return found
+
+
+def _answer_tokens(config: Any, dtype: torch.dtype) -> int:
+    """How many tokens' keys and values `CACHE_BYTES` hold, within bounds; the least where a configuration does not
+    say."""
+    heads = getattr(config, "num_attention_heads", None)
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    width = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else None)
+    layers = getattr(config, "num_hidden_layers", None)
+    if not key_heads or not width or not layers:
+        return BATCH_TOKENS
+    return min(max(CACHE_BYTES // (2 * layers * key_heads * width * dtype.itemsize), BATCH_TOKENS), 4 * BATCH_TOKENS)
 
 
 def _score_trees(forward: Forward, rows: Sequence[Tokens], *, budget: int) -> list[list[float]]:

@@ -1,8 +1,8 @@
 """An attention cache with room to grow: one token more is written behind the others, which are not copied."""
 
-# B rows, K key heads, T tokens held, C new ones, D head width
+# B rows, K key heads, T tokens held, C new ones, N held by another cache, D head width
 
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 from transformers import DynamicCache
@@ -35,6 +35,24 @@ def spread(cache: DynamicCache, place_BT: Tensor) -> None:
         held.keys, held.values = (one[0, :, place_BT].transpose(0, 1) for one in (held.keys, held.values))
 
 
+def keep_rows(cache: DynamicCache, kept_B: Tensor, *, tokens: int) -> None:
+    """Keep these rows alone, and their last tokens.
+
+    Args:
+        cache: `holds_all_tokens`, as for `add_rows`.
+    """
+    for layer in cache.layers:
+        held: Any = layer
+        held.keys, held.values = (_with_room(one[kept_B, :, -tokens:]) for one in (held.keys, held.values))
+
+
+def add_rows(cache: DynamicCache, other: DynamicCache) -> None:
+    """Put the rows of another cache behind a cache's own; where one has fewer tokens, zeros stand before them."""
+    for layer, joining in zip(cache.layers, other.layers, strict=True):
+        held, new = cast(Any, layer), cast(Any, joining)
+        held.keys, held.values = _below(held.keys, new.keys), _below(held.values, new.values)
+
+
 class _GrowingLayer(DynamicLayer):
     """`keys` and `values` (B, K, T, D) are the beginnings of longer tensors; what selects from them copies T tokens."""
 
@@ -57,6 +75,16 @@ def _behind(held_BKTD: Tensor, new_BKCD: Tensor) -> Tensor:
     grown = held_BKTD.as_strided((B, K, longer, D), held_BKTD.stride())
     grown[:, :, T:] = new_BKCD
     return grown
+
+
+def _below(held_BKTD: Tensor, new_CKTD: Tensor) -> Tensor:
+    B, K, T, D = held_BKTD.shape
+    C, _, N, _ = new_CKTD.shape
+    longest = max(T, N)
+    # Zeros, not whatever is in memory: what no row sees is multiplied by a weight of 0 all the same.
+    both = held_BKTD.new_zeros((B + C, K, longest + ROOM, D))[:, :, :longest]
+    both[:B, :, longest - T :], both[B:, :, longest - N :] = held_BKTD, new_CKTD
+    return both
 
 
 def _with_room(held_BKTD: Tensor, tokens: int = 0) -> Tensor:

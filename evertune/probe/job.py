@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from evertune.model.open import OpenModel
 
 # Raised by hand when the meaning of a score changes.
-PROBE_VERSION = 3
+PROBE_VERSION = 4
 # Items scored together on a CPU. In bfloat16 the last digits of a score follow the shape of its batch, so this number
 # is part of what a score means.
 PART_ITEMS = 100

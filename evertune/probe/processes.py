@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 
 from evertune.errors import ProbeError
+from evertune.model.forward import CACHE_BYTES
 from evertune.model.open import OpenModel
 
 A = TypeVar("A")
@@ -38,7 +39,7 @@ def is_divided(opened: OpenModel) -> bool:
     if opened.device.type != "cpu" or not may_fork or not 2 <= threads <= MOST_THREADS:
         return False
     weights = sum(one.nbytes for one in opened.model.parameters())
-    return 2 * threads * weights <= _memory_bytes()
+    return threads * (2 * weights + CACHE_BYTES) <= _memory_bytes()
 
 
 def in_processes(work: Callable[[A], T], given: Sequence[A], processes: int) -> Iterator[T]:

@@ -30,11 +30,12 @@ from evertune.verifiers import check
 CLOSE_NATS = 1.0
 
 
-def score_probe(opened: OpenModel, probe: Probe, *, batch_tokens: int = BATCH_TOKENS) -> ItemScores:
+def score_probe(opened: OpenModel, probe: Probe, *, batch_tokens: int | None = None) -> ItemScores:
     """Score every item of a probe. Batches depend on the items alone: the same weights give the same bits.
 
     Args:
-        batch_tokens: padded tokens of one forward pass. Scores in float32 do not depend on it beyond rounding.
+        batch_tokens: padded tokens of one forward pass, or of a batch of answers. Scores in float32 do not depend on
+            it beyond rounding.
 
     Raises:
         ProbeError: an item is longer than the model's context or cannot be asked through its chat template, a score
@@ -58,7 +59,7 @@ def score_probe(opened: OpenModel, probe: Probe, *, batch_tokens: int = BATCH_TO
     )
 
 
-def _choice(forward: Forward, codec: Codec, probe: Probe, batch_tokens: int) -> dict[str, Any]:
+def _choice(forward: Forward, codec: Codec, probe: Probe, batch_tokens: int | None) -> dict[str, Any]:
     """The choice with the highest log-likelihood, summed or per UTF-8 byte; the first of equals. Close items are scored
     in float32."""
     groups = []
@@ -91,9 +92,12 @@ def _choice(forward: Forward, codec: Codec, probe: Probe, batch_tokens: int) -> 
     }
 
 
-def _likelihoods(forward: Forward, groups: Sequence[Sequence[Tokens]], batch_tokens: int) -> list[list[float]]:
+def _likelihoods(forward: Forward, groups: Sequence[Sequence[Tokens]], batch_tokens: int | None) -> list[list[float]]:
     """Of each item the log-likelihood of each choice, in nats."""
-    return [[math.fsum(one) for one in group] for group in score_branches(forward, groups, batch_tokens=batch_tokens)]
+    return [
+        [math.fsum(one) for one in group]
+        for group in score_branches(forward, groups, batch_tokens=batch_tokens or BATCH_TOKENS)
+    ]
 
 
 def _lead(nats: Sequence[float], sizes: Sequence[int]) -> float:
@@ -108,7 +112,7 @@ def _ranked(values: Sequence[float]) -> list[int]:
     return sorted(range(len(values)), key=lambda i: (-values[i], i))
 
 
-def _bits_per_byte(forward: Forward, codec: Codec, probe: Probe, batch_tokens: int) -> dict[str, Any]:
+def _bits_per_byte(forward: Forward, codec: Codec, probe: Probe, batch_tokens: int | None) -> dict[str, Any]:
     """Bits of the counted tokens by UTF-8 bytes of the item's text, or of its assistant turns.
 
     A text's first token counts only where the tokenizer puts one before it (BOS): nothing else predicts it. The bytes
@@ -123,12 +127,12 @@ def _bits_per_byte(forward: Forward, codec: Codec, probe: Probe, batch_tokens: i
             rows.append(answer_tokens(codec, probe, item, item.messages))
             sizes.append(sum(len(one["content"].encode()) for one in item.messages if one["role"] == "assistant"))
         _check_length(forward, probe, item, len(rows[-1].ids))
-    found = score_rows(forward, rows, batch_tokens=batch_tokens)
+    found = score_rows(forward, rows, batch_tokens=batch_tokens or BATCH_TOKENS)
     bits = [-math.fsum(logps) / math.log(2) for logps in found]
     return {"score": np.array(bits) / np.array(sizes), "weight": sizes}
 
 
-def _generate(forward: Forward, codec: Codec, probe: Probe, batch_tokens: int) -> dict[str, Any]:
+def _generate(forward: Forward, codec: Codec, probe: Probe, batch_tokens: int | None) -> dict[str, Any]:
     """Answers, greedy or drawn, checked by the probe's verifier; an item's samples follow each other."""
     items = [item for item in probe.items for _ in range(probe.samples)]
     names = [name for item in probe.items for name in _names(item.id, probe.samples)]
@@ -166,7 +170,7 @@ def _generate(forward: Forward, codec: Codec, probe: Probe, batch_tokens: int) -
     }
 
 
-def _episode(forward: Forward, codec: Codec, probe: Probe, batch_tokens: int) -> dict[str, Any]:
+def _episode(forward: Forward, codec: Codec, probe: Probe, batch_tokens: int | None) -> dict[str, Any]:
     """Episodes, all of them a step at a time: an item has succeeded where its goal is reached and the last answer
     passes the verifier. Valid: every step of the agent was in form. An agent that is still acting after `max_steps`, or
     whose conversation would no longer fit the model's context, has not answered, and failed.

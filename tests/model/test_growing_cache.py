@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache, LlamaConfig, MistralConfig
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from evertune.model.growing_cache import ROOM, growing_cache
+from evertune.model.growing_cache import ROOM, add_rows, growing_cache, keep_rows
 
 SIZES = {"hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 1}
 
@@ -60,3 +60,23 @@ def test_keys_laid_out_otherwise_are_not_taken_for_room() -> None:
 def test_a_layer_that_holds_a_window_stays_transformers_own() -> None:
     cache = growing_cache(MistralConfig(**SIZES, sliding_window=8))
     assert type(cache.layers[0]) is DynamicSlidingWindowLayer
+
+
+@torch.no_grad()
+def test_rows_join_behind_zeros_and_others_stay_with_their_last_tokens() -> None:
+    torch.manual_seed(0)
+    cache, joining = growing_cache(LlamaConfig(**SIZES)), growing_cache(LlamaConfig(**SIZES))
+    held, new, following = torch.randn(3, 2, 9, 4), torch.randn(2, 2, 5, 4), torch.randn(4, 2, 1, 4)
+    cache.update(held, -held, layer_idx=0)
+    joining.update(new, -new, layer_idx=0)
+    keep_rows(cache, torch.tensor([2, 0]), tokens=3)
+    assert torch.equal(cache.layers[0].keys, held[[2, 0], :, -3:])
+    add_rows(cache, joining)
+    expected = torch.cat([torch.cat([torch.zeros(2, 2, 2, 4), held[[2, 0], :, -3:]], dim=2), new])
+    keys, values = cache.layers[0].keys, cache.layers[0].values
+    assert torch.equal(keys, expected) and torch.equal(values, -expected)
+    grown, _ = cache.update(following, following, layer_idx=0)
+    assert torch.equal(grown, torch.cat([expected, following], dim=2))
+    assert grown.data_ptr() == keys.data_ptr(), "there is room for the next token"
+    add_rows(joining, cache)
+    assert joining.get_seq_length() == 6 and not joining.layers[0].keys[:2, :, :1].any()

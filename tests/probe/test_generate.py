@@ -84,13 +84,13 @@ def test_nan_logits_are_said() -> None:
 def test_drawn_tokens_follow_the_softmax_and_depend_on_their_seed_alone() -> None:
     logits = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05]))
     draw = _Draw(1.0, list(range(4000)))
-    tokens = draw(logits.expand(4000, 4), list(range(4000)))
+    tokens = draw(logits.expand(4000, 4), list(range(4000)), [0] * 4000)
     shares = torch.bincount(tokens, minlength=4) / 4000
     # Standard error of a share of 0.5 is 0.8 points.
     assert torch.allclose(shares, torch.tensor([0.5, 0.3, 0.15, 0.05]), atol=0.03)
-    alone = _Draw(1.0, [7])(logits.expand(1, 4), [0])
+    alone = _Draw(1.0, [7])(logits.expand(1, 4), [0], [0])
     assert alone[0] == tokens[7]
     # At half the temperature the odds are squared: 0.25 against 0.09.
-    cold = _Draw(0.5, list(range(4000)))(logits.expand(4000, 4), list(range(4000)))
+    cold = _Draw(0.5, list(range(4000)))(logits.expand(4000, 4), list(range(4000)), [0] * 4000)
     ratio = float((cold == 0).sum() / (cold == 1).sum())
     assert ratio == pytest.approx(0.25 / 0.09, rel=0.15)
