@@ -29,13 +29,15 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 def step(data: Path) -> Iterator[tuple[str, list[str]]]:
     rows = ["--rows", str(data / "replay_dolly/train.jsonl"), "--batch", "8", "--micro", "8"]
     rounds = ["--steps", "2", "--rounds", "2"]
+    # An anchor's price is a few hundredths: rounds of this size differ by a tenth.
+    more = ["--steps", "2", "--rounds", "5"]
     ways = ["--only", "evertune", "trl", "loop", "evertune-compiled", "evertune-apart"]
     # All contestants are in memory at once: not more than hold all weights trained in 24 GiB.
     exact = ["--only", "plain", "top64-both", "hidden-both", "live-both"]
     yield "step, lora", ["benchmarks.step", "plain", *rows, *rounds, "--tune", "lora", *ways]
-    yield "anchor, lora", ["benchmarks.step", "anchor", *rows, *rounds, "--tune", "lora"]
+    yield "anchor, lora", ["benchmarks.step", "anchor", *rows, *more, "--tune", "lora"]
     yield "step, full", ["benchmarks.step", "plain", *rows, *rounds, "--tune", "full"]
-    yield "anchor, full", ["benchmarks.step", "anchor", *rows, *rounds, "--tune", "full", *exact]
+    yield "anchor, full", ["benchmarks.step", "anchor", *rows, *more, "--tune", "full", *exact]
     # More steps: oneDNN keeps what it has made for each new shape, which a reference's cache brings early.
     longer = ["--steps", "6", "--rounds", "2", "--tune", "lora", "--model", "128k"]
     yield "anchor, 128k words", ["benchmarks.step", "anchor", *rows, *longer, *exact]
@@ -45,7 +47,7 @@ def probes(data: Path) -> Iterator[tuple[str, list[str]]]:
     items = ["--items-file", str(data / "arc_easy/test.jsonl")]
     yield "choice, no shots", ["benchmarks.probes", "choice", *items, "--items", "32"]
     yield "choice, 4 shots", ["benchmarks.probes", "choice", *items, "--items", "16", "--shots", "4"]
-    questions = ["--items-file", str(data / "gsm8k/test.jsonl"), "--items", "16", "--part", "16", "--batch", "16"]
+    questions = ["--items-file", str(data / "gsm8k/test.jsonl"), "--items", "64", "--part", "64", "--batch", "64"]
     yield "generate", ["benchmarks.probes", "generate", *questions, "--dtype", "bfloat16", "--tokens", "128"]
 
 
@@ -63,7 +65,7 @@ def perform(command: list[str]) -> dict[str, float]:
 
 
 def start(workspace: Path | None) -> dict[str, float]:
-    """CPU seconds of the commands that answer at once, medians of three; the last two read a finished workspace."""
+    """CPU seconds of the commands that answer at once, medians of nine; the last two read a finished workspace."""
     commands = [["--help"], ["methods"], *(["check", str(RECIPES / name)] for name in ("debug.yaml", "demo.yaml"))]
     with tempfile.TemporaryDirectory() as folder:
         if workspace is not None:
@@ -71,7 +73,7 @@ def start(workspace: Path | None) -> dict[str, float]:
                 ["log", str(workspace)],
                 ["report", str(workspace), "--out", str(Path(folder) / "report.html")],
             ]
-        return {f"evertune {spoken(one)}, CPU s": statistics.median(seconds(one) for _ in range(3)) for one in commands}
+        return {f"evertune {spoken(one)}, CPU s": statistics.median(seconds(one) for _ in range(9)) for one in commands}
 
 
 def spoken(command: Sequence[str]) -> str:

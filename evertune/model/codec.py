@@ -22,7 +22,7 @@ from evertune.model.template import Message, Template
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # In a JSON string the quotes would be escaped, so this is never part of a token.
-_TRIMMED = re.compile(r'("trim_offsets"\s*:\s*)true')
+_TRIMMED = re.compile(r'"trim_offsets"\s*:\s*true')
 # Stands for what the assistant said where only what is around it matters.
 _SAID = "Blue."
 _TRIAL: tuple[Message, ...] = (
@@ -52,7 +52,6 @@ class Codec:
     template: the chat template's text, or None (a base model: plain text only).
     stop_ids: tokens that end an answer.
     pad_id: the token that fills up a batch; it never counts.
-    vocab_size: one more than the largest token id.
     parts: what decides how text is read: digest of the tokenizer, template, special tokens, ids of stop tokens.
     digest: SHA-256 over the parts.
     """
@@ -73,7 +72,6 @@ class Codec:
         self.template = template
         self.stop_ids = stop_ids
         self.pad_id = pad_id
-        self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self._special_tokens = special_tokens
         self._tokenizer_text = tokenizer_text
 
@@ -98,6 +96,12 @@ class Codec:
                 remedy="Add the template the model was trained with; without one only rows of plain text can be used.",
             )
         return Template(self.template, self._special_tokens, place=str(self.folder))
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """One more than the largest token id."""
+        # Found when it is asked for: the words of a large vocabulary take as long as a light command's imports.
+        return max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     @property
     def marks_generation(self) -> bool:
@@ -251,7 +255,7 @@ def _exact_tokenizer(file: Path) -> tuple[Tokenizer, str]:
         )
     try:
         text = file.read_bytes().decode()  # as text it would be searched for line ends, which takes longer
-        tokenizer = Tokenizer.from_str(_TRIMMED.sub(r"\1false", text))
+        tokenizer = Tokenizer.from_str(_TRIMMED.sub('"trim_offsets": false', text))
     except Exception as error:  # the tokenizers library raises bare Exception
         raise CheckpointError(f"{file}: not a tokenizer: {error}.", remedy="Fetch the model folder again.") from error
     tokenizer.no_truncation()
