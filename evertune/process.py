@@ -34,9 +34,10 @@ ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",
     "GOMP_SPINCOUNT": "0",
     # glibc gives a freed chunk of logits back to the system instead of keeping a hole that only smaller ones fit; the
-    # second is what it keeps at the heap's end, by itself next to nothing once the first is set.
+    # second is what it keeps at the heap's end, by itself next to nothing once the first is set: what a chunk of logits
+    # and a reference's beside it need, which would otherwise be given back, asked for and cleared for every chunk.
     "MALLOC_MMAP_THRESHOLD_": "15000000",
-    "MALLOC_TRIM_THRESHOLD_": "67108864",
+    "MALLOC_TRIM_THRESHOLD_": "268435456",
     "TOKENIZERS_PARALLELISM": "false",
     # Nothing leaves the machine.
     "HF_HUB_OFFLINE": "1",

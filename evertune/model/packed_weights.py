@@ -1,10 +1,11 @@
-"""Weights in the order in which the processor reads them, while answers are generated token by token.
+"""Weights in the order in which the processor reads them: of a whole model while answers are generated, of
+a frozen head while something is trained below it.
 
 A product with few rows takes as long as it takes to read the weights, and oneDNN otherwise puts them in that order anew
-for every product. `benchmarks/decoding.py` has what it saves.
+for every product. `benchmarks/decoding.py` has what it saves there, and `benchmarks/head.py` for a head.
 """
 
-# I inputs, O outputs
+# N rows, I inputs, O outputs
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,8 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
 
 # The two operations that torch's own compiler lays weights out with; private, so their absence is no error.
 _reorder: Callable[[Tensor], Tensor] | None = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
@@ -26,6 +29,8 @@ _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 # Models whose weights do not change for a while, with the forwards that have been made for them.
 _constant: dict[nn.Module, "_Forwards | None"] = {}
 _Forwards = dict[nn.Linear, Callable[[Tensor], Tensor]]
+# Copies of frozen weights, with the version of the weight that each is of.
+_frozen: Any = WeakTensorKeyDictionary()
 
 
 @contextlib.contextmanager
@@ -63,6 +68,21 @@ def packed_weights(model: nn.Module, *, tokens: int) -> Iterator[None]:
             vars(layer).pop("forward", None)
 
 
+def frozen_linear(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    """`F.linear` with a weight that is not trained: in bfloat16 on a CPU by a copy laid out for it, made once and kept
+    as long as the weight lives and is not written to. Where a gradient is asked for it is plain `F.linear`."""
+    wants_gradient = weight_OI.requires_grad or (torch.is_grad_enabled() and x_NI.requires_grad)
+    if wants_gradient or x_NI.dtype != weight_OI.dtype or not _can_lay_out(weight_OI):
+        return F.linear(x_NI, weight_OI, bias_O)
+    assert _reorder is not None
+    version, laid_out = _frozen.get(weight_OI, (None, None))
+    if version != weight_OI._version:
+        laid_out = _reorder(weight_OI.detach())
+        _frozen[weight_OI] = (weight_OI._version, laid_out)
+    found: Tensor = _product(x_NI, laid_out, bias_O, "none", [], "")
+    return found
+
+
 def _groups(model: nn.Module) -> list[list[nn.Linear]]:
     """Layers that can be packed, with their siblings where those read the same tensor."""
     found: list[list[nn.Linear]] = []
@@ -78,15 +98,17 @@ def _groups(model: nn.Module) -> list[list[nn.Linear]]:
 
 
 def _can_pack(module: nn.Module) -> TypeGuard[nn.Linear]:
+    return type(module) is nn.Linear and "forward" not in vars(module) and _can_lay_out(module.weight)
+
+
+def _can_lay_out(weight: Tensor) -> bool:
     return (
-        type(module) is nn.Linear
-        and _reorder is not None
+        _reorder is not None
         and _product is not None
-        and type(module.weight) is nn.Parameter  # not in shards
-        and module.weight.dtype == torch.bfloat16
-        and module.weight.device.type == "cpu"
-        and "forward" not in vars(module)
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        and type(weight) in (nn.Parameter, Tensor)  # not in shards
+        and weight.dtype == torch.bfloat16
+        and weight.device.type == "cpu"
+        and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     )
 
 

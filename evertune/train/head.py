@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from evertune.errors import CheckpointError
+from evertune.model.packed_weights import frozen_linear
 from evertune.train.kernels import liger_cross_entropy_sum
 from evertune.train.losses import cross_entropy_sum
 from evertune.train.penalty import ClosedForm, PositionValues
@@ -56,7 +57,7 @@ class Head:
 
     def log_probabilities(self, hidden_NH: Tensor) -> Tensor:
         """(N, V) float32, in one piece: the caller chunks."""
-        return F.linear(hidden_NH, self.weight_VH, self.bias_V).log_softmax(dim=-1, dtype=torch.float32)
+        return frozen_linear(hidden_NH, self.weight_VH, self.bias_V).log_softmax(dim=-1, dtype=torch.float32)
 
     def chunk_positions(self) -> int:
         """How many positions fit a chunk of logits."""
@@ -263,7 +264,7 @@ def _chunk_in_place(
     """The slope of cross-entropy in the logits is p - onehot, that of a closed form a factor of p with corrections."""
     hidden_nH, weight_VH, bias_V = parts
     assert hidden_nH is not None and weight_VH is not None
-    logp_nV = F.linear(hidden_nH, weight_VH, bias_V).log_softmax(dim=-1, dtype=torch.float32)
+    logp_nV = frozen_linear(hidden_nH, weight_VH, bias_V).log_softmax(dim=-1, dtype=torch.float32)
     stop = start + len(logp_nV)
     targets_n1 = targets_N[start:stop].unsqueeze(1)
     sums = [-logp_nV.gather(1, targets_n1).sum()]
@@ -340,7 +341,7 @@ class _TargetLogProbabilities(torch.autograd.Function):
         values, slopes = [], []
         for start in range(0, len(hidden_NH), step):
             targets = targets_N[start : start + step]
-            logits_nV = F.linear(hidden_NH[start : start + step], weight_VH, bias_V).float()
+            logits_nV = frozen_linear(hidden_NH[start : start + step], weight_VH, bias_V).float()
             logp_nV = (logits_nV / temperature).log_softmax(dim=-1)
             values.append(logp_nV.gather(1, targets.unsqueeze(1)).squeeze(1))
             if wants_slope:

@@ -182,9 +182,10 @@ class ForwardFull:
 
     def begin(self, logp_nV: Tensor, rows_m: Tensor, chosen: slice) -> Callable[[Tensor], Slope]:
         ref_logp_mV = self.head.log_probabilities(self.hidden_MH[chosen])
-        further_mV = ref_logp_mV - (logp_nV if len(rows_m) == len(logp_nV) else logp_nV[rows_m])
-        ref_mV = ref_logp_mV.exp_()
-        values_m = torch.linalg.vecdot(ref_mV, further_mV)
+        ref_mV = ref_logp_mV.exp()
+        # In place: a further matrix as large as the logits takes as long as what is computed.
+        further_mV = ref_logp_mV.sub_(logp_nV if len(rows_m) == len(logp_nV) else logp_nV[rows_m])
+        values_m = further_mV.mul_(ref_mV).sum(dim=-1)
         slope = Slope(values_m, torch.ones_like(values_m), minus_mV=ref_mV)
         return lambda p_nV: slope
 

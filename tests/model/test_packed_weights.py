@@ -1,16 +1,19 @@
 """Weights laid out for the processor: the same products, and the layers as they were afterwards."""
 
+import gc
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from evertune.model import packed_weights as module
 from evertune.model.checkpoint import describe
 from evertune.model.forward import Forward
 from evertune.model.open import open_model
-from evertune.model.packed_weights import LEAST_TOKENS, packed_weights
+from evertune.model.packed_weights import LEAST_TOKENS, frozen_linear, packed_weights
 from evertune.probe.generate import generate_answers
 from evertune.train.sample import sample_answers
 
@@ -129,3 +132,61 @@ def test_answers_are_generated_with_it_and_are_the_same(
     assert not made, "a few tokens are not worth it"
     many = said(LEAST_TOKENS)
     assert made and [one[: len(other)] for one, other in zip(many, few, strict=True)] == few
+
+
+def _head(rows: int = 5) -> Any:
+    torch.manual_seed(0)
+    return tuple(torch.randn(shape).bfloat16() for shape in ((rows, 48), (200, 48), (200,)))
+
+
+@pytest.fixture
+def laid_out(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """The weights that are laid out from now on."""
+    made: list[torch.Tensor] = []
+    reorder = module._reorder
+    assert reorder is not None
+    monkeypatch.setattr(module, "_reorder", lambda weight: made.append(weight) or reorder(weight))
+    return made
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@torch.no_grad()
+def test_a_frozen_weight_is_laid_out_once_for_all_that_multiply_with_it(
+    has_bias: bool, laid_out: list[torch.Tensor]
+) -> None:
+    x, weight, bias = _head()
+    for rows in (1, 5):
+        found = frozen_linear(x[:rows], weight, bias if has_bias else None)
+        torch.testing.assert_close(found, F.linear(x[:rows], weight, bias if has_bias else None))
+    assert len(laid_out) == 1
+
+
+@torch.no_grad()
+def test_a_weight_that_was_written_to_is_laid_out_anew(laid_out: list[torch.Tensor]) -> None:
+    x, weight, _ = _head()
+    frozen_linear(x, weight, None)
+    weight.mul_(2.0)
+    torch.testing.assert_close(frozen_linear(x, weight, None), F.linear(x, weight))
+    assert len(laid_out) == 2
+
+
+@torch.no_grad()
+def test_a_copy_goes_with_its_weight() -> None:
+    x, weight, _ = _head()
+    before = len(module._frozen)
+    frozen_linear(x, weight, None)
+    assert len(module._frozen) == before + 1
+    del weight
+    gc.collect()
+    assert len(module._frozen) == before
+
+
+def test_where_a_gradient_is_asked_for_nothing_is_laid_out(laid_out: list[torch.Tensor]) -> None:
+    x, weight, _ = _head()
+    frozen_linear(x.requires_grad_(), weight, None).sum().backward()
+    torch.testing.assert_close(x.grad, weight.sum(dim=0).expand_as(x), rtol=0.02, atol=0.1)
+    with torch.no_grad():
+        frozen_linear(x, weight.requires_grad_(), None)
+    assert not laid_out
+    wide = [one.float() for one in _head()]
+    assert torch.equal(frozen_linear(*wide), F.linear(*wide)) and not laid_out
