@@ -173,6 +173,7 @@ def test_a_weight_that_was_written_to_is_laid_out_anew(laid_out: list[torch.Tens
 @torch.no_grad()
 def test_a_copy_goes_with_its_weight() -> None:
     x, weight, _ = _head()
+    gc.collect()  # of what other tests have left
     before = len(module._frozen)
     frozen_linear(x, weight, None)
     assert len(module._frozen) == before + 1
