@@ -49,12 +49,11 @@ def sample_answers(
     """
     if not prompts:
         return []
-    flat = [_uniform(seed, max_new_tokens) for group in seeds for seed in group]
+    numbers = [_uniform(seed, max_new_tokens).tolist() for group in seeds for seed in group]
 
     def choose(logits_BV: Tensor, answers: Sequence[int], said: Sequence[int]) -> Tensor:
-        drawn = [
-            float(flat[answer][min(count, max_new_tokens - 1)]) for answer, count in zip(answers, said, strict=True)
-        ]
+        # An answer that has ended stays a while among the others; what is drawn for it is not noted.
+        drawn = [numbers[answer][min(count, max_new_tokens - 1)] for answer, count in zip(answers, said, strict=True)]
         return draw_tokens(logits_BV / temperature, torch.tensor(drawn, dtype=torch.float64, device=logits_BV.device))
 
     (group,) = {len(one) for one in seeds}
@@ -71,12 +70,12 @@ def sample_answers(
     return [[next(answers) for _ in one] for one in seeds]
 
 
-def draw_tokens(logits_SV: Tensor, drawn_S: Tensor) -> Tensor:
-    """The word at which the cumulative probability first passes each drawn number in [0, 1): (S,) ids."""
+def draw_tokens(logits_BV: Tensor, drawn_B: Tensor) -> Tensor:
+    """The word at which the cumulative probability first passes each drawn number in [0, 1): (B,) ids."""
     # In float64: over a large vocabulary a float32 sum ends visibly beside 1.
-    cumulative_SV = logits_SV.double().softmax(dim=-1).cumsum(dim=-1)
-    threshold_S1 = drawn_S.unsqueeze(1) * cumulative_SV[:, -1:]
-    return torch.searchsorted(cumulative_SV, threshold_S1, right=True).squeeze(1).clamp_(max=logits_SV.shape[1] - 1)
+    cumulative_BV = logits_BV.double().softmax(dim=-1).cumsum(dim=-1)
+    threshold_B1 = drawn_B.unsqueeze(1) * cumulative_BV[:, -1:]
+    return torch.searchsorted(cumulative_BV, threshold_B1, right=True).squeeze(1).clamp_(max=logits_BV.shape[1] - 1)
 
 
 def _uniform(seed: int, count: int) -> Tensor:

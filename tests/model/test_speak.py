@@ -42,7 +42,8 @@ def test_an_answer_is_the_same_whoever_leaves_and_joins(name: str) -> None:
         assert (tuple(answer.ids[:-1] if answer.stopped else answer.ids), answer.stopped) == (ids, stopped)
 
 
-def test_prompts_join_those_that_still_speak() -> None:
+@pytest.mark.parametrize("given", [True, False])
+def test_prompts_join_those_that_still_speak(given: bool) -> None:
     """The first of four never ends; the others end with their first token, as all later ones do."""
     model, forward = architecture("llama")
     seen = read_rows(model)
@@ -51,7 +52,9 @@ def test_prompts_join_those_that_still_speak() -> None:
         return torch.tensor([9 if answer == 0 else 2 for answer in answers])
 
     asked = [[3] * 12, *([4 + i] * 8 for i in range(9))]
-    found = speak(forward, asked, max_new_tokens=6, stop_ids={2}, choose=choose, batch_tokens=4 * 18)
+    forward.answer_tokens = 10_000 if given else 4 * 18
+    rules: dict[str, Any] = {"batch_tokens": 4 * 18} if given else {}
+    found = speak(forward, asked, max_new_tokens=6, stop_ids={2}, choose=choose, **rules)
     assert [one.ids for one in found] == [[9] * 6] + [[2]] * 9
     # Four prompts in one row, three that join the one left, three more; then it speaks alone.
     assert [rows for rows, _ in seen] == [1] * (3 + 5)

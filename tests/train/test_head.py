@@ -10,8 +10,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from evertune.errors import CheckpointError
+from evertune.model import packed_weights
 from evertune.train import head as head_module
-from evertune.train.head import Head, PositionTerm, head_loss, refuse_logit_transforms, split_model
+from evertune.train.head import (
+    Head,
+    PositionTerm,
+    head_loss,
+    refuse_logit_transforms,
+    split_model,
+    target_log_probabilities,
+)
 from evertune.train.losses import forward_kl, reverse_kl, top_words
 from evertune.train.reference import ForwardFull, ForwardTop
 
@@ -268,3 +276,22 @@ def test_decoder_and_head_give_the_models_own_logits(tmp_path, tied: bool):
     ours = F.linear(decoder(input_ids=ids).last_hidden_state, head.weight_VH)
     assert torch.equal(logits, ours)
     assert (head.weight_VH is model.get_input_embeddings().weight) == tied
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="no bfloat16 in oneDNN here")
+@pytest.mark.parametrize("is_trained", [False, True])
+def test_a_frozen_head_is_laid_out_once_for_all_chunks_and_its_reference(monkeypatch, is_trained: bool):
+    made, reorder = [], packed_weights._reorder
+    monkeypatch.setattr(packed_weights, "_reorder", lambda weight: made.append(weight) or reorder(weight))
+    one = _tensors(torch.bfloat16)
+    weight, hidden = one["weight"].requires_grad_(is_trained), one["hidden"].requires_grad_()
+    anchor = PositionTerm("kl", torch.ones(N, dtype=torch.bool), 0.1, ForwardFull(hidden.detach(), Head(weight, None)))
+    for _ in range(2):
+        found = head_loss(
+            hidden, one["targets"], head=Head(weight, None), ce_weight=1.0, terms=[anchor], chunk_positions=4
+        )
+        found.loss.backward()
+    target_log_probabilities(hidden, one["targets"], head=Head(weight, None), chunk_positions=4).sum().backward()
+    assert len(made) == (0 if is_trained else 1)
+    # The reference's hidden states and head are the policy's: what is formed in place is no divergence at all.
+    assert float(found.term_sums["kl"]) == 0.0
