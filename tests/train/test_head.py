@@ -281,8 +281,9 @@ def test_decoder_and_head_give_the_models_own_logits(tmp_path, tied: bool):
 @pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="no bfloat16 in oneDNN here")
 @pytest.mark.parametrize("is_trained", [False, True])
 def test_a_frozen_head_is_laid_out_once_for_all_chunks_and_its_reference(monkeypatch, is_trained: bool):
-    made, reorder = [], packed_weights._reorder
+    made, used, reorder, product = [], [], packed_weights._reorder, packed_weights._product
     monkeypatch.setattr(packed_weights, "_reorder", lambda weight: made.append(weight) or reorder(weight))
+    monkeypatch.setattr(packed_weights, "_product", lambda x, *rest: used.append(len(x)) or product(x, *rest))
     one = _tensors(torch.bfloat16)
     weight, hidden = one["weight"].requires_grad_(is_trained), one["hidden"].requires_grad_()
     anchor = PositionTerm("kl", torch.ones(N, dtype=torch.bool), 0.1, ForwardFull(hidden.detach(), Head(weight, None)))
@@ -292,6 +293,8 @@ def test_a_frozen_head_is_laid_out_once_for_all_chunks_and_its_reference(monkeyp
         )
         found.loss.backward()
     target_log_probabilities(hidden, one["targets"], head=Head(weight, None), chunk_positions=4).sum().backward()
-    assert len(made) == (0 if is_trained else 1)
+    # Four chunks of the policy and of the reference, twice; and four more.
+    chunks = [4, 4, 4, 4, 4, 4, 1, 1] * 2 + [4, 4, 4, 1]
+    assert (len(made), used) == ((0, []) if is_trained else (1, chunks))
     # The reference's hidden states and head are the policy's: what is formed in place is no divergence at all.
     assert float(found.term_sums["kl"]) == 0.0
