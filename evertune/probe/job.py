@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from evertune.model.open import OpenModel
 
 # Raised by hand when the meaning of a score changes.
-PROBE_VERSION = 4
+PROBE_VERSION = 5
 # Items scored together on a CPU. In bfloat16 the last digits of a score follow the shape of its batch, so this number
 # is part of what a score means.
 PART_ITEMS = 100
@@ -134,6 +134,7 @@ def _scored_parts(
     import torch
 
     from evertune.model.packed_weights import constant_weights, packed_weights
+    from evertune.model.packing import enable_packing
     from evertune.probe.processes import in_processes, is_divided
 
     def score(place: tuple[int, int]) -> tuple[tuple[int, int], ItemScores, float]:
@@ -148,6 +149,7 @@ def _scored_parts(
             return
         processes = min(torch.get_num_threads(), len(shared))
         spoken = max((one.max_new_tokens for one in shared.values() if one.kind in SPOKEN), default=0)
+        enable_packing(opened.model)  # tried here, not by each child
         with torch.no_grad(), packed_weights(opened.model, tokens=spoken):
             pass  # the children share the copy
         # The longest first, so that all end together.
