@@ -341,8 +341,7 @@ class _TargetLogProbabilities(torch.autograd.Function):
         values, slopes = [], []
         for start in range(0, len(hidden_NH), step):
             targets = targets_N[start : start + step]
-            logits_nV = frozen_linear(hidden_NH[start : start + step], weight_VH, bias_V).float()
-            logp_nV = (logits_nV / temperature).log_softmax(dim=-1)
+            logp_nV = _log_probabilities(hidden_NH[start : start + step], weight_VH, bias_V, temperature)
             values.append(logp_nV.gather(1, targets.unsqueeze(1)).squeeze(1))
             if wants_slope:
                 slopes.append((_logit_slopes(logp_nV, targets) / temperature).to(weight_VH.dtype) @ weight_VH)
@@ -354,25 +353,24 @@ class _TargetLogProbabilities(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         hidden_NH, weight_VH, bias_V, targets_N, slopes_NH = ctx.saved_tensors
         (grad_N,) = upstream
-        grads = _Gradients([False, *ctx.needs_input_grad[1:3]])
-        if any(ctx.needs_input_grad[1:3]):
-            for start in range(0, len(hidden_NH), ctx.step):
-                chosen = slice(start, start + ctx.step)
-                with torch.enable_grad():
-                    parts = [
-                        None if one is None else one.detach().requires_grad_(need)
-                        for one, need in zip(
-                            (hidden_NH[chosen], weight_VH, bias_V), (False, *ctx.needs_input_grad[1:3]), strict=True
-                        )
-                    ]
-                    logits_nV = F.linear(*parts).float()  # type: ignore[arg-type]
-                    logp_nV = (logits_nV / ctx.temperature).log_softmax(dim=-1)
-                    taken_n = logp_nV.gather(1, targets_N[chosen].unsqueeze(1)).squeeze(1)
-                    loss = (taken_n * grad_N[chosen]).sum()
-                grads.add(torch.autograd.grad(loss, [one for one in parts if one is not None and one.requires_grad]))
+        _, wants_weight, wants_bias = wanted = [False, *ctx.needs_input_grad[1:3]]
+        grads = _Gradients(wanted)
+        for start in range(0, len(hidden_NH) if any(wanted) else 0, ctx.step):
+            chosen = slice(start, start + ctx.step)
+            hidden_nH = hidden_NH[chosen]
+            logp_nV = _log_probabilities(hidden_nH, weight_VH, bias_V, ctx.temperature)
+            slope_nV = _logit_slopes(logp_nV, targets_N[chosen]).mul_(grad_N[chosen].unsqueeze(1) / ctx.temperature)
+            grads.add(
+                [slope_nV.sum(dim=0)] if wants_bias else [],
+                slope=(slope_nV.to(weight_VH.dtype), hidden_nH) if wants_weight else None,
+            )
         _, weight, bias = grads.finish(None, weight_VH, bias_V)
         hidden = None if slopes_NH is None else (grad_N.unsqueeze(1) * slopes_NH).to(hidden_NH.dtype)
         return hidden, weight, bias, None, None, None, None
+
+
+def _log_probabilities(hidden_nH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, temperature: float) -> Tensor:
+    return (frozen_linear(hidden_nH, weight_VH, bias_V).float() / temperature).log_softmax(dim=-1)
 
 
 def _logit_slopes(logp_nV: Tensor, targets_n: Tensor) -> Tensor:
