@@ -15,6 +15,7 @@ from evertune.model.checkpoint import Checkpoint, describe
 from evertune.model.codec import load_codec
 from evertune.probe.flips import flips_of
 from evertune.probe.inspect_logs import read_inspect_logs
+from evertune.probe.job import PROBE_VERSION
 from evertune.probe.lm_eval_logs import read_lm_eval_logs
 from evertune.probe.logs import LoggedTask, closest, pair_logs, settings_differences
 from evertune.probe.scores import ItemScores
@@ -82,9 +83,10 @@ def _judge_in_batches(
     display: Display,
 ) -> Judged:
     facts = {name: asdict(one) for name, one in suite.facts.items()}
-    identity = {"kind": "early", "version": 1, "candidate": after.digest, "baseline": before.digest, "facts": facts}
-    probes = [[one.name, one.digest] for one in suite.probes]
-    key = digest_json({**identity, "probes": probes, "settings": suite.gate_body, "numerics": suite.numerics})
+    asked = [[one.name, one.digest] for one in suite.probes]
+    by_gate = {"facts": facts, "settings": suite.gate_body}
+    identity = {"kind": "early", "version": 1, "scores": PROBE_VERSION, "probes": asked, "numerics": suite.numerics}
+    key = digest_json({**identity, **by_gate, "candidate": after.digest, "baseline": before.digest})
     if workspace.manifest(key) is None:
         job = {
             "kind": "early",

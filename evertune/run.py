@@ -25,6 +25,7 @@ from evertune.lineage import next_position
 from evertune.methods import named, standing_of, used_in
 from evertune.model.checkpoint import Checkpoint, describe
 from evertune.plan import GATE_VERSION, Plan, make_plan
+from evertune.probe.job import PROBE_VERSION
 from evertune.probe.scores import ItemScores
 from evertune.process import Workers
 from evertune.ratchet import Ratchet
@@ -584,7 +585,8 @@ def _scan(session: Session, one: Round, shares: Sequence[ladder.Share], candidat
     plan, workspace = session.plan.asked(held_out=False), session.workspace
     line = _line(session, candidate, reference)
     asked = [[each.name, each.digest] for each in plan.probes]
-    key = digest_json({"kind": "scan", "version": 5, "shares": list(shares), "probes": asked, **line.identity})
+    facts = {"kind": "scan", "version": 5, "scores": PROBE_VERSION, "shares": list(shares), "probes": asked}
+    key = digest_json({**facts, **line.identity})
     probes = [plan.probe_job(each) for each in plan.probes]
     if workspace.manifest(key) is None:
         job = {"kind": "scan", "label": one.name, "key": key, "shares": list(shares), "probes": probes, **line.job}

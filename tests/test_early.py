@@ -123,3 +123,20 @@ def test_two_models_are_asked_in_batches_and_the_evidence_replays(tmp_path: Path
     body = json.loads(evidence.read_text())
     assert (body["look"], body["items_asked"]) == ("early", 50)
     assert CliRunner().invoke(app, ["gate", "--replay", str(evidence)]).exit_code == 0
+
+
+def test_what_was_asked_is_not_asked_again_until_a_score_means_something_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = write_tiny_model(tmp_path / "old")
+    write_probe(tmp_path, "facts", 60)
+    flags = ["--probes", str(tmp_path / "facts.jsonl"), "--workspace", str(tmp_path / "w"), "--in-batches"]
+
+    def count_asked() -> int:
+        CliRunner().invoke(app, ["gate", str(old), "--against", str(old), *flags])
+        return len(list((tmp_path / "w" / "objects").iterdir()))
+
+    first = count_asked()
+    assert count_asked() == first
+    monkeypatch.setattr("evertune.judging.PROBE_VERSION", -1)
+    assert count_asked() == first + 1
