@@ -1,7 +1,7 @@
 """Steps on a GPU beside TRL's, with Liger and without, anchored steps beside plain ones, rollouts beside `generate` and
 probes beside lm-eval: the second half of `make gpu`.
 
-    python -m benchmarks.gpu --data DATA [--device cuda] [--model smollm2-135m] [--batch 32] [--parts steps probes]
+    python -m benchmarks.gpu --data DATA [--device cuda] [--model smollm2-135m] [--parts steps probes]
 
 DATA has chats (`replay_dolly/`), items with choices (`arc_easy/`) and questions (`gsm8k/`) as JSONL. Wall time with the
 GPU waited for, and its highest allocated memory. With `--device cpu` the same commands run without Liger
@@ -60,11 +60,14 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="a folder of data sets as JSONL")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--batch", default="32")
-    parser.add_argument("--steps", default="6")
-    parser.add_argument("--rounds", default="3")
+    parser.add_argument("--batch", help="32; 4 on a CPU, where several models are in one memory")
+    parser.add_argument("--steps", help="6; 2 on a CPU")
+    parser.add_argument("--rounds", help="3; 1 on a CPU")
     parser.add_argument("--parts", nargs="*", choices=list(PARTS), default=list(PARTS))
     options = parser.parse_args()
+    for name, (on_gpu, on_cpu) in {"batch": ("32", "4"), "steps": ("6", "2"), "rounds": ("3", "1")}.items():
+        if getattr(options, name) is None:
+            setattr(options, name, on_cpu if options.device == "cpu" else on_gpu)
     for part in options.parts:
         for command in PARTS[part](options):
             print(f"\npython -m {' '.join(command)} --device {options.device}", flush=True)
