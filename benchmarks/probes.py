@@ -21,8 +21,6 @@ from typing import Any
 
 from benchmarks.contest import Contestant, Turns, interleave, machine, spread, unit_of
 
-MODEL = "smollm2-135m"
-
 
 def choice(options: argparse.Namespace) -> None:
     _contest(options)
@@ -38,7 +36,7 @@ def _contest(options: argparse.Namespace) -> None:
     contestants = []
     for name in ("evertune", "lm-eval"):
         command = [sys.executable, "-m", "benchmarks.probes", "contestant", "--name", name, "--kind", options.run]
-        for key in ("items_file", "shots", "items", "part", "dtype", "threads", "tokens", "device", "batch"):
+        for key in ("items_file", "model", "shots", "items", "part", "dtype", "threads", "tokens", "device", "batch"):
             command += [f"--{key.replace('_', '-')}", str(getattr(options, key))]
         contestants.append(Contestant.start(name, command, threads=options.threads, log=folder / f"{name}.log"))
     for one in contestants:
@@ -78,7 +76,7 @@ def close(options: argparse.Namespace) -> None:
     from evertune.probe.score import CLOSE_NATS
 
     torch.set_num_threads(options.threads)
-    opened = open_model(_checkpoint(), dtype="bfloat16")
+    opened = open_model(_checkpoint(options), dtype="bfloat16")
     groups, forward = _groups(options, opened.codec), Forward(opened)
 
     def sums(chosen: Sequence[Any]) -> list[list[float]]:
@@ -124,7 +122,7 @@ def _ours(options: argparse.Namespace) -> Iterator[Any]:
     from evertune.model.packed_weights import constant_weights
     from evertune.probe.generate import generate_answers
 
-    opened = open_model(_checkpoint(), dtype=options.dtype, device=options.device)
+    opened = open_model(_checkpoint(options), dtype=options.dtype, device=options.device)
     forward = Forward(opened)
     if options.kind == "generate":
         prompts = _prompts(options, opened.codec)
@@ -148,7 +146,7 @@ def _theirs(options: argparse.Namespace) -> Iterator[Any]:
 
     from evertune.model.codec import load_codec
 
-    folder = _checkpoint().path
+    folder = _checkpoint(options).path
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, options.dtype))
     harness: Any = HFLM(
         pretrained=model.to(options.device),
@@ -235,17 +233,20 @@ def _best(values: Sequence[float]) -> int:
     return max(range(len(values)), key=lambda i: values[i])
 
 
-def _checkpoint() -> Any:
+def _checkpoint(options: argparse.Namespace) -> Any:
     from evertune.model.bundled import resolve_base
     from evertune.model.checkpoint import describe
 
-    return describe(resolve_base(MODEL))
+    return describe(resolve_base(options.model))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("run", choices=["choice", "generate", "close", "contestant"])
     parser.add_argument("--items-file", required=True)
+    parser.add_argument(
+        "--model", default="smollm2-135m", help="a bundled name or a folder, such as an exported champion"
+    )
     parser.add_argument("--shots", type=int, default=0)
     parser.add_argument("--items", type=int, default=24)
     parser.add_argument("--part", type=int, default=8, help="items scored in one turn")
