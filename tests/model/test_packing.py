@@ -277,7 +277,7 @@ def test_a_model_in_which_rounding_grows_is_packed_all_the_same() -> None:
     alone_tH = model.get_decoder()(input_ids=row[None]).last_hidden_state[0]
     assert enable_packing(model)
     packed_tH = packed_hidden(model.get_decoder(), [before, row])[5:]
-    assert (packed_tH - alone_tH).norm() > 0.3 * alone_tH.norm()
+    assert (packed_tH - alone_tH).norm() > 0.05 * alone_tH.norm()  # how much, the processor decides
 
 
 def test_a_model_that_lets_rows_see_each_other_is_not_packed(tiny_model: Path, monkeypatch: Any) -> None:
