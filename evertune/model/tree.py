@@ -89,7 +89,7 @@ class Run:
         self._masks: dict[int | None, Tensor] = {}
 
     def attend(self, query_HTD: Tensor, key_KTD: Tensor, value_KTD: Tensor, scale: float, window: int | None) -> Tensor:
-        """(H, Q, D)."""
+        """(H, Q, D), on a CPU."""
         query_HQD = query_HTD[:, self.queries]
         key_KkD, value_KkD = (
             torch.cat([one[:, each.first : each.last] for each in self._ancestors] + [one[:, self.queries]], dim=1)
@@ -103,15 +103,16 @@ class Run:
             query_HQD.unsqueeze(0),
             key_KkD.unsqueeze(0),
             value_KkD.unsqueeze(0),
-            attn_mask=None if is_causal else self._mask(window, query_HTD.device),
+            attn_mask=None if is_causal else self._mask(window, query_HTD.dtype),
             is_causal=is_causal,
             scale=scale,
             enable_gqa=True,
         )
         return found_1HQD[0]
 
-    def _mask(self, window: int | None, device: torch.device) -> Tensor:
-        """(Q, k): True where a query sees a key; the same for every layer with this window."""
+    def _mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        """(Q, k): 0 where a query sees a key, minus infinity elsewhere; the same for every layer with this window.
+        (Truth values would be turned into these numbers by torch in every layer.)"""
         if window not in self._masks:
             own_Q = torch.cat([torch.arange(one.depth, one.depth + len(one.ids)) for one in self._segments])
             branch_Q = torch.cat([torch.full((len(one.ids),), i) for i, one in enumerate(self._segments)])
@@ -120,7 +121,8 @@ class Run:
             branch_k = torch.cat([torch.full((before,), -1), branch_Q])
             ahead_Qk = own_Q.unsqueeze(1) - place_k
             seen_Qk = (ahead_Qk >= 0) & ((branch_k == -1) | (branch_k == branch_Q.unsqueeze(1)))
-            self._masks[window] = (seen_Qk if window is None else seen_Qk & (ahead_Qk < window)).to(device)
+            seen_Qk = seen_Qk if window is None else seen_Qk & (ahead_Qk < window)
+            self._masks[window] = torch.where(seen_Qk, 0.0, -torch.inf).to(dtype)
         return self._masks[window]
 
 

@@ -7,12 +7,20 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from evertune.model import packing, row_attention
 from evertune.model.packing import enable_packing, packed_hidden
 from evertune.model.row_attention import BLOCK, RowAttention, Rows
-from evertune.model.tree import grow
+from evertune.model.tree import ByRuns, grow
 
 ROWS = (1, 5, BLOCK, 2 * BLOCK + 3)
 
@@ -134,6 +142,24 @@ def test_what_rows_begin_with_is_read_once_and_nothing_else_changes(tiny_model: 
     for one, other in zip(*(model.parameters() for model in models), strict=True):
         # The model's norms are in float32, whatever its dtype.
         assert one.grad is None or (one.grad - other.grad).norm() <= 1e-6 * one.grad.norm()
+
+
+@pytest.mark.parametrize("window", [None, 25])
+def test_without_gradients_rows_have_the_hidden_states_of_training(window: int | None, monkeypatch: Any) -> None:
+    kind, config = (LlamaForCausalLM, LlamaConfig) if window is None else (MistralForCausalLM, MistralConfig)
+    model = _small(kind, config, vocab_size=250, **({} if window is None else {"sliding_window": window})).double()
+    assert enable_packing(model)
+    attended: list[int] = []
+    attend = ByRuns.attend
+    monkeypatch.setattr(ByRuns, "attend", lambda *args: attended.append(1) or attend(*args))
+    for rows in (FAMILY, FAMILY[1:3]):  # the second share nothing
+        trained = packed_hidden(model.get_decoder(), rows, shares=True)
+        assert not attended
+        with torch.no_grad():
+            found = packed_hidden(model.get_decoder(), rows, shares=True)
+        assert attended
+        assert torch.allclose(found, trained, atol=1e-6)
+        attended.clear()
 
 
 def test_rows_that_share_nothing_have_the_bits_of_rows_that_may_not(tiny_model: Path) -> None:
