@@ -169,12 +169,24 @@ def test_a_scanned_point_is_not_scored_again_once_it_is_written(
 
 
 @pytest.mark.path
-def test_a_renamed_probe_is_scanned_anew_and_a_changed_scan_recorded(tmp_path: Path) -> None:
+def test_a_renamed_probe_is_scanned_anew_and_a_changed_scan_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed: dict[str, Any] = {"rescue": "[{interpolate: {alphas: [0.5, 0.02]}}]", "knowledge": "facts"}
+
+    def scans_made() -> int:
+        return sum(one.kind == "scan" for one in open_workspace(tmp_path / "run").workspace.manifests())
+
     run(tmp_path, role="target", rescue="[{interpolate: {alphas: [0.5, 0.01]}}]")
-    _, events = run(tmp_path, role="target", rescue="[{interpolate: {alphas: [0.5, 0.02]}}]", knowledge="facts")
+    _, events = run(tmp_path, role="target", **changed)
     scans = [[one["alpha"] for one in body["scan"]] for body in bodies(events, "rescue") if body["alpha"] == 0.5]
     assert scans == [[0.5, 0.02]]
     assert "facts" in bodies(events, "rescue")[-1]["scan"][0]["values"]
+    assert scans_made() == 2
+    # Where a score means something else, what was scanned before is no answer.
+    monkeypatch.setattr("evertune.run.PROBE_VERSION", -1)
+    run(tmp_path, role="target", **changed)
+    assert scans_made() == 3
 
 
 @pytest.mark.path
