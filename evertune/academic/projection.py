@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from evertune.academic.importance import Tensors
 from evertune.data.encode import EncodedRow
+from evertune.measure.products import inner_product
 from evertune.train.batch import collate
 from evertune.train.plugins import Bench, Parts
 
@@ -28,7 +29,7 @@ Gradient = Mapping[str, Tensor]
 
 def dot(one: Gradient, other: Gradient) -> float:
     """Inner product over all weights, summed in float64; a weight that one lacks counts 0."""
-    return sum(float((one[name].double() * other[name].double()).sum()) for name in one if name in other)
+    return sum(float(inner_product(one[name], other[name])) for name in one if name in other)
 
 
 def add_(gradient: dict[str, Tensor], scale: float, other: Gradient) -> None:

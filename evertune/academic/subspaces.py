@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from evertune.academic.projection import Stateless, input_basis, input_covariances
 from evertune.errors import TrainingError
+from evertune.measure.products import squared_norm
 from evertune.train.plugins import Bench, Parts
 
 
@@ -116,13 +117,13 @@ class Osft(Stateless):
         self._protected = protected
 
     def change(self, gradients: dict[str, Tensor], step: int) -> dict[str, float]:
-        before = sum(float(one.double().square().sum()) for name, one in gradients.items() if name in self._protected)
+        before = sum(float(squared_norm(one)) for name, one in gradients.items() if name in self._protected)
         for name in list(gradients):
             if name in self._protected:
                 gradients[name] = self._protected[name].outside(gradients[name])
             else:
                 del gradients[name]
-        after = sum(float(one.double().square().sum()) for one in gradients.values())
+        after = sum(float(squared_norm(one)) for one in gradients.values())
         return {"osft_kept": after / before} if before > 0.0 else {}
 
     def see(self, weights: Mapping[str, Tensor]) -> None:

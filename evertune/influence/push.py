@@ -31,6 +31,7 @@ from evertune.data.replay import reservoir
 from evertune.data.rows import Row, read_rows
 from evertune.influence.order import SourceOrder
 from evertune.measure.clusters import cluster_vectors, count_clusters
+from evertune.measure.products import squared_norm
 from evertune.merge.interpolate import scan
 from evertune.model.checkpoint import Checkpoint
 from evertune.model.forward import Forward, Tokens, score_rows
@@ -255,7 +256,7 @@ def _layer_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _norm(tensors: Any) -> float:
-    return float(torch.stack([one.double().square().sum() for one in tensors]).sum().sqrt())
+    return float(torch.stack([squared_norm(one) for one in tensors]).sum().sqrt())
 
 
 @contextmanager

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from evertune.measure.products import squared_norm
+
 _LAYER = re.compile(r"^(.*?\.\d+)\.")
 
 
@@ -45,8 +47,8 @@ def measure_drift(updates: Iterable[WeightUpdate]) -> Drift:
     size: dict[str, float] = {}
     for one in updates:
         layer = layer_of(one.name)
-        size[layer] = size.get(layer, 0.0) + _square(one.before)
-        moved[layer] = moved.get(layer, 0.0) + (0.0 if one.change is None else _square(one.change))
+        size[layer] = size.get(layer, 0.0) + float(squared_norm(one.before))
+        moved[layer] = moved.get(layer, 0.0) + (0.0 if one.change is None else float(squared_norm(one.change)))
     whole = sum(size.values())
     if whole == 0.0:
         raise ValueError("all weights were zero before: there is nothing to measure a drift against")
@@ -68,7 +70,7 @@ def between(before: Mapping[str, Tensor], after: Iterable[tuple[str, Tensor]]) -
         if old.shape != new.shape:
             raise ValueError(f"{name} is {tuple(old.shape)} before and {tuple(new.shape)} after")
         missing.remove(name)
-        yield WeightUpdate(name, old, new.float() - old.float())
+        yield WeightUpdate(name, old, new.float() - old)
     if missing:
         raise ValueError(f"{min(missing)} is only in the model before")
 
@@ -78,7 +80,3 @@ def layer_of(name: str) -> str:
     `.weight`."""
     found = _LAYER.match(name)
     return found.group(1) if found else name.removesuffix(".weight")
-
-
-def _square(tensor: Tensor) -> float:
-    return float(tensor.double().square().sum())

@@ -260,7 +260,8 @@ def _fit(config: MergeConfig, given: Sequence[Source], donor: Source) -> _Fit:
     problems: list[str] = []
     notes: list[str] = []
     sources = tuple(_with_heads(one, donor, problems, notes) for one in given)
-    sources = tuple(_with_vocabulary(one, donor, config, problems, notes) for one in sources)
+    ours = _vocabulary(donor)
+    sources = tuple(_with_vocabulary(one, donor, ours, config, problems, notes) for one in sources)
     donor = next(one for one in sources if one.name == donor.name)
     names = sorted(donor.tensors)
     remedy = "" if _check_tensors(sources, donor, names, problems) else "Merging needs one architecture."
@@ -344,11 +345,19 @@ def _with_heads(source: Source, donor: Source, problems: list[str], notes: list[
 
 
 def _with_vocabulary(
-    source: Source, donor: Source, config: MergeConfig, problems: list[str], notes: list[str]
+    source: Source,
+    donor: Source,
+    ours: Mapping[str, int] | None,
+    config: MergeConfig,
+    problems: list[str],
+    notes: list[str],
 ) -> Source:
-    """Agree on the vocabulary: the same tokenizer, or rows by token."""
-    ours, theirs = _vocabulary(donor), _vocabulary(source)
-    if ours == theirs or theirs is None or ours is None:
+    """Agree on the vocabulary `ours` of the donor: the same tokenizer, or rows by token."""
+    own, other = (_tokenizer_file(one) for one in (donor, source))
+    if ours is None or not other.is_file() or own.read_bytes() == other.read_bytes():
+        return source
+    theirs = _vocabulary(source) or {}
+    if theirs == ours:
         return source
     if config.vocabulary == "same":
         problems.append(
@@ -369,9 +378,13 @@ def _with_vocabulary(
     return replace(source, rows=rows)
 
 
+def _tokenizer_file(source: Source) -> Path:
+    return source.checkpoint.base.path / "tokenizer.json"
+
+
 def _vocabulary(source: Source) -> dict[str, int] | None:
     """Token -> id, added tokens included; None without a tokenizer.json."""
-    file = source.checkpoint.base.path / "tokenizer.json"
+    file = _tokenizer_file(source)
     if not file.is_file():
         return None
     content = read_json(file)

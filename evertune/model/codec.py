@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -255,14 +255,21 @@ def _exact_tokenizer(file: Path) -> tuple[Tokenizer, str]:
         )
     try:
         text = file.read_bytes().decode()  # as text it would be searched for line ends, which takes longer
-        tokenizer = Tokenizer.from_str(_TRIMMED.sub('"trim_offsets": false', text))
+        return _parsed(text), text
     except Exception as error:  # the tokenizers library raises bare Exception
         raise CheckpointError(f"{file}: not a tokenizer: {error}.", remedy="Fetch the model folder again.") from error
+
+
+# A worker opens one model after the other, and most have one tokenizer.
+@lru_cache(maxsize=2)
+def _parsed(text: str) -> Tokenizer:
+    tokenizer = Tokenizer.from_str(_TRIMMED.sub('"trim_offsets": false', text))
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    return tokenizer, text
+    return tokenizer
 
 
+@lru_cache(maxsize=2)
 def _tokenizer_digest(text: str) -> str:
     """Digest of what a tokenizer does: the file saved again by another library version has the same one.
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from evertune.measure.outputs import calibration_error, kl_sum, linear_cka, spectral_norm
+from evertune.measure.products import squared_norm
 from evertune.model.codec import Codec
 from evertune.model.forward import Forward, Tokens, score_branches
 from evertune.model.open import OpenModel
@@ -94,8 +95,8 @@ def weight_distance(before: OpenModel, after: OpenModel) -> dict[str, dict[str, 
         if found is None or old.ndim != 2:
             continue
         kind, change = found.group(1), new[name].float() - old.float()
-        moved[kind] = moved.get(kind, 0.0) + float(change.double().square().sum())
-        size[kind] = size.get(kind, 0.0) + float(old.double().square().sum())
+        moved[kind] = moved.get(kind, 0.0) + float(squared_norm(change))
+        size[kind] = size.get(kind, 0.0) + float(squared_norm(old))
         whole = spectral_norm(old)
         spectral[kind] = max(spectral.get(kind, 0.0), spectral_norm(change) / whole if whole else 0.0)
     return {

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from evertune.data.encode import Item
 from evertune.errors import TrainingError
+from evertune.measure.products import inner_product, squared_norm
 from evertune.train.batch import counted_positions
 from evertune.train.objective import CrossEntropy, Objective, Policy, StepCounts
 from evertune.train.optimizer import Masters, Schedule, joint_norm, over_shards, own, rate_factor
@@ -309,7 +310,7 @@ def gradient_of(trainer: Trainer, items: Sequence[Item]) -> dict[str, Tensor]:
     trainer.objective.backward(trainer.policy, items, count_items(items, trainer.objective, ()), ())
     if trainer.policy.sharded is not None:
         trainer.policy.sharded.finish()
-    gradients = {name: one.clone() for name, one in trainer.masters.gradients().items()}
+    gradients = trainer.masters.gradients()
     trainer.masters.zero_gradients()
     return gradients
 
@@ -346,10 +347,10 @@ def cosines(one: Mapping[str, Tensor], other: Mapping[str, Tensor], parts: Mappi
 
 def _products(one: Tensor | None, other: Tensor | None) -> list[Tensor]:
     """Of what this process holds of two tensors: their dot product, and of each with itself."""
-    held = [None if each is None else own(each).double().flatten() for each in (one, other)]
+    held = [None if each is None else own(each) for each in (one, other)]
     like = next(each for each in held if each is not None)
     a, b = (torch.zeros_like(like) if each is None else each for each in held)
-    return [a.dot(b), a.dot(a), b.dot(b)]
+    return [inner_product(a, b), squared_norm(a), squared_norm(b)]
 
 
 @contextlib.contextmanager

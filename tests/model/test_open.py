@@ -120,6 +120,7 @@ def larger_tokenizer(folder: Path) -> None:
 MALFORMED: dict[str, tuple[Callable[[Path], object], str]] = {
     "NaN in a weight": (poke(Q_PROJ, float("nan")), f"values of {Q_PROJ} are NaN"),
     "Inf in a norm": (poke("model.norm.weight", float("inf")), "model.norm.weight"),
+    "-Inf in a norm": (poke("model.norm.weight", float("-inf")), "model.norm.weight"),
     "missing tensor": (tensors(lambda t: t.pop(Q_PROJ)), f"are missing: {Q_PROJ}"),
     "extra tensor": (tensors(lambda t: t.update(extra=torch.ones(2))), "do not belong to the model: extra"),
     "transposed tensor": (
