@@ -79,7 +79,12 @@ def enable_packing(model: Any) -> bool:
 
 
 def packed_hidden(
-    decoder: Callable[..., Any], rows: Sequence[Tensor], *, asked: Tensor | None = None, shares: bool = False
+    decoder: Callable[..., Any],
+    rows: Sequence[Tensor],
+    *,
+    asked: Tensor | None = None,
+    shares: bool = False,
+    forward_only: bool = False,
 ) -> Tensor:
     """Last hidden states (T, H) of all tokens of the rows, one row after the other.
 
@@ -88,20 +93,20 @@ def packed_hidden(
         rows: token ids (t,) int64 of each row, at least one each.
         asked: (T,) bool, where not all tokens are asked for: of which.
         shares: read once what several rows begin with. On a CPU, and of a model that draws nothing at random: a token
-            that is read once has one dropout mask. Without gradients attention is torch's own, in other last bits.
+            that is read once has one dropout mask.
+        forward_only: where rows share, by torch's own attention, which is the faster one forward and the slower one
+            backward; the last bits are others.
     """
     device = rows[0].device
     tree = grow([row.tolist() for row in rows], budget=sys.maxsize)[0] if shares and len(rows) > 1 else None
-    trains = torch.is_grad_enabled()
     kind: dict[str, Any]
-    if tree is None or (trains and len(tree.ids) == sum(map(len, rows))):
+    if tree is None or (not forward_only and len(tree.ids) == sum(map(len, rows))):
         kind = {ROWS: Rows.apart([len(row) for row in rows])}
         ids_1T = torch.cat(list(rows)).unsqueeze(0)
         positions_1T = torch.cat([torch.arange(len(row)) for row in rows]).unsqueeze(0).to(device)
         places = None if asked is None else asked.nonzero().squeeze(1)
     else:
-        # Forward, torch's own attention is the faster one; backward, that of rows.
-        kind = {ROWS: Rows.along(tree)} if trains else {TREE: ByRuns(tree)}
+        kind = {TREE: ByRuns(tree)} if forward_only else {ROWS: Rows.along(tree)}
         ids_1T, positions_1T = (torch.tensor([one], device=device) for one in (tree.ids, tree.positions))
         places = torch.tensor([place for i in range(len(rows)) for place in tree.places[i]], device=device)
         places = places if asked is None else places[asked]

@@ -61,14 +61,20 @@ def collate(rows: Sequence[EncodedRow], *, pad_id: int, device: torch.device, mu
 
 
 def counted_hidden(
-    decoder: Decoder, batch: MicroBatch, *, is_packed: bool, shares: bool = False, multiple: int = 1
+    decoder: Decoder,
+    batch: MicroBatch,
+    *,
+    is_packed: bool,
+    shares: bool = False,
+    forward_only: bool = False,
+    multiple: int = 1,
 ) -> Tensor:
     """Last hidden states (N, H) at the counted positions, row by row.
 
     Args:
         is_packed: read the rows packed; the model must have been accepted by `enable_packing`.
         multiple: of which the lengths of packed rows are, as far as the batch is padded.
-        shares: read once what packed rows begin with alike; see `packed_hidden`.
+        shares, forward_only: how packed rows are read; see `packed_hidden`.
     """
     if not is_packed or not batch.predicts_BT.any():
         hidden_BTH: Tensor = decoder(input_ids=batch.ids_BT, use_cache=False).last_hidden_state
@@ -79,7 +85,7 @@ def counted_hidden(
             last = places[-1] + 1
             rows.append(batch.ids_BT[b, : last + -last % multiple])
             asked.append(batch.predicts_BT[b, : len(rows[-1])])
-    return packed_hidden(decoder, rows, asked=torch.cat(asked), shares=shares)
+    return packed_hidden(decoder, rows, asked=torch.cat(asked), shares=shares, forward_only=forward_only)
 
 
 def counted_positions(row: EncodedRow) -> int:

@@ -72,8 +72,12 @@ class LiveReference:
         self._frozen, self._pad_id, self._is_packed = frozen, pad_id, is_packed
 
     @torch.no_grad()
-    def hidden(self, rows: Sequence[EncodedRow], *, multiple: int = 1) -> Tensor:
-        """Last hidden states (M, H) at the counted positions, without dropout; rows are padded to a multiple."""
+    def hidden(self, rows: Sequence[EncodedRow], *, multiple: int = 1, fast: bool = False) -> Tensor:
+        """Last hidden states (M, H) at the counted positions, without dropout; rows are padded to a multiple.
+
+        Args:
+            fast: by attention that leaves other last bits than the policy's own.
+        """
         batch = collate(rows, pad_id=self._pad_id, device=self.head.weight_VH.device, multiple=multiple)
         was_training = self._model.training
         self._model.eval()
@@ -81,7 +85,12 @@ class LiveReference:
             with self._frozen():
                 shares = batch.ids_BT.device.type == "cpu"
                 hidden_MH = counted_hidden(
-                    self._decoder, batch, is_packed=self._is_packed, shares=shares, multiple=multiple
+                    self._decoder,
+                    batch,
+                    is_packed=self._is_packed,
+                    shares=shares,
+                    forward_only=fast and shares,
+                    multiple=multiple,
                 )
         finally:
             self._model.train(was_training)
@@ -89,7 +98,7 @@ class LiveReference:
         return hidden_MH
 
     def values(self, rows: Sequence[EncodedRow], direction: Direction) -> PositionValues:
-        return full_divergence(self.hidden(rows), self.head, direction)
+        return full_divergence(self.hidden(rows, fast=True), self.head, direction)
 
 
 def _positions(model: Any) -> float:
