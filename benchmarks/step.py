@@ -22,6 +22,7 @@ masters. Tokens are those of the rows, without padding.
 
 import argparse
 import json
+import math
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -362,13 +363,22 @@ def profile(options: argparse.Namespace) -> None:
 
 def flops(options: argparse.Namespace) -> None:
     """Floating point operations of the matrix products of a step: what anchors cost where time measures the machine."""
+    import torch
     from torch.utils.flop_counter import FlopCounterMode
 
+    # Two operations that torch's counter does not know: a product with weights laid out for the processor, and its
+    # fused attention on a CPU.
+    unknown: dict[Any, Any] = {
+        torch.ops.mkldnn._linear_pointwise: lambda x, weight, *_, **named: 2 * math.prod(x) * weight[0],
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *_, **named: (
+            2 * math.prod(query[:3]) * key[2] * (query[3] + value[3])
+        ),
+    }
     found: dict[str, float] = {}
     for name in options.only or list(ANCHORS):
         with tempfile.TemporaryDirectory() as folder:
             trainer = make_trainer(options, Path(folder), anchor=ANCHORS[name], has_replay=True)
-            with FlopCounterMode(display=False) as counter:
+            with FlopCounterMode(display=False, custom_mapping=unknown) as counter:
                 metrics = trainer.step(0)
         found[name] = counter.get_total_flops() / metrics["tokens"] / 1e6
     print(json.dumps(machine()), metrics["tokens"], "tokens", metrics["counted_tokens"], "counted")

@@ -255,21 +255,15 @@ def _exact_tokenizer(file: Path) -> tuple[Tokenizer, str]:
         )
     try:
         text = file.read_bytes().decode()  # as text it would be searched for line ends, which takes longer
-        return _parsed(text), text
+        tokenizer = Tokenizer.from_str(_TRIMMED.sub('"trim_offsets": false', text))
     except Exception as error:  # the tokenizers library raises bare Exception
         raise CheckpointError(f"{file}: not a tokenizer: {error}.", remedy="Fetch the model folder again.") from error
-
-
-# A worker opens one model after the other, and most have one tokenizer.
-@lru_cache(maxsize=2)
-def _parsed(text: str) -> Tokenizer:
-    tokenizer = Tokenizer.from_str(_TRIMMED.sub('"trim_offsets": false', text))
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    return tokenizer
+    return tokenizer, text
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=2)  # a worker opens one model after the other, and most have one tokenizer
 def _tokenizer_digest(text: str) -> str:
     """Digest of what a tokenizer does: the file saved again by another library version has the same one.
 

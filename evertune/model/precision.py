@@ -13,7 +13,7 @@ def in_float32(model: nn.Module) -> Iterator[None]:
     """Inside, a model computes in float32 with the weights it has; afterwards it is what it was, bit for bit.
 
     Each layer's weights are widened when it is called and put back when it is done, so that the memory of a second,
-    wider model is never needed. Without gradients only.
+    wider model is never needed; of an embedding only the rows that are looked up. Without gradients only.
     """
     units: list[nn.Module] = []
     rest: list[Tensor] = []
@@ -30,6 +30,9 @@ def in_float32(model: nn.Module) -> Iterator[None]:
     kept = _widened(rest)
     try:
         for unit in units:
+            if type(unit) is nn.Embedding:
+                handles.append(unit.register_forward_hook(_widen_rows))
+                continue
             handles += [unit.register_forward_pre_hook(widen), unit.register_forward_hook(put_back, always_call=True)]
         yield
     finally:
@@ -38,6 +41,10 @@ def in_float32(model: nn.Module) -> Iterator[None]:
         for narrow in held.values():
             _put_back(narrow)
         _put_back(kept)
+
+
+def _widen_rows(embedding: nn.Module, given: Any, rows: Tensor) -> Tensor:
+    return rows.float()
 
 
 def _divide(module: nn.Module, units: list[nn.Module], rest: list[Tensor]) -> None:

@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,9 +42,29 @@ def test_adapters_are_widened_with_their_layers(tiny_model: Path) -> None:
 
 def test_an_error_inside_leaves_the_model_as_it_was(tiny_model: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).eval()
-    with pytest.raises(IndexError), in_float32(model):
-        model(input_ids=torch.tensor([[10**6]]))
+    seen: list[torch.dtype] = []
+
+    def fail(module: Any, given: Any) -> None:
+        seen.extend(one.dtype for one in module.parameters())
+        raise InterruptedError
+
+    handle = model.model.layers[1].mlp.register_forward_pre_hook(fail)
+    with pytest.raises(InterruptedError), in_float32(model):
+        model(input_ids=torch.arange(5)[None])
+    handle.remove()
+    assert set(seen) == {torch.float32}
     assert {one.dtype for one in model.parameters()} == {torch.bfloat16}
+
+
+def test_of_an_embedding_only_the_rows_that_are_looked_up_are_widened(tiny_model: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).eval()
+    seen: list[Any] = []
+    embedding = model.get_input_embeddings()
+    embedding.register_forward_hook(lambda module, given, rows: seen.extend((module.weight.dtype, rows.dtype)))
+    with in_float32(model), torch.no_grad():
+        embedding.register_forward_hook(lambda module, given, rows: seen.append(rows.dtype))
+        model.get_decoder()(input_ids=torch.arange(5)[None])
+    assert seen == [torch.bfloat16, torch.bfloat16, torch.float32]
 
 
 def test_a_model_in_training_learns_on_afterwards(tiny_model: Path) -> None:
