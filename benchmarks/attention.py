@@ -1,4 +1,5 @@
-"""Attention within one row, by blocks of queries, beside torch's fused one: CPU milliseconds, forward and backward.
+"""Attention within one row, by blocks of queries, beside torch's fused one: CPU milliseconds, forward and backward
+together, and forward alone where no gradient is asked for.
 
     python -m benchmarks.attention [--repeats 5]
 
@@ -27,7 +28,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(json.dumps(machine()))
-    print("| tokens | fused | by blocks |\n|---|---|---|")
+    print("| tokens | fused | by blocks | forward alone: fused | by blocks |\n|---|---|---|---|---|")
     for tokens in (100, 250, 500, 1000, 2000):
         query, key, value, slope = (
             torch.randn(tokens, heads, WIDTH, dtype=torch.bfloat16).transpose(0, 1)
@@ -40,13 +41,16 @@ def main() -> None:
             )[0].transpose(0, 1),
             "blocks": lambda parts=inputs, t=tokens: RowAttention.apply(*parts, Rows.apart([t]), WIDTH**-0.5, None),
         }
-        spent: dict[str, list[float]] = {name: [] for name in ways}
+        spent: dict[tuple[bool, str], list[float]] = {(trains, name): [] for trains in (True, False) for name in ways}
         for turn in range(options.repeats + 1):
-            for name, way in ways.items():
+            for trains, name in spent:
                 began = time.process_time()
-                torch.autograd.grad(way(), inputs, slope.transpose(0, 1))
+                with torch.set_grad_enabled(trains):
+                    found = ways[name]()
+                if trains:
+                    torch.autograd.grad(found, inputs, slope.transpose(0, 1))
                 if turn:
-                    spent[name].append(1000 * (time.process_time() - began))
+                    spent[trains, name].append(1000 * (time.process_time() - began))
         print(f"| {tokens} | {' | '.join(f'{statistics.median(one):.1f}' for one in spent.values())} |", flush=True)
 
 

@@ -159,6 +159,10 @@ def test_forward_only_rows_have_the_hidden_states_of_training(window: int | None
         assert attended
         assert torch.allclose(found, trained, atol=1e-6)
         attended.clear()
+    monkeypatch.setattr(packing, "FUSED_TOKENS", max(map(len, FAMILY)) - 1)
+    found = packed_hidden(model.get_decoder(), FAMILY, shares=True, forward_only=True)
+    assert not attended, "a long row's mask would be large"
+    assert torch.equal(found, packed_hidden(model.get_decoder(), FAMILY, shares=True))
 
 
 def test_rows_that_share_nothing_have_the_bits_of_rows_that_may_not(tiny_model: Path) -> None:
