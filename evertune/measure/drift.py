@@ -70,7 +70,7 @@ def between(before: Mapping[str, Tensor], after: Iterable[tuple[str, Tensor]]) -
         if old.shape != new.shape:
             raise ValueError(f"{name} is {tuple(old.shape)} before and {tuple(new.shape)} after")
         missing.remove(name)
-        yield WeightUpdate(name, old, new.float() - old)
+        yield WeightUpdate(name, old, new.float() - old.float())
     if missing:
         raise ValueError(f"{min(missing)} is only in the model before")
 

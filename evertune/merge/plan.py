@@ -353,8 +353,8 @@ def _with_vocabulary(
     notes: list[str],
 ) -> Source:
     """Agree on the vocabulary `ours` of the donor: the same tokenizer, or rows by token."""
-    own, other = (_tokenizer_file(one) for one in (donor, source))
-    if ours is None or not other.is_file() or own.read_bytes() == other.read_bytes():
+    donor_file, file = (_tokenizer_file(one) for one in (donor, source))
+    if ours is None or not file.is_file() or donor_file.read_bytes() == file.read_bytes():
         return source
     theirs = _vocabulary(source) or {}
     if theirs == ours:

@@ -263,7 +263,7 @@ def _exact_tokenizer(file: Path) -> tuple[Tokenizer, str]:
     return tokenizer, text
 
 
-@lru_cache(maxsize=2)  # a worker opens one model after the other, and most have one tokenizer
+@lru_cache(maxsize=1)  # a worker opens one model after the other, and most have one tokenizer
 def _tokenizer_digest(text: str) -> str:
     """Digest of what a tokenizer does: the file saved again by another library version has the same one.
 

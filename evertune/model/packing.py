@@ -43,8 +43,8 @@ except ImportError:  # before torch 2.10
     flash_rows = None
 
 NAME = "evertune_packed"
-# A longer row behind what it shares would need a mask of many million numbers.
-FUSED_TOKENS = 2048
+# Behind what rows share torch's attention takes a mask, and computes what it hides: for longer rows that is no gain.
+FUSED_TOKENS = 512
 ROWS, TREE, STEP = "packed_rows", "packed_tree", "next_token"
 # What an architecture may add to the scores, and the attention here does not.
 _UNKNOWN = ("softcap", "s_aux", "position_bias", "sinks", "head_mask")
@@ -96,12 +96,13 @@ def packed_hidden(
         asked: (T,) bool, where not all tokens are asked for: of which.
         shares: read once what several rows begin with. On a CPU, and of a model that draws nothing at random: a token
             that is read once has one dropout mask.
-        forward_only: where rows may share, and none is long, by torch's own attention, which is the faster one forward
-            and the slower one backward; the last bits are others.
+        forward_only: where rows may share, and none is longer than `FUSED_TOKENS`, by torch's own attention, which is
+            the faster one forward and the slower one backward; the last bits are others.
     """
     device = rows[0].device
-    tree = grow([row.tolist() for row in rows], budget=sys.maxsize)[0] if shares and len(rows) > 1 else None
     forward_only = forward_only and max(map(len, rows)) <= FUSED_TOKENS
+    grows = shares and (len(rows) > 1 or forward_only)
+    tree = grow([row.tolist() for row in rows], budget=sys.maxsize)[0] if grows else None
     kind: dict[str, Any]
     if tree is None or (not forward_only and len(tree.ids) == sum(map(len, rows))):
         kind = {ROWS: Rows.apart([len(row) for row in rows])}

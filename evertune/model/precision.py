@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_NARROW = (torch.bfloat16, torch.float16)
+
 
 @contextmanager
 def in_float32(model: nn.Module) -> Iterator[None]:
@@ -44,7 +46,7 @@ def in_float32(model: nn.Module) -> Iterator[None]:
 
 
 def _widen_rows(embedding: nn.Module, given: Any, rows: Tensor) -> Tensor:
-    return rows.float()
+    return rows.float() if rows.dtype in _NARROW else rows
 
 
 def _divide(module: nn.Module, units: list[nn.Module], rest: list[Tensor]) -> None:
@@ -59,7 +61,7 @@ def _divide(module: nn.Module, units: list[nn.Module], rest: list[Tensor]) -> No
 
 def _widened(tensors: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
     """Give narrow tensors float32 values in place; returns each with its own narrow values."""
-    narrow = [(one, one.data) for one in tensors if one.dtype in (torch.bfloat16, torch.float16)]
+    narrow = [(one, one.data) for one in tensors if one.dtype in _NARROW]
     for one, values in narrow:
         one.data = values.float()
     return narrow

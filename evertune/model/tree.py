@@ -86,7 +86,7 @@ class Run:
     def __init__(self, ancestors: Sequence[Segment], segments: Sequence[Segment]) -> None:
         self.queries = slice(segments[0].first, segments[-1].last)
         self._ancestors, self._segments = ancestors, segments
-        self._masks: dict[int | None, Tensor] = {}
+        self._masks: dict[tuple[int | None, torch.dtype], Tensor] = {}
 
     def attend(self, query_HTD: Tensor, key_KTD: Tensor, value_KTD: Tensor, scale: float, window: int | None) -> Tensor:
         """(H, Q, D), on a CPU."""
@@ -113,7 +113,8 @@ class Run:
     def _mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
         """(Q, k): 0 where a query sees a key, minus infinity elsewhere; the same for every layer with this window.
         (Truth values would be turned into these numbers by torch in every layer.)"""
-        if window not in self._masks:
+        key = (window, dtype)
+        if key not in self._masks:
             own_Q = torch.cat([torch.arange(one.depth, one.depth + len(one.ids)) for one in self._segments])
             branch_Q = torch.cat([torch.full((len(one.ids),), i) for i, one in enumerate(self._segments)])
             before = sum(len(one.ids) for one in self._ancestors)
@@ -122,8 +123,8 @@ class Run:
             ahead_Qk = own_Q.unsqueeze(1) - place_k
             seen_Qk = (ahead_Qk >= 0) & ((branch_k == -1) | (branch_k == branch_Q.unsqueeze(1)))
             seen_Qk = seen_Qk if window is None else seen_Qk & (ahead_Qk < window)
-            self._masks[window] = torch.where(seen_Qk, 0.0, -torch.inf).to(dtype)
-        return self._masks[window]
+            self._masks[key] = torch.where(seen_Qk, 0.0, -torch.inf).to(dtype)
+        return self._masks[key]
 
 
 class Paths(Protocol):

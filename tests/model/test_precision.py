@@ -57,14 +57,16 @@ def test_an_error_inside_leaves_the_model_as_it_was(tiny_model: Path) -> None:
 
 
 def test_of_an_embedding_only_the_rows_that_are_looked_up_are_widened(tiny_model: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).eval()
-    seen: list[Any] = []
-    embedding = model.get_input_embeddings()
-    embedding.register_forward_hook(lambda module, given, rows: seen.extend((module.weight.dtype, rows.dtype)))
-    with in_float32(model), torch.no_grad():
-        embedding.register_forward_hook(lambda module, given, rows: seen.append(rows.dtype))
-        model.get_decoder()(input_ids=torch.arange(5)[None])
-    assert seen == [torch.bfloat16, torch.bfloat16, torch.float32]
+    for dtype, wide in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
+        model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=dtype).eval()
+        embedding = model.get_input_embeddings()
+        seen: list[tuple[torch.dtype, torch.dtype]] = []
+        with in_float32(model), torch.no_grad():
+            embedding.register_forward_hook(
+                lambda module, given, rows, seen=seen: seen.append((module.weight.dtype, rows.dtype))
+            )
+            model.get_decoder()(input_ids=torch.arange(5)[None])
+        assert seen == [(dtype, wide)]
 
 
 def test_a_model_in_training_learns_on_afterwards(tiny_model: Path) -> None:
