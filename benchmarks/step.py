@@ -367,7 +367,7 @@ def flops(options: argparse.Namespace) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     # Two operations that torch's counter does not know: a product with weights laid out for the processor, and its
-    # fused attention on a CPU.
+    # fused attention on a CPU, which counts what a mask hides.
     unknown: dict[Any, Any] = {
         torch.ops.mkldnn._linear_pointwise: lambda x, weight, *_, **named: 2 * math.prod(x) * weight[0],
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *_, **named: (

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -25,7 +24,7 @@ from evertune.model.checkpoint import (
     read_json,
     weight_files,
 )
-from evertune.model.open import check_finite, quiet
+from evertune.model.open import check_finite, is_finite, quiet
 
 MAX_SHARD_BYTES = "5GB"
 # Beside what a model computes with: what the tokenizer of an older library reads.
@@ -142,7 +141,7 @@ def _folded(tensor: Tensor, factors: list[Factor], name: str) -> Tensor:
             )
         total = total + delta
     folded = total.to(tensor.dtype)
-    if not torch.isfinite(folded).all():
+    if not is_finite(folded):
         raise CheckpointError(f"{name} holds NaN or Inf after folding.", remedy="Train the adapter again.")
     return folded.contiguous()
 

@@ -76,8 +76,8 @@ class LiveReference:
         """Last hidden states (M, H) at the counted positions, without dropout; rows are padded to a multiple.
 
         Args:
-            fast: by attention that leaves other last bits than the policy's own: in bfloat16 the divergence from a
-                policy of the same weights is then 0.001 nats at a position instead of 0, as it is from stored outputs.
+            fast: by attention that leaves other last bits than the policy's own: the divergence from a policy of the
+                same weights is then what rounding leaves instead of 0, as from stored outputs.
         """
         batch = collate(rows, pad_id=self._pad_id, device=self.head.weight_VH.device, multiple=multiple)
         was_training = self._model.training

@@ -161,7 +161,7 @@ def test_forward_only_rows_have_the_hidden_states_of_training(window: int | None
         attended.clear()
     monkeypatch.setattr(packing, "FUSED_TOKENS", max(map(len, FAMILY)) - 1)
     found = packed_hidden(model.get_decoder(), FAMILY, shares=True, forward_only=True)
-    assert not attended, "a long row's mask would be large"
+    assert not attended, "behind a mask a long row gains nothing"
     assert torch.equal(found, packed_hidden(model.get_decoder(), FAMILY, shares=True))
 
 

@@ -87,7 +87,8 @@ def test_the_loss_falls_and_the_facts_are_complete(tmp_path, tiny_model, workspa
     assert facts["replay"]["sources"] == {"old": 30}
     assert facts["anchor"] == {"kl": 0.1, "to": "start", "on": "replay", "direction": "forward", "cache": "off"}
     assert facts["drift"]["to_start"] == facts["drift"]["to_base"] > 0
-    assert -1 <= facts["interference"]["end"] <= 1
+    # One of two gradients: neither nothing nor the same twice, as where the second is written over the first.
+    assert all(0 < abs(facts["interference"][name]) < 0.999 for name in ("start", "end"))
     layers = facts["interference"]["layers"]
     # Each layer has its own cosine; by Cauchy and Schwarz the one of all weights lies between the extremes and 0.
     assert layers.keys() == {name for name in facts["drift"]["layers"] if ".layers." in name}
