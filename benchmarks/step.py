@@ -9,7 +9,8 @@
     python -m benchmarks.step profile --tune lora    where the time of a step goes
     python -m benchmarks.step shared                 share of the rows' tokens that are read; --rows may be pairs, too
 
-Model: smollm2-135m, or a model with 128,256 words made here (random weights, 8 layers of 576). Rows: --rows, a JSONL of
+Model: smollm2-135m; or of random weights, made here: `128k`, with 128,256 words (8 layers of 576), and `1.7b`, of the
+shape of SmolLM2-1.7B, for a GPU. Rows: --rows, a JSONL of
 chats; each contestant sees the same ones, --batch in a step, in bfloat16. Adapters: rank 16 on all linear layers.
 
 A step is forward, backward, clipping and AdamW. `loop` is what one writes by hand: rows sorted by length, padded,
@@ -50,6 +51,16 @@ ANCHORS: dict[str, dict[str, Any] | None] = {
 }
 
 
+# Models of random weights: what differs from the bundled one's config. `1.7b` has the shape of SmolLM2-1.7B.
+RANDOM: dict[str, dict[str, Any]] = {
+    "128k": {"vocab_size": 128_256, "num_hidden_layers": 8},
+    "1.7b": {
+        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24, "num_attention_heads": 32,
+        "num_key_value_heads": 32, "head_dim": 64,
+    },
+}  # fmt: skip
+
+
 def plain(options: argparse.Namespace) -> None:
     names = options.only or ["evertune", "trl", "loop"]
     for one in _contest(names, options):
@@ -69,6 +80,7 @@ def anchor(options: argparse.Namespace) -> None:
 def _contest(names: Sequence[str], options: argparse.Namespace) -> Iterator[str]:
     """Rounds of all contestants; after each the table so far."""
     folder = Path(tempfile.mkdtemp(prefix="evertune-step-"))
+    model_folder(options.model)  # made before all of them ask for it
     yield json.dumps({**machine(), **{name: str(one) for name, one in vars(options).items() if name != "run"}})
     contestants = []
     for name in names:
@@ -315,23 +327,25 @@ def _labelled(options: argparse.Namespace) -> list[tuple[Any, Any]]:
 
 
 def model_folder(name: str) -> Path:
-    """The bundled model, or the one with 128,256 words, made once."""
+    """The bundled model, or one of random weights, made once."""
     from evertune.model.bundled import resolve_base
 
-    if name != "128k":
+    if name not in RANDOM:
         return Path(resolve_base(name))
     import shutil
 
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    place = Path.home() / ".cache/evertune/benchmarks/128k"
+    place = Path.home() / ".cache/evertune/benchmarks" / name
     if not (place / "model.safetensors").is_file():
         source = Path(resolve_base("smollm2-135m"))
         config = AutoConfig.from_pretrained(source)
-        config.vocab_size, config.num_hidden_layers = 128_256, 8
+        config.update(RANDOM[name])
         torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(place)
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model.save_pretrained(place, max_shard_size="20GB")
         for file in source.iterdir():
             if file.name not in ("config.json", "model.safetensors", "generation_config.json") and file.is_file():
                 shutil.copy(file, place / file.name)

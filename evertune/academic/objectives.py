@@ -21,6 +21,7 @@ from torch import Tensor
 
 from evertune.academic.importance import Tensors
 from evertune.data.encode import Item
+from evertune.model.mode import evaluating
 from evertune.train.anchor import Anchor
 from evertune.train.batch import MicroBatch, collate, counted_positions
 from evertune.train.head import head_loss, target_log_probabilities
@@ -116,12 +117,9 @@ class Proximal:
 
     @torch.no_grad()
     def before(self, policy: Policy, batch: MicroBatch) -> None:
-        was_training = policy.model.training
-        policy.model.eval()
-        with self._masters.holding(self._old):
+        with evaluating(policy.model), self._masters.holding(self._old):
             hidden_NH = policy.counted_hidden(batch)
             self._old_N = target_log_probabilities(hidden_NH, batch.targets_N, head=policy.head)
-        policy.model.train(was_training)
 
     def losses(self, policy: Policy, batch: MicroBatch, logp_N: Tensor) -> Tensor:
         above = (logp_N.detach() - self._old_N).exp() > 1.0 + self._high

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from evertune.errors import TrainingError
+from evertune.model.mode import evaluating
 
 ROTATE = "apply_rotary_pos_emb"
 _GATED = ("gate_proj", "up_proj", "down_proj", "act_fn")
@@ -75,13 +76,11 @@ def _is_gated(module: Any) -> bool:
     """Whether down(act(gate(x)) * up(x)) is what the module computes: by its parts, and by a trial."""
     if not all(hasattr(module, name) for name in _GATED) or getattr(module.gate_proj, "in_features", 0) == 0:
         return False
-    weight, was_training = module.gate_proj.weight, module.training
+    weight = module.gate_proj.weight
     x = torch.linspace(-1, 1, 2 * module.gate_proj.in_features).to(weight).view(1, 2, -1)
-    module.eval()  # an adapter's dropout would tell two passes apart
-    expected = module.down_proj(module.act_fn(module.gate_proj(x)) * module.up_proj(x))
-    is_same = torch.equal(module(x), expected)
-    module.train(was_training)
-    return is_same
+    with evaluating(module):  # an adapter's dropout would tell two passes apart
+        expected = module.down_proj(module.act_fn(module.gate_proj(x)) * module.up_proj(x))
+        return torch.equal(module(x), expected)
 
 
 def _compile_rotation(place: Any) -> None:

@@ -32,6 +32,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from evertune.model.mode import evaluating
 from evertune.model.precision import in_float32
 from evertune.model.row_attention import RowAttention, Rows
 from evertune.model.tree import AtOnce, ByRuns, Paths, Tree, grow
@@ -45,6 +46,8 @@ except ImportError:  # before torch 2.10
 NAME = "evertune_packed"
 # Behind what rows share torch's attention takes a mask, and computes what it hides: for longer rows that is no gain.
 FUSED_TOKENS = 512
+# Of which the tokens of a forward pass are a multiple on a GPU, at least.
+FILLED_TOKENS = 64
 ROWS, TREE, STEP = "packed_rows", "packed_tree", "next_token"
 # What an architecture may add to the scores, and the attention here does not.
 _UNKNOWN = ("softcap", "s_aux", "position_bias", "sinks", "head_mask")
@@ -70,13 +73,11 @@ def enable_packing(model: Any) -> bool:
     before = text._attn_implementation
     if before != "sdpa":
         return False
-    was_training = model.training
-    model.eval()
     model.set_attn_implementation(NAME)
-    is_exact = text._attn_implementation == NAME and _reads_rows_apart(model)
+    with evaluating(model):
+        is_exact = text._attn_implementation == NAME and _reads_rows_apart(model)
     if not is_exact:
         model.set_attn_implementation(before)
-    model.train(was_training)
     return is_exact
 
 
@@ -105,10 +106,13 @@ def packed_hidden(
     tree = grow([row.tolist() for row in rows], budget=sys.maxsize)[0] if grows else None
     kind: dict[str, Any]
     if tree is None or (not forward_only and len(tree.ids) == sum(map(len, rows))):
-        kind = {ROWS: Rows.apart([len(row) for row in rows])}
-        ids_1T = torch.cat(list(rows)).unsqueeze(0)
-        positions_1T = torch.cat([torch.arange(len(row)) for row in rows]).unsqueeze(0).to(device)
+        read = [*rows, *_filler(sum(map(len, rows)), device)]
+        kind = {ROWS: Rows.apart([len(row) for row in read])}
+        ids_1T = torch.cat(read).unsqueeze(0)
+        positions_1T = torch.cat([torch.arange(len(row)) for row in read]).unsqueeze(0).to(device)
         places = None if asked is None else asked.nonzero().squeeze(1)
+        if places is None and len(read) > len(rows):
+            places = torch.arange(sum(map(len, rows)), device=device)
     else:
         kind = {TREE: ByRuns(tree)} if forward_only else {ROWS: Rows.along(tree)}
         ids_1T, positions_1T = (torch.tensor([one], device=device) for one in (tree.ids, tree.positions))
@@ -116,6 +120,19 @@ def packed_hidden(
         places = places if asked is None else places[asked]
     hidden_TH: Tensor = _read(decoder, ids_1T, positions_1T, {**kind, "use_cache": False}).last_hidden_state[0]
     return hidden_TH if places is None else hidden_TH[places]
+
+
+def filled(tokens: int) -> int:
+    """The number of tokens, rounded up to one of the 32 or fewer that are used between two powers of two."""
+    multiple = max(FILLED_TOKENS, 1 << max(0, tokens.bit_length() - 6))
+    return tokens + -tokens % multiple
+
+
+def _filler(tokens: int, device: torch.device) -> list[Tensor]:
+    """On a GPU one more row, which nobody asks for: matrix products then have one of few shapes. For a new shape the
+    library chooses a kernel, which takes longer than the product."""
+    missing = filled(tokens) - tokens if device.type == "cuda" else 0
+    return [torch.zeros(missing, dtype=torch.int64, device=device)] if missing else []
 
 
 def draws_at_random(model: Any) -> bool:
@@ -208,12 +225,14 @@ def _attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if paths is not None:
         own = slice(-query.shape[2], None)  # a cache may hold other trees before this one
-        found = paths.attend(query[0], key[0, :, own], value[0, :, own], scale, window)
+        found = paths.attend(query.squeeze(0), key[0, :, own], value[0, :, own], scale, window)
         return found.transpose(0, 1).unsqueeze(0), None
+    # (Indexing would form a gradient of zeros to write this one into.)
+    query_HTD, key_KTD, value_KTD = (one.squeeze(0) for one in (query, key, value))
     if query.device.type == "cpu" and dropout == 0.0:
-        return RowAttention.apply(query[0], key[0], value[0], rows, scale, window).unsqueeze(0), None
+        return RowAttention.apply(query_HTD, key_KTD, value_KTD, rows, scale, window).unsqueeze(0), None
     if dropout == 0.0 and _has_flash(query):
-        return _flash(query[0], key[0], value[0], rows.lengths, scale, window).unsqueeze(0), None
+        return _flash(query_HTD, key_KTD, value_KTD, rows.lengths, scale, window).unsqueeze(0), None
     parts = [
         _sdpa(query_t, key_t, value_t, scale, window, dropout)
         for query_t, key_t, value_t in zip(
@@ -238,6 +257,10 @@ def _flash(
     found: Tensor = flash_rows(
         *inputs, starts, starts, longest, longest, scale=scale, window_size=seen, **_SHARED_HEADS
     )
+    if found.grad_fn is not None and torch.are_deterministic_algorithms_enabled():
+        # Where torch would only warn, it adds gradients in any order.
+        found.grad_fn.register_prehook(lambda upstream: torch.use_deterministic_algorithms(True))
+        found.grad_fn.register_hook(lambda *_: torch.use_deterministic_algorithms(True, warn_only=True))
     return found
 
 

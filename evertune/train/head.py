@@ -19,13 +19,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from evertune.errors import CheckpointError
+from evertune.model.mode import evaluating
 from evertune.model.packed_weights import frozen_linear
 from evertune.train.kernels import liger_cross_entropy_sum
 from evertune.train.losses import cross_entropy_sum
 from evertune.train.penalty import ClosedForm, PositionValues
 
-# Largest float32 chunk of logits: 2**24 elements, 64 MiB.
-CHUNK_ELEMENTS = 1 << 24
+# Largest float32 chunk of logits: 2**24 elements, 64 MiB; on a GPU, where each chunk starts two dozen kernels, 256 MiB.
+CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS = 1 << 24, 1 << 26
 # On a CPU what follows a product finds it in the cache where it is not larger.
 CPU_POSITIONS = 128
 # Slopes of a trained head's logits that are kept, in its dtype, to form its gradient from: each time a matrix of the
@@ -61,8 +62,10 @@ class Head:
 
     def chunk_positions(self) -> int:
         """How many positions fit a chunk of logits."""
-        fitting = max(1, CHUNK_ELEMENTS // self.weight_VH.shape[0])
-        return min(fitting, CPU_POSITIONS) if self.weight_VH.device.type == "cpu" else fitting
+        device = self.weight_VH.device.type
+        elements = GPU_CHUNK_ELEMENTS if device == "cuda" else CHUNK_ELEMENTS
+        fitting = max(1, elements // self.weight_VH.shape[0])
+        return min(fitting, CPU_POSITIONS) if device == "cpu" else fitting
 
 
 class ModuleHead(Head):
@@ -153,11 +156,9 @@ def refuse_logit_transforms(config: Any) -> None:
 def _try_on_a_few_tokens(model: Any, decoder: Any, head: Head) -> None:
     """The names above cannot be complete: compare with the model's own logits."""
     ids_BT = torch.arange(min(8, len(head.weight_VH)), device=head.weight_VH.device).unsqueeze(0)
-    was_training = model.training
-    model.eval()
-    logits = model(input_ids=ids_BT, use_cache=False).logits.float()
-    hidden = decoder(input_ids=ids_BT, use_cache=False).last_hidden_state
-    model.train(was_training)
+    with evaluating(model):
+        logits = model(input_ids=ids_BT, use_cache=False).logits.float()
+        hidden = decoder(input_ids=ids_BT, use_cache=False).last_hidden_state
     if not torch.isfinite(logits).all():
         raise CheckpointError(
             f"{type(model).__name__}: its logits are NaN or Inf, though its weights are finite: they overflow.",

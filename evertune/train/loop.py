@@ -132,7 +132,8 @@ class Trainer:
         with self.whole():
             prepared = self.feed.prepare(step)
         counts = self.count(step)
-        self.policy.model.train()
+        if not self.policy.model.training:  # a walk through thousands of modules
+            self.policy.model.train()
         sums, told = self._accumulate(step, counts)
         self.losses = losses = self._finish_losses(sums, step, counts)
         told |= self._apply_rules(step)
@@ -418,9 +419,16 @@ def make_accelerator(*, device: str, track: Sequence[str], logging_dir: Any) -> 
 
 def prefer_same_bits() -> None:
     """Let kernels of the GPU add in the same order each time, where torch has such ones."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    if "CUBLAS_WORKSPACE_CONFIG" not in os.environ:
+        # torch asks for it once, at the first product, and brings a workspace of its own. While it is set, some
+        # versions read it anew for each product, which takes longer than to start one.
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        try:
+            torch.ones((1, 1), device="cuda").mm(torch.ones((1, 1), device="cuda"))
+        finally:
+            del os.environ["CUBLAS_WORKSPACE_CONFIG"]
 
 
 def wait_for_all(accelerator: Accelerator) -> None:

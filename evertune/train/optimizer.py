@@ -3,6 +3,7 @@
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from evertune.errors import TrainingError
+
+# Gradients that wait on a GPU for others before they are widened.
+WAITING_ELEMENTS = 1 << 24
 
 Schedule = Literal["linear", "cosine", "constant"]
 
@@ -63,6 +67,9 @@ class Masters:
         self._trained = dict(trained)
         starts = starts or {}
         self.weights = {name: _master(one, starts.get(name)) for name, one in self._trained.items()}
+        narrow = [(one, self.weights[name]) for name, one in self._trained.items() if one is not self.weights[name]]
+        on_gpu = any(one.device.type == "cuda" for one, _ in narrow)
+        self._incoming = Incoming(narrow, limit=WAITING_ELEMENTS if on_gpu else 0)
         self.shown: Mapping[str, Tensor] = self.weights
         self.average = {name: one.detach().clone() for name, one in self.weights.items()} if ema_decay else None
         self.after_step: list[Callable[[Mapping[str, Tensor]], None]] = []
@@ -75,6 +82,7 @@ class Masters:
         self.zero_gradients()
 
     def zero_gradients(self) -> None:
+        self._incoming.forget()
         for weight in self.weights.values():
             weight.grad = None
 
@@ -169,9 +177,51 @@ class Masters:
         self.zero_gradients()
 
     def _write(self, weights: Mapping[str, Tensor]) -> None:
-        for name, parameter in self._trained.items():
-            if parameter is not weights[name]:
-                parameter.copy_(weights[name])
+        pairs = [(one, weights[name]) for name, one in self._trained.items() if one is not weights[name]]
+        if pairs:
+            _copy(*zip(*pairs, strict=True))
+
+
+class Incoming:
+    """Takes the gradients of narrow parameters over into their masters', in float32, while a backward pass forms them.
+
+    Args:
+        pairs: parameters and their masters.
+        limit: elements that wait for others, at the latest until the end of the pass; at 0 each gradient is taken and
+            freed as soon as it is there. On a GPU a kernel for each would take longer to start than to run.
+    """
+
+    def __init__(self, pairs: Sequence[tuple[nn.Parameter, Tensor]], *, limit: int) -> None:
+        self._limit = limit
+        self._waiting: list[tuple[nn.Parameter, Tensor]] = []
+        self._elements = 0
+        for parameter, master in pairs:
+            parameter.register_post_accumulate_grad_hook(partial(self._hear, master))
+
+    def forget(self) -> None:
+        """Nothing waits any more: after a pass that has broken off."""
+        self._waiting.clear()
+        self._elements = 0
+
+    def _hear(self, master: Tensor, narrow: nn.Parameter) -> None:
+        if self._limit and not self._waiting:
+            torch.autograd.Variable._execution_engine.queue_callback(self._take)
+        self._waiting.append((narrow, master))
+        self._elements += narrow.numel()
+        if self._elements >= self._limit:
+            self._take()
+
+    @torch.no_grad()
+    def _take(self) -> None:
+        arrived = [(narrow, master) for narrow, master in self._waiting if narrow.grad is not None]
+        self.forget()
+        if not arrived:
+            return
+        wide = [torch.empty_like(one.grad, dtype=torch.float32) for one, _ in arrived]
+        _copy(wide, [one.grad for one, _ in arrived])
+        for (narrow, master), new in zip(arrived, wide, strict=True):
+            narrow.grad = None
+            master.grad = new if master.grad is None else master.grad.add_(new)
 
 
 def joint_norm(gradients: Mapping[str, Tensor]) -> Tensor:
@@ -203,16 +253,12 @@ def over_shards(values: Sequence[Tensor], like: Iterable[Tensor]) -> list[float]
 def _master(parameter: nn.Parameter, start: Tensor | None) -> Tensor:
     if parameter.dtype == torch.float32:
         return parameter
-    master = (parameter.detach().float().clone() if start is None else start.detach()).requires_grad_(True)
+    return (parameter.detach().float().clone() if start is None else start.detach()).requires_grad_(True)
 
-    def take_gradient(narrow: Tensor) -> None:
-        if narrow.grad is not None:
-            wide = narrow.grad.float()
-            master.grad = wide if master.grad is None else master.grad.add_(wide)
-            narrow.grad = None
 
-    parameter.register_post_accumulate_grad_hook(take_gradient)
-    return master
+def _copy(into: Sequence[Tensor], of: Sequence[Tensor]) -> None:
+    """Copy tensors, from other dtypes too: on a GPU by a few kernels for all."""
+    torch._foreach_copy_([own(one) for one in into], [own(one) for one in of])
 
 
 def _names_not_finite(tensors: Mapping[str, Tensor]) -> list[str]:

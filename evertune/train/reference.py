@@ -21,6 +21,7 @@ from evertune.data.encode import EncodedRow
 from evertune.errors import CheckpointError
 from evertune.model.adapter import without_new
 from evertune.model.checkpoint import Checkpoint
+from evertune.model.mode import evaluating
 from evertune.model.open import OpenModel, open_model
 from evertune.model.packing import enable_packing
 from evertune.train.batch import Decoder, collate, counted_hidden
@@ -80,21 +81,16 @@ class LiveReference:
                 same weights is then what rounding leaves instead of 0, as from stored outputs.
         """
         batch = collate(rows, pad_id=self._pad_id, device=self.head.weight_VH.device, multiple=multiple)
-        was_training = self._model.training
-        self._model.eval()
-        try:
-            with self._frozen():
-                shares = batch.ids_BT.device.type == "cpu"
-                hidden_MH = counted_hidden(
-                    self._decoder,
-                    batch,
-                    is_packed=self._is_packed,
-                    shares=shares,
-                    forward_only=fast and shares,
-                    multiple=multiple,
-                )
-        finally:
-            self._model.train(was_training)
+        shares = batch.ids_BT.device.type == "cpu"
+        with evaluating(self._model), self._frozen():
+            hidden_MH = counted_hidden(
+                self._decoder,
+                batch,
+                is_packed=self._is_packed,
+                shares=shares,
+                forward_only=fast and shares,
+                multiple=multiple,
+            )
         self.forwards += 1
         return hidden_MH
 

@@ -1,5 +1,6 @@
 """Rows packed into one sequence: what each would be alone, and nothing of one in another."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from evertune.model import packing, row_attention
 from evertune.model.packing import enable_packing, packed_hidden
 from evertune.model.row_attention import BLOCK, RowAttention, Rows
 from evertune.model.tree import ByRuns, grow
+from evertune.train.loop import prefer_same_bits
 
 ROWS = (1, 5, BLOCK, 2 * BLOCK + 3)
 
@@ -73,6 +75,45 @@ def test_on_a_gpu_one_call_reads_the_rows_as_torch_does_one_by_one(window: int |
     ours = [ours_THD, *torch.autograd.grad(ours_THD, inputs, slope.transpose(0, 1))]
     for one, true in zip(ours, truth, strict=True):
         assert (one - true).norm() <= 0.01 * true.norm()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch's flash kernel needs a GPU")
+def test_on_a_gpu_gradients_are_the_same_bits_each_time_where_these_are_asked_for() -> None:
+    rows = (1700, 900, 40)
+    generator = torch.Generator().manual_seed(0)
+    inputs = [
+        torch.randn((heads, sum(rows), 64), generator=generator).bfloat16().cuda().requires_grad_()
+        for heads in (9, 3, 3)
+    ]
+    try:
+        prefer_same_bits()
+        found = [
+            torch.autograd.grad(packing._flash(*inputs, rows, 0.125, None).square().sum(), inputs) for _ in range(8)
+        ]
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+        assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(*pair) for again in found[1:] for pair in zip(found[0], again, strict=True))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="rows are filled up on a GPU")
+@pytest.mark.parametrize("ask", [False, True])
+def test_on_a_gpu_what_fills_up_is_not_among_what_was_asked_for(tiny_model: Path, ask: bool) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model).cuda()
+    assert enable_packing(model)
+    rows = [torch.arange(5, device="cuda"), torch.arange(20, 29, device="cuda")]
+    asked = torch.arange(14, device="cuda") % 3 == 0 if ask else torch.ones(14, dtype=torch.bool, device="cuda")
+    alone = torch.cat([model.get_decoder()(input_ids=row.unsqueeze(0)).last_hidden_state[0] for row in rows])
+    found = packed_hidden(model.get_decoder(), rows, asked=asked if ask else None)
+    assert torch.allclose(found, alone[asked], atol=1e-5)
+
+
+def test_tokens_are_filled_up_to_one_of_few_numbers_and_by_a_32nd_at_most() -> None:
+    assert [packing.filled(count) for count in (1, 64, 65, 2047, 2048, 4097)] == [64, 64, 128, 2048, 2048, 4224]
+    found = {packing.filled(count) for count in range(4096, 8192)}
+    assert len(found) <= 33
+    assert all(count <= packing.filled(count) <= count * 33 / 32 for count in range(2048, 8192))
 
 
 def test_in_bfloat16_it_is_as_close_to_the_truth_as_torch_s_own() -> None:

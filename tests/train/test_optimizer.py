@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from evertune.errors import TrainingError
-from evertune.train.optimizer import Masters, rate_factor, warmup_steps
+from evertune.train.optimizer import Incoming, Masters, rate_factor, warmup_steps
 
 
 def _factors(steps: int, warmup: int, schedule: str) -> list[float]:
@@ -86,6 +86,34 @@ def test_micro_batch_gradients_add_up_in_float32():
         (weight * scale).sum().backward()
         assert weight.grad is None
     assert masters.gradients()["w"].item() == 264.0
+
+
+@pytest.mark.parametrize("limit", [0, 5, 10**6])
+def test_gradients_that_wait_for_others_arrive_by_the_end_of_each_pass(limit: int):
+    """As each would at once: bfloat16 could not add 1 to 256."""
+    narrow = [torch.nn.Parameter(torch.zeros(4, dtype=torch.bfloat16)) for _ in range(3)]
+    masters = [torch.zeros(4, requires_grad=True) for _ in narrow]
+    Incoming(list(zip(narrow, masters, strict=True)), limit=limit)
+    for size in (256.0, 1.0):
+        (size * torch.cat(narrow[:2]).sum()).backward()
+        assert all(one.grad is None for one in narrow)
+    assert [None if one.grad is None else one.grad.tolist() for one in masters] == [[257.0] * 4, [257.0] * 4, None]
+
+
+def test_a_pass_that_breaks_off_leaves_nothing_to_the_next():
+    def fail(gradient):
+        raise ValueError
+
+    parameters = {name: torch.nn.Parameter(torch.zeros(4, dtype=torch.bfloat16)) for name in "ab"}
+    masters = Masters(parameters)
+    masters._incoming._limit = 10**6  # as on a GPU
+    broken = parameters["b"] * 1.0
+    broken.register_hook(fail)
+    with pytest.raises(ValueError):
+        (broken.sum() + (parameters["a"] * 1.0).sum()).backward()  # the last is gone through first
+    masters.zero_gradients()
+    parameters["b"].sum().backward()
+    assert {name: one.tolist() for name, one in masters.gradients().items()} == {"b": [1.0] * 4}
 
 
 def test_clipping_scales_the_joint_norm():
