@@ -213,13 +213,13 @@ class Incoming:
 
     @torch.no_grad()
     def _take(self) -> None:
-        arrived = [(narrow, master) for narrow, master in self._waiting if narrow.grad is not None]
+        arrived = [(narrow, master, narrow.grad) for narrow, master in self._waiting if narrow.grad is not None]
         self.forget()
         if not arrived:
             return
-        wide = [torch.empty_like(one.grad, dtype=torch.float32) for one, _ in arrived]
-        _copy(wide, [one.grad for one, _ in arrived])
-        for (narrow, master), new in zip(arrived, wide, strict=True):
+        wide = [torch.empty_like(one, dtype=torch.float32) for *_, one in arrived]
+        _copy(wide, [one for *_, one in arrived])
+        for (narrow, master, _), new in zip(arrived, wide, strict=True):
             narrow.grad = None
             master.grad = new if master.grad is None else master.grad.add_(new)
 
