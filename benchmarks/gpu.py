@@ -28,8 +28,10 @@ def steps(options: argparse.Namespace) -> Iterator[list[str]]:
     for tune in ("lora", "full"):
         for run, only in (("plain", names), ("anchor", ANCHORED)):
             yield ["benchmarks.step", run, "--tune", tune, "--model", options.model, *shared, "--only", *only]
-    wide = ["--tune", "lora", "--model", "128k", *shared]
-    yield ["benchmarks.step", "anchor", *wide, "--only", "plain", "top64-both", "hidden-both", "live-both"]
+    yield ["benchmarks.step", "anchor", "--tune", "lora", "--model", "128k", *shared, "--only", *ANCHORED]
+    if options.device == "cuda":
+        larger = ["--tune", "lora", "--model", "1.7b", *shared]
+        yield ["benchmarks.step", "plain", *larger, "--only", "evertune", "evertune-compiled", "trl-liger", "loop"]
 
 
 def rollouts(options: argparse.Namespace) -> Iterator[list[str]]:
@@ -48,7 +50,12 @@ def probes(options: argparse.Namespace) -> Iterator[list[str]]:
     yield ["benchmarks.probes", "generate", *questions]
 
 
+def launches(options: argparse.Namespace) -> Iterator[list[str]]:
+    yield ["benchmarks.launches"]
+
+
 PARTS: dict[str, Callable[[argparse.Namespace], Iterator[list[str]]]] = {
+    "launches": launches,
     "steps": steps,
     "rollouts": rollouts,
     "probes": probes,

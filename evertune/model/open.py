@@ -70,6 +70,10 @@ def open_model(checkpoint: Checkpoint, *, dtype: str, device: str = "cpu", fold:
             attach(model, factors, f"s{i}", place=str(checkpoint.stack[i + 1].path))
     check_finite(model, place=str(checkpoint.path))
     place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    if place.type == "cuda":
+        # Where torch prefers it, cuDNN's attention makes a plan for each new length: here nearly all lengths are new,
+        # and while an answer grows, each token's.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     model.to(place)
     model.requires_grad_(False)
     model.eval()
