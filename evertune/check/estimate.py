@@ -44,7 +44,8 @@ class Shapes:
 
 
 def shapes_of(base: Checkpoint, vocab_size: int) -> Shapes:
-    """Sizes of a model. Matrices with a row per token of the vocabulary are the embeddings, the head, or both."""
+    """Sizes of a model. Matrices with a row per token of the vocabulary, and maybe more, are the embeddings, the head,
+    or both."""
     tensors = [one.shape for file in weight_files(base.path) for one in read_header(file).values()]
     outer = [shape for shape in tensors if len(shape) == 2 and shape[0] >= vocab_size]
     inner = [shape for shape in tensors if len(shape) == 2 and shape[0] < vocab_size]

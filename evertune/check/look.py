@@ -1,5 +1,6 @@
 """Reads all that a recipe names, and says what is wrong with it. A problem is a finding, not an exception."""
 
+import hashlib
 import importlib.util
 import os
 import shutil
@@ -13,6 +14,7 @@ from typing import Any, ParamSpec, TypeVar
 from evertune.check.estimate import Shapes, nearest_folder, shapes_of
 from evertune.check.findings import Finding, Severity
 from evertune.data.cleaned import rows_by_probe, rows_by_rule
+from evertune.data.compared import compared_text
 from evertune.data.encode import Encoding
 from evertune.data.history import Budget, choose
 from evertune.data.leak import Leak, LeakFinder
@@ -48,6 +50,7 @@ class Look:
     base: Checkpoint | None = None
     codec: Codec | None = None
     encodings: dict[tuple[str, str, int, str], Encoding[Any] | None] = field(default_factory=dict)
+    texts: dict[tuple[str, str], bytes] = field(default_factory=dict)
 
     @property
     def recipe(self) -> Recipe:
@@ -67,11 +70,21 @@ class Look:
             self.say("error", place, f"{error.filename or 'the system'}: {error.strerror or error}.")
         return None
 
+    def compared(self, row: Row) -> bytes:
+        """The digest of what a row is compared by; sources are compared with each other in several stages."""
+        key = (row.source, row.id)
+        if key not in self.texts:
+            self.texts[key] = hashlib.blake2b(
+                compared_text(row).encode("utf-8", "surrogatepass"), digest_size=16
+            ).digest()
+        return self.texts[key]
+
     @cached_property
     def shapes(self) -> Shapes | None:
         if self.base is None or self.codec is None:
             return None
-        return self.attempt("base", shapes_of, self.base.base, self.codec.vocab_size)
+        words = self.codec.tokenizer.get_vocab_size(with_added_tokens=True)
+        return self.attempt("base", shapes_of, self.base.base, words)
 
     @cached_property
     def past(self) -> Sequence[Event]:
@@ -110,7 +123,7 @@ def read_data(look: Look) -> None:
             continue
         look.rows[name] = rows
         if source.format in REPLAYABLE:
-            repeated = drop_duplicates(rows, []).removed
+            repeated = drop_duplicates(rows, [], key=look.compared).removed
             if repeated:
                 told = f"{len(repeated)} of {len(rows)} rows repeat an earlier one, the first at {repeated[0].place}."
                 look.say("note", place, told)

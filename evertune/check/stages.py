@@ -47,7 +47,6 @@ from evertune.recipe.presets import (
     resolve_stage,
 )
 from evertune.recipe.schema import ADAPTING, Recipe, Round, Stage, Training, kept_sources, placed_stages
-from evertune.train.distill_spec import check_teacher, check_words
 from evertune.verifiers import located, validate
 
 MERGED_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -360,6 +359,8 @@ def _stage_that_loses(view: StageView, kind: Kind, name: str) -> str | None:
 
 
 def _look_at_teachers(view: StageView, settings: ResolvedDistill) -> None:
+    from evertune.train.distill_spec import check_teacher, check_words
+
     look = view.look
     if look.base is None:
         return
@@ -434,7 +435,8 @@ def _replay_pool(
     if settings.replay.dedup and pool:
         new = [row for name in learnt for row in look.rows[name]]
         near = settings.replay.dedup == "near"
-        kept = drop_duplicates([row for each in rows.values() for row in each], new, near=near).kept
+        old = [row for each in rows.values() for row in each]
+        kept = drop_duplicates(old, new, near=near, key=look.compared).kept
         ids = {(row.source, row.id) for row in kept}
         pool = {name: [row for row in each if (row.source, row.id) in ids] for name, each in pool.items()}
     return {name: each for name, each in pool.items() if each}

@@ -257,9 +257,10 @@ class _Contained:
         counts = runs(texts, 1).sizes.tolist()
         self._places: dict[int, list[_Run]] = {}
         self._words: list[int] = []
+        is_template = np.isin(short.hashes, templates)
         for i, words in enumerate(counts):
             is_own = np.ones(words, np.bool_)
-            for word in np.flatnonzero(np.isin(_row(short, i), templates)).tolist():
+            for word in np.flatnonzero(is_template[short.starts[i] : short.starts[i + 1]]).tolist():
                 is_own[word : word + WIDTH] = False
             self._words.append(int(is_own.sum()))
             for word, one in enumerate(_row(found, i).tolist() if words >= RUN_WORDS else ()):

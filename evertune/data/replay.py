@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -57,7 +57,13 @@ def make_replay_stream(
     return stream
 
 
-def drop_duplicates(replay: Sequence[Row], new: Sequence[Row], *, near: bool = False) -> Deduplicated:
+def drop_duplicates(
+    replay: Sequence[Row],
+    new: Sequence[Row],
+    *,
+    near: bool = False,
+    key: Callable[[Row], Hashable] = compared_text,
+) -> Deduplicated:
     """Replay rows that are neither a new row nor an earlier replay row.
 
     Compared are whole conversations, system turns included, and whole texts, normalised. A replay row with the same
@@ -65,15 +71,16 @@ def drop_duplicates(replay: Sequence[Row], new: Sequence[Row], *, near: bool = F
 
     Args:
         near: leave out near-duplicates too, as `evertune data dedup` finds them; of two alike the longer stays.
+        key: what is the same for rows of the same text, such as the digest of `compared_text` that a caller keeps.
     """
     if near:
         return _drop_near(replay, new)
-    seen = {compared_text(row) for row in new}
+    seen = {key(row) for row in new}
     found = Deduplicated([], [])
     for row in replay:
-        text = compared_text(row)
-        (found.removed if text in seen else found.kept).append(row)
-        seen.add(text)
+        own = key(row)
+        (found.removed if own in seen else found.kept).append(row)
+        seen.add(own)
     return found
 
 

@@ -208,14 +208,14 @@ def _take_marks(marked: str) -> tuple[str, tuple[tuple[int, int], ...]]:
 
 def _plain(value: Any) -> Any:
     """Plain JSON values only: an object's methods would be a way out of the sandbox. Top-level None keys go."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
     if isinstance(value, str):
         if _OPEN in value or _CLOSE in value:
             raise ValueError("a message holds U+10FFFC or U+10FFFD, which mark generated text here")
         return str(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
     if value is None or isinstance(value, bool | int | float):
         return value
     raise TypeError(f"a message holds {type(value).__name__}, not a JSON value")

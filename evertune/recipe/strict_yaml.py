@@ -84,7 +84,34 @@ def spell(path: Steps) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """The parser, with the core scalars of YAML 1.2."""
+    """The parser, with the core scalars of YAML 1.2. A tag, and more values, depth or aliases than a recipe has, are
+    errors where they stand."""
+
+    def __init__(self, text: str, place: str) -> None:
+        super().__init__(text)
+        self._place = place
+        self._values = self._aliases = self._depth = 0
+
+    def get_event(self) -> Any:
+        event: Any = super().get_event()
+        self._values += isinstance(event, yaml.NodeEvent)
+        self._aliases += isinstance(event, yaml.AliasEvent)
+        self._depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        where = _at(self._place, event.start_mark.line + 1)
+        if getattr(event, "tag", None) is not None:
+            raise RecipeError(f"{where}: found the YAML tag '{event.tag}'.", remedy="Remove it.")
+        for count, cap, what in (
+            (self._values, VALUES, "values"),
+            (self._aliases, ALIASES, "aliases"),
+            (self._depth, DEPTH, "levels"),
+        ):
+            if count > cap:
+                raise RecipeError(f"{where}: more than {cap:,} {what}.")
+        return event
+
+    def documents(self) -> Iterator[Any]:
+        while self.check_node():
+            yield self.get_node()
 
 
 _Loader.yaml_implicit_resolvers = {}
@@ -120,8 +147,7 @@ def _read(path: Path) -> str:
 def _compose(text: str, place: str) -> yaml.Node | None:
     """The node of the one document, after the caps. `place` is `file:` (a line follows) or the name of a flag."""
     try:
-        _check_events(text, place)
-        documents = list(yaml.compose_all(text, Loader=_Loader))
+        documents = list(_Loader(text, place).documents())
     except yaml.reader.ReaderError as error:
         line = text[: error.position].count("\n") + 1
         raise RecipeError(f"{_at(place, line)}: found the character {error.character:#04x}.") from error
@@ -134,22 +160,6 @@ def _compose(text: str, place: str) -> yaml.Node | None:
         line = documents[1].start_mark.line + 1
         raise RecipeError(f"{_at(place, line)}: found a second document, expected one.", remedy="Remove it and '---'.")
     return documents[0] if documents else None
-
-
-def _check_events(text: str, place: str) -> None:
-    """Raise for a tag, and for more values, depth or aliases than a recipe has, before nodes are made."""
-    values = aliases = depth = 0
-    event: Any
-    for event in yaml.parse(text, Loader=_Loader):
-        values += isinstance(event, yaml.NodeEvent)
-        aliases += isinstance(event, yaml.AliasEvent)
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if getattr(event, "tag", None) is not None:
-            line = event.start_mark.line + 1
-            raise RecipeError(f"{_at(place, line)}: found the YAML tag '{event.tag}'.", remedy="Remove it.")
-        for count, cap, what in ((values, VALUES, "values"), (aliases, ALIASES, "aliases"), (depth, DEPTH, "levels")):
-            if count > cap:
-                raise RecipeError(f"{_at(place, event.start_mark.line + 1)}: more than {cap:,} {what}.")
 
 
 def _build(root: yaml.Node, place: str) -> Document:
