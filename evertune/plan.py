@@ -17,7 +17,8 @@ from typing import Any, Literal
 from urllib.parse import unquote, urlparse
 
 from evertune.data.cleaned import Cleaner, Given, OnBad
-from evertune.data.history import Budget, choose, remember, write_history
+from evertune.data.history import Budget, choose, write_history
+from evertune.data.index import remember
 from evertune.data.rows import digest_rows, read_rows
 from evertune.gate import GateSettings, ProbeFacts, own_margin
 from evertune.hashing import digest_json

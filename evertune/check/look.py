@@ -13,15 +13,13 @@ from typing import Any, ParamSpec, TypeVar
 
 from evertune.check.estimate import Shapes, nearest_folder, shapes_of
 from evertune.check.findings import Finding, Severity
-from evertune.data.cleaned import rows_by_probe, rows_by_rule
 from evertune.data.compared import compared_text
 from evertune.data.encode import Encoding
 from evertune.data.history import Budget, choose
-from evertune.data.leak import Leak, LeakFinder
-from evertune.data.quality import broken_rules, read_rules
+from evertune.data.leak import Leak, LeakFinder, rows_by_probe
+from evertune.data.quality import broken_rules, read_rules, rows_by_rule
 from evertune.data.replay import drop_duplicates
-from evertune.data.rows import Row, read_rows
-from evertune.data.sift import BadRows
+from evertune.data.rows import BadRows, Row, read_rows
 from evertune.errors import EvertuneError
 from evertune.ledger import Event, Ledger
 from evertune.model.bundled import home, resolve_base

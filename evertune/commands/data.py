@@ -9,7 +9,8 @@ import typer
 
 if TYPE_CHECKING:
     from evertune.data.mixed import Mixed
-    from evertune.data.sift import BadRows, Reader
+    from evertune.data.rows import BadRows
+    from evertune.data.sift import Reader
 
 app = typer.Typer(
     no_args_is_help=True, help="Look at training rows; deduplicate, filter and mix them; trace and remove."

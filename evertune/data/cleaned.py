@@ -9,8 +9,7 @@ holds a digest of every row and turn, by which a text is traced through the stag
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,11 +18,10 @@ import numpy as np
 
 from evertune.data.compared import compared_text, normalise_text
 from evertune.data.history import write_history
-from evertune.data.leak import LEAK_VERSION, Leak, LeakFinder, ProbeText
-from evertune.data.quality import QUALITY_VERSION, Rule, broken_rules, read_rules
-from evertune.data.rows import Row, read_rows
+from evertune.data.leak import LEAK_VERSION, Leak, LeakFinder, ProbeText, rows_by_probe
+from evertune.data.quality import QUALITY_VERSION, broken_rules, read_rules, rows_by_rule
+from evertune.data.rows import BadRows, Row, read_rows
 from evertune.data.shapes import fitting_formats
-from evertune.data.sift import BadRows
 from evertune.errors import DataError
 from evertune.hashing import digest_file, digest_json
 from evertune.workspace import Workspace
@@ -228,16 +226,6 @@ def _text_digest(text: str) -> str:
 
 def _digest(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def rows_by_probe(leaks: Sequence[Leak]) -> dict[str, int]:
-    """Rows that hold items, by probe."""
-    return dict(Counter(probe for probe, _ in {(one.probe, one.row_id): None for one in leaks}))
-
-
-def rows_by_rule(broken: Iterable[tuple[Rule, float]]) -> dict[str, int]:
-    """Rows that break rules, by rule."""
-    return dict(Counter(str(rule) for rule, _ in broken))
 
 
 def row_facts(row: Row) -> dict[str, Any]:

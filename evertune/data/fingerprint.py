@@ -4,12 +4,10 @@
 
 import hashlib
 import json
-import multiprocessing
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +15,9 @@ from numpy.typing import NDArray
 from evertune.data.compared import Part, compared_value
 from evertune.data.rows import Row
 from evertune.data.shingles import WIDTH, Indices, Shingles, concatenate, shingle
+
+if TYPE_CHECKING:
+    from concurrent.futures import ProcessPoolExecutor
 
 BATCH_ROWS = 2048
 
@@ -52,6 +53,10 @@ def fingerprint(rows: Iterable[Row], *, part: Part = "both", width: int = WIDTH,
     batches = ([(row.value, row.format) for row in batch] for batch in batched(rows))
     if workers == 1:
         return join(_of_batch(batch, part, width) for batch in batches)
+    # What reads rows without other processes need not wait for these.
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
         return join(_in_order(pool, batches, part, width, ahead=2 * workers))
@@ -68,7 +73,7 @@ def join(parts: Iterable[Fingerprints]) -> Fingerprints:
 
 
 def _in_order(
-    pool: ProcessPoolExecutor, batches: Iterator[list[Any]], part: Part, width: int, *, ahead: int
+    pool: "ProcessPoolExecutor", batches: Iterator[list[Any]], part: Part, width: int, *, ahead: int
 ) -> Iterator[Fingerprints]:
     """Results in the order of the batches, with a bounded number under way: the rows need not fit into memory."""
     waiting = [pool.submit(_of_batch, batch, part, width) for batch in islice(batches, ahead)]

@@ -1,4 +1,4 @@
-"""The rows of promoted rounds: kept for later replay, and known to the index that finds them again in new rows."""
+"""The rows of promoted rounds that are kept for later replay."""
 
 import json
 import random
@@ -9,9 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from evertune.data.dedup import resolve
 from evertune.data.fingerprint import fingerprint
-from evertune.data.index import DEFAULT, open_index
 from evertune.data.replay import reservoir
 from evertune.data.rows import Row
 from evertune.data.select import class_balanced, class_of, coverage
@@ -69,17 +67,3 @@ def write_history(path: Path, rows: Sequence[Row]) -> None:
 def _line(row: Row) -> bytes:
     value: dict[str, Any] = {**row.value, "id": row.id}
     return json.dumps(value, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-
-
-def remember(folder: Path, rows: Sequence[Row], *, round_name: str) -> None:
-    """Add the rows to the index of all promoted rounds, those that repeat nothing in it.
-
-    `evertune data dedup --index` then finds what was trained on before. Adding the same rows again changes nothing.
-    """
-    index = open_index(folder, DEFAULT, create=True)
-    prints = fingerprint(rows)
-    found = resolve(prints, earlier=index)
-    kept = np.flatnonzero(found.stays)
-    index.add(
-        prints.take(kept), [f"{round_name}: {rows[i].source}/{rows[i].id}" for i in kept.tolist()], found.templates
-    )

@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evertune.data.dedup import THRESHOLD, Several, by_text, find_texts
-from evertune.data.fingerprint import Fingerprints, join
+from evertune.data.dedup import THRESHOLD, Several, by_text, find_texts, resolve
+from evertune.data.fingerprint import Fingerprints, fingerprint, join
+from evertune.data.rows import Row
 from evertune.data.shingles import WIDTH, Hashes, Indices, Shingles, distinct
 from evertune.data.similar import MAX_ROWS, Pairs, Postings, Rarity, pairs_between, postings_of
 from evertune.errors import DataError, IntegrityError, WorkspaceError
@@ -231,6 +232,20 @@ def open_index(folder: Path, settings: IndexSettings, *, create: bool) -> DedupI
                 f"{one.folder} is missing from the index.", remedy="Remove the index and build it again from the data."
             )
     return DedupIndex(folder, settings, segments)
+
+
+def remember(folder: Path, rows: Sequence[Row], *, round_name: str) -> None:
+    """Add the rows to the index of all promoted rounds, those that repeat nothing in it.
+
+    `evertune data dedup --index` then finds what was trained on before. Adding the same rows again changes nothing.
+    """
+    index = open_index(folder, DEFAULT, create=True)
+    prints = fingerprint(rows)
+    found = resolve(prints, earlier=index)
+    kept = np.flatnonzero(found.stays)
+    index.add(
+        prints.take(kept), [f"{round_name}: {rows[i].source}/{rows[i].id}" for i in kept.tolist()], found.templates
+    )
 
 
 def _publish(folder: Path, settings: IndexSettings, segments: Sequence[Segment]) -> None:

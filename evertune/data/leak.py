@@ -91,6 +91,11 @@ def find_leaks(rows: Iterable[Row], items: Iterable[ProbeText]) -> list[Leak]:
     return LeakFinder(items).find(rows)
 
 
+def rows_by_probe(leaks: Sequence[Leak]) -> dict[str, int]:
+    """Rows that hold items, by probe."""
+    return dict(Counter(probe for probe, _ in {(one.probe, one.row_id): None for one in leaks}))
+
+
 class Place(NamedTuple):
     """Where a row stands."""
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from evertune.data.quotas import Mixing, quotas_of, warnings_of
-from evertune.data.rows import Row, files_of
-from evertune.data.sift import QUARANTINE, BadRows, Source, rows_of
+from evertune.data.rows import BadRows, Row, files_of
+from evertune.data.sift import QUARANTINE, Source, rows_of
 from evertune.data.store import RowStore, write_store
 from evertune.data.stream import Stream
 from evertune.data.write import row_writer

@@ -12,7 +12,7 @@ lose all their rows. A rule that begins with a source's name and a colon holds f
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -224,6 +224,11 @@ def broken_rules(rows: Sequence[Row], rules: Sequence[Rule], source: str) -> dic
         if broken is not None:
             found[number] = broken
     return found
+
+
+def rows_by_rule(broken: Iterable[tuple[Rule, float]]) -> dict[str, int]:
+    """Rows that break rules, by rule."""
+    return dict(Counter(str(rule) for rule, _ in broken))
 
 
 def signals_of(row: Row, names: Sequence[str]) -> list[float]:

@@ -7,7 +7,7 @@ import glob
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -50,6 +50,18 @@ class Row:
     def place(self) -> str:
         """`file:line`, for messages."""
         return f"{self.file}:{self.line}"
+
+
+@dataclass
+class BadRows:
+    """Rows that could not be read: counted, and kept for the quarantine file."""
+
+    found: list[dict[str, Any]] = field(default_factory=list)
+
+    def __call__(self, file: Path, line: int, data: bytes | None, error: DataError) -> None:
+        shown = None if data is None else data[:1000].decode("utf-8", errors="backslashreplace")
+        problem = error.message.removeprefix(f"{file}:{line}: ")
+        self.found.append({"file": str(file), "line": line, "problem": problem, "bytes": shown})
 
 
 def files_of(pattern: Path) -> list[Path]:

@@ -31,7 +31,7 @@ from evertune.data.leak import Leak, LeakFinder, ProbeText
 from evertune.data.lines import is_json, raw_lines, read_line
 from evertune.data.quality import Rule, bounds_of, broken_rule, signals_of
 from evertune.data.replay import reservoir
-from evertune.data.rows import Row, detect_format, files_of, iter_rows
+from evertune.data.rows import BadRows, Row, detect_format, files_of, iter_rows
 from evertune.data.select import class_balanced, class_of, coverage, highest_score
 from evertune.data.shingles import WIDTH
 from evertune.data.write import RowWriter, row_writer
@@ -53,18 +53,6 @@ class Source:
     name: str
     path: Path
     format: str
-
-
-@dataclass
-class BadRows:
-    """Rows that could not be read: counted, and kept for the quarantine file."""
-
-    found: list[dict[str, Any]] = field(default_factory=list)
-
-    def __call__(self, file: Path, line: int, data: bytes | None, error: DataError) -> None:
-        shown = None if data is None else data[:1000].decode("utf-8", errors="backslashreplace")
-        problem = error.message.removeprefix(f"{file}:{line}: ")
-        self.found.append({"file": str(file), "line": line, "problem": problem, "bytes": shown})
 
 
 # What is to be done with a row, by the numbers of its source and of the row in it: None where it stays, else facts with
