@@ -4,6 +4,7 @@ Exit codes: 0 fine or promoted, 1 a bug (the traceback goes to a file), 2 held, 
 5 integrity or environment.
 """
 
+import copy
 import gc
 import io
 import json
@@ -11,6 +12,7 @@ import os
 import sys
 import tempfile
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -268,12 +270,29 @@ def main() -> NoReturn:
         gc.freeze()
 
 
+def _asked(name: str = "") -> typer.Typer:
+    """The app with what has this name alone, where something has: to build all takes longer than many a command."""
+    commands = [one for one in app.registered_commands if one.callback and _spelt(one.callback) == name]
+    groups = [one for one in app.registered_groups if one.name == name]
+    if not commands and not groups:
+        return app
+    chosen = copy.copy(app)
+    # One command alone would be the program itself, without a name.
+    other = [one for one in app.registered_commands if one.callback is doctor]
+    chosen.registered_commands, chosen.registered_groups = [*commands, *other], groups
+    return chosen
+
+
+def _spelt(command: Callable[..., Any]) -> str:
+    return command.__name__.replace("_", "-")
+
+
 def _main() -> NoReturn:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A log file shows each line when it happens, not when a buffer is full.
         sys.stdout.reconfigure(line_buffering=True)
     try:
-        code = app(standalone_mode=False)
+        code = _asked(*sys.argv[1:2])(standalone_mode=False)
     except EvertuneError as error:
         _complain(f"{type(error).__name__}: {error}")
         sys.exit(error.exit_code)

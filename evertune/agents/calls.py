@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
-_CALL = re.compile(rf"{OPEN}\s*(.*?)\s*{CLOSE}", re.DOTALL)
+_CALL = rf"(?s){OPEN}\s*(.*?)\s*{CLOSE}"
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def calls_in(text: str) -> list[Call] | None:
     None where the form is broken: a mark without its other one, what is no JSON object between them, a name that is no
     text, arguments that are no object, or other words behind a call, which an agent would not have waited for.
     """
-    found = _CALL.findall(text)
+    found = re.findall(_CALL, text)
     if text.count(OPEN) != len(found) or text.count(CLOSE) != len(found):
         return None
     if not found:

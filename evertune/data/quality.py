@@ -22,30 +22,30 @@ from numpy.typing import NDArray
 from evertune.data.rows import Row, messages_of
 from evertune.errors import RecipeError
 
-_WORD = re.compile(r"\w+")
-_FENCE = re.compile(r"^\s*(```|~~~)", re.MULTILINE)
+# Texts of patterns: `re` compiles them at their first use, and most commands that read rows use none.
+_WORD = r"\w+"
+_FENCE = r"(?m)^\s*(```|~~~)"
 # UTF-8 read as Latin-1 or Windows-1252, the replacement character, and controls that no text has.
-_BROKEN = re.compile(
+_BROKEN = (
     "Ã[\u0080-\u00bf©¨ª«¬®±²³´µ¶·¸¹º»¼½¾¿]|â€[\u0080-\u00bf™œ\u009d“”¦¢]|Â[\u00a0-\u00bf]|ï»¿|\ufffd"
     "|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ufdd0-\ufdef\ufffe\uffff]"
 )
-_REFUSAL = re.compile(
-    r"^\W*(i('|’)?m (very )?(sorry|afraid)\b|sorry,? (but )?i\b|i apologi[sz]e\b|unfortunately,? i (can|am)"
+_REFUSAL = (
+    r"(?i)^\W*(i('|’)?m (very )?(sorry|afraid)\b|sorry,? (but )?i\b|i apologi[sz]e\b|unfortunately,? i (can|am)"
     r"|i (can ?not|can('|’)t|won('|’)t|am not able to|am unable to|must (decline|refuse))\b"
     r"|as an? (ai|artificial intelligence|(large )?language model|assistant)\b"
     r"|es tut mir leid|leider kann ich|als ki|je suis désolé|désolé,? (mais )?je|en tant qu('|’)ia"
     r"|lo siento|como (una )?ia"
-    r"|mi dispiace|sinto muito|对不起|很抱歉|抱歉，|作为一个(人工智能|ai|语言模型)|申し訳(ありません|ございません))",
-    re.IGNORECASE,
+    r"|mi dispiace|sinto muito|对不起|很抱歉|抱歉，|作为一个(人工智能|ai|语言模型)|申し訳(ありません|ございません))"
 )
-_PLACEHOLDER = re.compile(
-    r"\[(redacted|removed|deleted|censored|name|insert[^\]]{0,40}|your [^\]]{1,40}|url|link|image|citation needed|pii"
-    r"|e-?mail|phone|address|company)( ?[_#]?\d+)?\]|<(redacted|removed|mask|name|url|email|phone|toxic|censored|unk)>"
+_PLACEHOLDER = (
+    r"(?i)\[(redacted|removed|deleted|censored|name|insert[^\]]{0,40}|your [^\]]{1,40}|url|link|image|citation needed"
+    r"|pii|e-?mail|phone|address|company)( ?[_#]?\d+)?\]"
+    r"|<(redacted|removed|mask|name|url|email|phone|toxic|censored|unk)>"
     r"|\{\{[^{}\n]{0,60}\}\}|\blorem ipsum\b|\bNAME_\d+\b|(?<![\w*])\*{4,}(?![\w*])"
-    r"|\bTODO:|\bFIXME\b|\bplaceholder text\b",
-    re.IGNORECASE,
+    r"|\bTODO:|\bFIXME\b|\bplaceholder text\b"
 )
-_ENDS = re.compile(r"""[.!?…。！？؟।:;)\]}"'”’»」』`*|>=%\d\u3002]$|[\U0001f300-\U0001faff]$""")
+_ENDS = r"""[.!?…。！？؟।:;)\]}"'”’»」』`*|>=%\d\u3002]$|[\U0001f300-\U0001faff]$"""
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,11 @@ class Signal:
 
 
 def _words(text: str) -> int:
-    return len(_WORD.findall(text))
+    return len(re.findall(_WORD, text))
 
 
 def _repetition(text: str, width: int = 4) -> float:
-    words = _WORD.findall(text.casefold())
+    words = re.findall(_WORD, text.casefold())
     runs = len(words) - width + 1
     if runs < 8:
         return 0.0
@@ -108,12 +108,12 @@ def _script_of(letter: str) -> str:
 
 
 def _broken(text: str) -> float:
-    return 1000 * len(_BROKEN.findall(text)) / len(text) if text else 0.0
+    return 1000 * len(re.findall(_BROKEN, text)) / len(text) if text else 0.0
 
 
 def _unended(text: str) -> float:
     end = text.rstrip()[-2:]
-    return float(_words(text) >= 12 and bool(end) and not _ENDS.search(end))
+    return float(_words(text) >= 12 and bool(end) and not re.search(_ENDS, end))
 
 
 SIGNALS: dict[str, Signal] = {
@@ -132,11 +132,13 @@ SIGNALS: dict[str, Signal] = {
         lambda asked, said: max(_broken(asked), _broken(said)),
         "characters of broken encoding (Ã©, â€™, U+FFFD, controls) in 1,000, of prompt or answer",
     ),
-    "refusal": Signal(lambda _, said: float(bool(_REFUSAL.search(said[:200]))), "1 where it begins with a refusal"),
+    "refusal": Signal(lambda _, said: float(bool(re.search(_REFUSAL, said[:200]))), "1 where it begins with a refusal"),
     "unended": Signal(lambda _, said: _unended(said), "1 where 12 words or more end without a mark, fence or bracket"),
-    "open_fence": Signal(lambda _, said: float(len(_FENCE.findall(said)) % 2), "1 where a code block is not closed"),
+    "open_fence": Signal(
+        lambda _, said: float(len(re.findall(_FENCE, said)) % 2), "1 where a code block is not closed"
+    ),
     "placeholders": Signal(
-        lambda _, said: len(_PLACEHOLDER.findall(said)),
+        lambda _, said: len(re.findall(_PLACEHOLDER, said)),
         "left-over placeholders: [NAME], [redacted], {{field}}, ****, lorem ipsum",
     ),
 }

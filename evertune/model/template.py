@@ -65,13 +65,13 @@ class Template:
         self._place = place
         self._environment = _environment()
         try:
-            self._template = self._environment.from_string(source)
             tree = self._environment.parse(source)
+            self.marks_generation = any(
+                isinstance(block.call.node, nodes.ExtensionAttribute) for block in tree.find_all(nodes.CallBlock)
+            )
+            self._template = self._environment.from_string(tree)
         except (jinja2.TemplateError, RecursionError, OverflowError, MemoryError) as error:
             raise TemplateError(f"{place}: the chat template does not compile: {error}") from error
-        self.marks_generation = any(
-            isinstance(block.call.node, nodes.ExtensionAttribute) for block in tree.find_all(nodes.CallBlock)
-        )
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> Rendered:
         """The text of a conversation and, where the template marks them, the spans the model is to generate.

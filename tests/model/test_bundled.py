@@ -1,17 +1,19 @@
 """Bundled models: found without torch, made once, whole or not at all; and the real one against its source."""
 
+import json
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 from evertune.errors import CheckpointError
 from evertune.model import bundled
 from evertune.model.bundled import fetch_bundled, find_package_file, resolve_base
 from evertune.model.checkpoint import describe, read_json
-from evertune.model.gguf import import_gguf
+from evertune.model.gguf import _compact, import_gguf
 from evertune.model.header import read_header
 from evertune.model.open import open_model
 from tests.tiny import CHATML
@@ -204,6 +206,24 @@ def test_digits_are_split_before_white_space_is_merged(tmp_path: Path) -> None:
         import_gguf(tmp_path / f"{pre}.gguf", folder)
         codec = open_model(describe(folder), dtype="bfloat16", device="cpu").codec
         assert [codec.tokenizer.id_to_token(one) for one in codec.encode("  12")] == expected
+
+
+@pytest.mark.parametrize("last", [["Ġ", "a"], ["Ġ", "a b"]])
+def test_a_tokenizer_is_kept_compactly_and_cuts_as_before(last: list[str], tmp_path: Path) -> None:
+    vocab = {token: i for i, token in enumerate(["a", "Ġ", "ĠĠ", "a b", last[0] + last[1]])}
+    before = {"version": "1.0", "model": {"type": "BPE", "vocab": vocab, "merges": [["Ġ", "Ġ"], last]}}
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps(before, indent=2))
+    _compact(file)
+    kept = json.loads(file.read_text())
+    has_space = " " in last[1]
+    assert kept["model"]["merges"] == (before["model"]["merges"] if has_space else ["Ġ Ġ", "Ġ a"])
+    assert "\n" not in file.read_text() and len(file.read_text()) < len(json.dumps(before))
+    texts = ["ĠĠa", "Ġa"]
+    cuts = [
+        [one.encode(text).tokens for text in texts] for one in map(Tokenizer.from_str, map(json.dumps, (before, kept)))
+    ]
+    assert cuts[0] == cuts[1]
 
 
 def test_an_unknown_way_to_split_text_is_refused(tmp_path: Path) -> None:
