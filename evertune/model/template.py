@@ -70,6 +70,8 @@ class Template:
                 isinstance(block.call.node, nodes.ExtensionAttribute) for block in tree.find_all(nodes.CallBlock)
             )
             self._template = self._environment.from_string(tree)
+            # A chain of mappings, put together anew for each text; here nothing is added to any of them later.
+            self._template.globals = dict(self._template.globals)
         except (jinja2.TemplateError, RecursionError, OverflowError, MemoryError) as error:
             raise TemplateError(f"{place}: the chat template does not compile: {error}") from error
 
