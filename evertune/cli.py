@@ -263,7 +263,7 @@ def main() -> NoReturn:
     """Entry of the `evertune` command; turns every error into its exit code."""
     # Hardly anything that a command imports is ever garbage: looked through at the usual rate, and once more at the
     # end, it takes a tenth of the time of a check.
-    gc.set_threshold(20_000)
+    gc.set_threshold(200_000)
     try:
         _main()
     finally:

@@ -203,8 +203,7 @@ class _Digests:
     def of(self, path: Path) -> str:
         if path in self._given:
             return self._given[path]
-        facts = path.stat()
-        key = f"{path}|{facts.st_size}|{facts.st_mtime_ns}|{facts.st_ino}"
+        key = _key_of(path)
         if self._cache is None:
             return digest_file(path)
         if key not in self._known:
@@ -217,8 +216,22 @@ class _Digests:
             return
         self._cache.parent.mkdir(parents=True, exist_ok=True)
         temporary = self._cache.with_name(f"{self._cache.name}.{uuid.uuid4().hex}")
-        temporary.write_bytes(canonical_json(self._known))
+        # Of files as they are now: else the cache grows with every run.
+        kept = {key: one for key, one in self._known.items() if _is_now(key)}
+        temporary.write_bytes(canonical_json(kept))
         temporary.replace(self._cache)
+
+
+def _key_of(path: Path) -> str:
+    facts = path.stat()
+    return f"{path}|{facts.st_size}|{facts.st_mtime_ns}|{facts.st_ino}"
+
+
+def _is_now(key: str) -> bool:
+    try:
+        return _key_of(Path(key.rsplit("|", 3)[0])) == key
+    except (OSError, ValueError):
+        return False
 
 
 def _describe(path: Path, digests: _Digests, above: tuple[Path, ...]) -> Checkpoint:

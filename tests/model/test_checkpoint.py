@@ -124,6 +124,7 @@ def test_known_digests_are_not_computed_again_until_the_file_changes(
     os.utime(folder / "model.safetensors", ns=(1, 1))
     assert describe(folder, cache=cache).digest != first.digest
     assert read == ["model.safetensors"]
+    assert len(json.loads(cache.read_text())) == len(list(folder.iterdir())), "what the changed file was before is gone"
     cache.write_text("not json")
     assert describe(folder, cache=cache) == describe(folder)
 
