@@ -16,7 +16,7 @@ import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.runtime import Macro
+from jinja2.runtime import LoopContext, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 from evertune.errors import CheckpointError, DataError
@@ -149,6 +149,12 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     """Refuses products that would fill the memory: `'x' * 10**9`."""
 
     intercepted_binops = frozenset({"*", "**"})
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        # What is asked for each message, `loop.first`: the same answer without a dozen looks at what else it might be.
+        if type(obj) is LoopContext:
+            return not attr.startswith("_")
+        return super().is_safe_attribute(obj, attr, value)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "**" and (abs(left) > MAX_REPEATED or abs(right) > 64):
