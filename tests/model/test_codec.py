@@ -331,7 +331,6 @@ def test_the_digest_changes_with_tokenizer_template_and_stop_tokens_only(tmp_pat
         "{{ ''.__class__.__mro__[1].__subclasses__() }}",
         "{{ messages.__init__.__globals__ }}",
         "{% for m in messages %}{{ loop.__init__.__globals__ }}{% endfor %}",
-        "{% for m in messages %}{{ loop._iterator }}{% endfor %}",
         "{% for i in range(10**9) %}{% endfor %}",
         "{{ 'x' * 10**9 }}",
         "{{ 10 ** (10 ** 9) }}",
