@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from evertune.check.estimate import Shapes, nearest_folder, shapes_of
 from evertune.check.findings import Finding, Severity
@@ -21,7 +21,6 @@ from evertune.data.quality import broken_rules, read_rules, rows_by_rule
 from evertune.data.replay import drop_duplicates
 from evertune.data.rows import BadRows, Row, read_rows
 from evertune.errors import EvertuneError
-from evertune.ledger import Event, Ledger
 from evertune.model.bundled import home, resolve_base
 from evertune.model.checkpoint import Checkpoint, describe
 from evertune.model.codec import Codec, load_codec
@@ -30,6 +29,9 @@ from evertune.recipe.fields import REPLAYABLE, StageSettings
 from evertune.recipe.load import LoadedRecipe
 from evertune.recipe.presets import resolve_stage
 from evertune.recipe.schema import NAMED_REFERENCES, Recipe, kept_sources, placed_stages
+
+if TYPE_CHECKING:
+    from evertune.ledger import Event
 
 LEAKS_SHOWN = 5
 
@@ -85,7 +87,7 @@ class Look:
         return self.attempt("base", shapes_of, self.base.base, words)
 
     @cached_property
-    def past(self) -> Sequence[Event]:
+    def past(self) -> "Sequence[Event]":
         """Checkpoints in the workspace that this very recipe made."""
         path = self.loaded.resolve(self.recipe.workspace) / "ledger.sqlite"
         events = self.attempt("workspace", _events, path) if path.is_file() else None
@@ -279,7 +281,9 @@ def _tell_overlap(look: Look, name: str, found: Sequence[Leak]) -> None:
         look.say("note", f"data.{name}", told)
 
 
-def _events(path: Path) -> list[Event]:
+def _events(path: Path) -> "list[Event]":
+    from evertune.ledger import Ledger
+
     return Ledger.open(path, create=False).events()
 
 

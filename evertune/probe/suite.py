@@ -25,7 +25,6 @@ from evertune.hashing import digest_json
 from evertune.model.bundled import home
 from evertune.probe.task_files import require_lm_eval, task_identity
 from evertune.verifiers import located, placed, validate
-from evertune.workspace.disk import write_atomically
 
 Kind = Literal["choice", "generate", "bits_per_byte", "episode", "lm_eval"]
 # Raised by hand when the meaning of an item changes: old scores are then made anew.
@@ -135,6 +134,7 @@ def _known_texts(probe: LmEvalProbe) -> list[list[str]]:
             return [[str(item), str(text)] for item, text in json.loads(place.read_text(encoding="utf-8"))]
     require_lm_eval(probe.name)
     from evertune.probe.lm_eval import task_texts
+    from evertune.workspace.disk import write_atomically
 
     found = [[item, text] for item, text in task_texts(probe)]
     with contextlib.suppress(OSError, WorkspaceError):  # where nothing can be kept, it is read each time
