@@ -3,6 +3,7 @@
 look.py        what the recipe names: data, probes, models, leaks
 promotable.py  whether the gate could promote at all
 stages.py      what each stage would do      estimate.py  rows, steps, tokens, time and disk
+lengths.py     how long rows are in tokens, remembered between checks
 samples.py     rows as the model reads them
 findings.py    what comes out, as objects and JSON      printing.py  as text
 """
@@ -52,7 +53,7 @@ def check_recipe(loaded: LoadedRecipe, *, sample: int = 0) -> CheckReport:
     planned = look_at_stages(look)
     disk = look_at_disk(look, planned)
     samples: list[Sample] = []
-    if sample and look.codec is not None:
+    if sample and look.words is not None:
         samples = look.attempt("samples", render_samples, loaded, sample) or []
     stages = tuple(one.estimate for one in planned)
     return CheckReport(str(loaded.path), tuple(look.findings), stages, disk, tuple(samples))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from evertune.check.findings import StageEstimate
-from evertune.data.encode import Item, counted_of, tokens_of
+from evertune.check.lengths import Length
 from evertune.data.quotas import Mixing, quotas_of, warnings_of
 from evertune.data.stream import Stream
 from evertune.model.checkpoint import Checkpoint, weight_files
@@ -23,7 +23,7 @@ BYTES = {"bfloat16": 2, "float32": 4}
 # A float32 master and AdamW's two moments of each trained weight; two resume points are kept while a third is written.
 RESUME_BYTES = 3 * 12
 
-Rows = Mapping[str, Sequence[Item]]
+Rows = Mapping[str, Sequence[Length]]
 
 
 @dataclass(frozen=True)
@@ -75,13 +75,13 @@ def amounts(new: Rows, replay: Rows, mixing: Mixing, settings: ResolvedTraining)
     """Exact rows and steps of a stage; tokens as the mean of a source's rows, which is exact over whole epochs.
 
     Args:
-        new, replay: encoded rows by source, replay without those that are also new.
+        new, replay: lengths of rows by source, replay without those that are also new.
         mixing: how the new sources are mixed.
     """
     pool = {name: len(rows) for name, rows in replay.items()}
     share = settings.replay.share if any(pool.values()) else 0.0
     sizes = {name: len(rows) for name, rows in new.items()}
-    quotas = quotas_of(mixing, sizes, {name: sum(map(tokens_of, rows)) for name, rows in new.items()})
+    quotas = quotas_of(mixing, sizes, {name: sum(one.tokens for one in rows) for name, rows in new.items()})
     stream = Stream(new=sizes, weights=None, replay=pool, share=share, seed=0, quotas=quotas)
     passes = settings.iterations if isinstance(settings, ResolvedRl) else 1
     epochs = settings.epochs or 0
@@ -179,7 +179,7 @@ def _means(rows: Rows, shares: Mapping[str, float]) -> tuple[float, float]:
     if not total:
         return 0.0, 0.0
     means = {
-        name: (sum(map(tokens_of, each)) / len(each), sum(map(counted_of, each)) / len(each))
+        name: (sum(one.tokens for one in each) / len(each), sum(one.counted for one in each) / len(each))
         for name, each in rows.items()
         if each
     }

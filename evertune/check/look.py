@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from evertune.check.estimate import Shapes, nearest_folder, shapes_of
 from evertune.check.findings import Finding, Severity
+from evertune.check.lengths import Lengths, keep_words, key_of_tokenizer, known_words
 from evertune.data.compared import compared_text
-from evertune.data.encode import Encoding
 from evertune.data.history import Budget, choose
 from evertune.data.leak import Leak, LeakFinder, rows_by_probe
 from evertune.data.quality import broken_rules, read_rules, rows_by_rule
@@ -23,7 +23,6 @@ from evertune.data.rows import BadRows, Row, read_rows
 from evertune.errors import EvertuneError
 from evertune.model.bundled import home, resolve_base
 from evertune.model.checkpoint import Checkpoint, describe
-from evertune.model.codec import Codec, load_codec
 from evertune.probe.suite import AnyProbe, load_probe
 from evertune.recipe.fields import REPLAYABLE, StageSettings
 from evertune.recipe.load import LoadedRecipe
@@ -32,6 +31,7 @@ from evertune.recipe.schema import NAMED_REFERENCES, Recipe, kept_sources, place
 
 if TYPE_CHECKING:
     from evertune.ledger import Event
+    from evertune.model.codec import Codec
 
 LEAKS_SHOWN = 5
 
@@ -48,9 +48,23 @@ class Look:
     rows: dict[str, list[Row]] = field(default_factory=dict)
     probes: list[AnyProbe] = field(default_factory=list)
     base: Checkpoint | None = None
-    codec: Codec | None = None
-    encodings: dict[tuple[str, str, int, str], Encoding[Any] | None] = field(default_factory=dict)
+    words: int | None = None
+    """Tokens that the base's tokenizer knows; None where it cannot be used."""
+    lengths: dict[tuple[str, str, int, str], Lengths | None] = field(default_factory=dict)
     texts: dict[tuple[str, str], bytes] = field(default_factory=dict)
+
+    own_codec: "Codec | None" = None
+
+    def read_codec(self) -> "Codec":
+        """The base's tokenizer with its template, read when it is asked for.
+
+        Raises:
+            CheckpointError: it cannot be read, which `words` says.
+        """
+        if self.own_codec is None:
+            assert self.base is not None
+            self.own_codec = _load_codec(self.base.base.path)
+        return self.own_codec
 
     @property
     def recipe(self) -> Recipe:
@@ -81,10 +95,9 @@ class Look:
 
     @cached_property
     def shapes(self) -> Shapes | None:
-        if self.base is None or self.codec is None:
+        if self.base is None or self.words is None:
             return None
-        words = self.codec.tokenizer.get_vocab_size(with_added_tokens=True)
-        return self.attempt("base", shapes_of, self.base.base, words)
+        return self.attempt("base", shapes_of, self.base.base, self.words)
 
     @cached_property
     def past(self) -> "Sequence[Event]":
@@ -195,29 +208,50 @@ def read_models(look: Look) -> None:
     path = look.attempt("base", resolve_base, look.recipe.base, folder=look.loaded.folder)
     look.base = look.attempt("base", describe, path, cache=digest_cache()) if path is not None else None
     if look.base is not None:
-        look.codec = look.attempt("base", load_codec, look.base.base.path)
-    if look.codec is not None:
-        _look_at_template(look, look.codec)
+        _look_at_tokenizer(look, look.base)
     for place, written in _named_checkpoints(look):
         found = look.attempt(place, describe, look.loaded.resolve(written), cache=digest_cache())
-        codec = look.attempt(place, load_codec, found.base.path) if found is not None else None
-        if codec is not None and look.codec is not None and codec.digest != look.codec.digest:
+        codec = look.attempt(place, _load_codec, found.base.path) if found is not None else None
+        if codec is not None and look.words is not None and codec.digest != look.read_codec().digest:
             told = f"{written} has another tokenizer or chat template than the base."
             look.say("error", place, told, "Name a checkpoint that stands on the same base.")
 
 
-def _look_at_template(look: Look, codec: Codec) -> None:
+def _load_codec(folder: Path) -> "Codec":
+    from evertune.model.codec import load_codec  # with its library and that of templates
+
+    return load_codec(folder)
+
+
+def _look_at_tokenizer(look: Look, base: Checkpoint) -> None:
+    """Whether rows can be read; where a check before this one has found that they can, nothing is read again."""
+    key = key_of_tokenizer(base)
+    look.words = known_words(key)
+    if look.words is not None:
+        return
+    codec = look.attempt("base", _load_codec, base.base.path)
+    if codec is None:
+        return
+    look.own_codec = codec
+    look.words = codec.tokenizer.get_vocab_size(with_added_tokens=True)
+    found = len(look.findings)
+    _look_at_template(look, codec)
+    if look.words is not None and codec.template is not None and len(look.findings) == found:
+        keep_words(key, look.words)
+
+
+def _look_at_template(look: Look, codec: "Codec") -> None:
     if codec.template is None:
         asked = [f"probes.{one.name}" for one in look.probes if one.kind in ("choice", "generate", "episode")]
         chats = [f"data.{name}" for name, source in look.recipe.data.items() if source.format != "text"]
         if asked or chats:
             told = f"{codec.folder} has no chat template, and {', '.join([*chats, *asked])} need one."
             look.say("error", "base", told, "Add the chat_template.jinja that the model was trained with.")
-            look.codec = None
+            look.words = None
         return
     trains_stop = look.attempt("base", codec.trains_stop)
     if trains_stop is None:
-        look.codec = None
+        look.words = None
     elif not trains_stop:
         told = "the loss mask would never train a stop token: answers would not learn to end."
         remedy = "Let the chat template end an assistant's turn with a stop token of generation_config.json."

@@ -2,17 +2,19 @@
 
 from collections.abc import Callable
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from evertune.check.findings import Sample
 from evertune.data.encode import EncodedRow, Encoding, encode_pairs, encode_prompts, encode_rows
 from evertune.data.rows import read_rows
 from evertune.model.bundled import resolve_base
 from evertune.model.checkpoint import describe
-from evertune.model.codec import Codec, load_codec
 from evertune.recipe.fields import REPLAYABLE
 from evertune.recipe.load import LoadedRecipe
 from evertune.recipe.schema import placed_stages
+
+if TYPE_CHECKING:
+    from evertune.model.codec import Codec
 
 NO_LIMIT = 1 << 30
 
@@ -24,6 +26,8 @@ def render_samples(loaded: LoadedRecipe, count: int) -> list[Sample]:
     Raises:
         DataError, CheckpointError: a file, the base or its template is not what it should be.
     """
+    from evertune.model.codec import load_codec
+
     base = describe(resolve_base(loaded.recipe.base, folder=loaded.folder))
     codec = load_codec(base.base.path)
     samples = []
@@ -43,7 +47,7 @@ def render_samples(loaded: LoadedRecipe, count: int) -> list[Sample]:
     return samples
 
 
-def sample_of(row: EncodedRow, codec: Codec) -> Sample:
+def sample_of(row: EncodedRow, codec: "Codec") -> Sample:
     """The row's text in pieces; special tokens are shown."""
     tokens = zip(row.ids.tolist(), row.counted.tolist(), strict=True)
     pieces = [(counted, [token for token, _ in group]) for counted, group in groupby(tokens, key=lambda one: one[1])]

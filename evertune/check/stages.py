@@ -20,17 +20,9 @@ from evertune.check.estimate import (
     resume_bytes,
 )
 from evertune.check.findings import Disk, Severity, StageEstimate
+from evertune.check.lengths import Length, Lengths, keep_lengths, key_of_rows, known_lengths
 from evertune.check.look import Look, digest_cache, sources_of
-from evertune.data.encode import (
-    Encoding,
-    Item,
-    counted_of,
-    encode_pairs,
-    encode_prompts,
-    encode_rows,
-    question_of,
-    tokens_of,
-)
+from evertune.data.encode import Encoding, encode_pairs, encode_prompts, encode_rows, question_of
 from evertune.data.history import Budget, choose
 from evertune.data.quotas import Mixing
 from evertune.data.replay import drop_duplicates
@@ -172,11 +164,11 @@ def look_at_distill(view: StageView) -> Planned | None:
     # Only rows that the student sees are asked about, each once.
     share = min(1.0, found.new_rows / sum(len(rows) for _, rows in asked.values()))
     answers = sum(members * len(rows) for members, rows in asked.values())
-    tokens = sum(members * tokens_of(row) for members, rows in asked.values() for row in rows)
-    counted = sum(members * counted_of(row) for members, rows in asked.values() for row in rows)
+    tokens = sum(members * row.tokens for members, rows in asked.values() for row in rows)
+    counted = sum(members * row.counted for members, rows in asked.values() for row in rows)
     seconds = forward_seconds(share * tokens, share * counted, view.look.shapes, look.recipe.numerics)
     # A kept word is an id and a number in half precision; each member of an ensemble keeps the words of all.
-    exact = look.codec.vocab_size if look.codec else 0
+    exact = look.words or 0
     width = exact if settings.words == "all" else settings.words * max(settings.members.values())
     told = replace(
         found,
@@ -390,17 +382,14 @@ def _look_at_command(view: StageView, settings: ResolvedExternal) -> None:
             view.say("error", f"{name}: found no file, expected one.", "Paths are relative to the recipe.", at=".files")
 
 
-def _encode(view: StageView, name: str, settings: ResolvedTraining | ResolvedFederated) -> Sequence[Item] | None:
-    """Rows of a source as a stage reads them; None, with an error, where one cannot be read."""
+def _encode(view: StageView, name: str, settings: ResolvedTraining | ResolvedFederated) -> Sequence[Length] | None:
+    """Lengths of a source's rows as a stage reads them; None, with an error, where one cannot be read."""
     look, place = view.look, view.place
     encode = ENCODERS.get(view.kind, encode_rows) if name in view.settings.new_sources else encode_rows
     key = (name, encode.__name__, settings.max_tokens, settings.too_long)
-    if key not in look.encodings and look.codec is not None:
-        found = look.attempt(
-            f"{place} ({name})", encode, look.rows[name], look.codec,
-            max_tokens=settings.max_tokens, too_long=settings.too_long,
-        )  # fmt: skip
-        look.encodings[key] = found
+    if key not in look.lengths and look.words is not None:
+        found = look.attempt(f"{place} ({name})", _lengths, look, name, encode, settings)
+        look.lengths[key] = found
         if found is not None and found.dropped:
             longest = max(one.tokens for one in found.dropped)
             told = (
@@ -408,13 +397,26 @@ def _encode(view: StageView, name: str, settings: ResolvedTraining | ResolvedFed
                 f"{settings.max_tokens} (up to {longest}) and are left out, the first at {found.dropped[0].place}."
             )
             look.say("warning", f"{place} ({name})", told)
-    encoding = look.encodings.get(key)
-    return encoding.rows if encoding is not None else None
+    lengths = look.lengths.get(key)
+    return lengths.rows if lengths is not None else None
+
+
+def _lengths(
+    look: Look, name: str, encode: Callable[..., Encoding[Any]], settings: ResolvedTraining | ResolvedFederated
+) -> Lengths:
+    assert look.base is not None
+    rows, most, too_long = look.rows[name], settings.max_tokens, settings.too_long
+    key = key_of_rows(look.base, rows, encode.__name__, most, too_long)
+    found = known_lengths(key)
+    if found is None:
+        found = Lengths.of(encode(rows, look.read_codec(), max_tokens=most, too_long=too_long))
+        keep_lengths(key, name, found)
+    return found
 
 
 def _replay_pool(
-    view: StageView, settings: ResolvedTraining, encoded: Mapping[str, Sequence[Item]]
-) -> dict[str, Sequence[Item]]:
+    view: StageView, settings: ResolvedTraining, encoded: Mapping[str, Sequence[Length]]
+) -> dict[str, Sequence[Length]]:
     """What a stage replays, less what is also new; of `history`, the new rows of all rounds before, as if promoted."""
     look, learnt = view.look, view.settings.new_sources
     if not settings.replay.share:

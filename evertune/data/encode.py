@@ -5,14 +5,16 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from evertune.data.rows import Row, messages_of, preference_turns
 from evertune.errors import CheckpointError, DataError
-from evertune.model.codec import Codec
+
+if TYPE_CHECKING:  # a check that knows the lengths of its rows reads no tokenizer
+    from evertune.model.codec import Codec
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,7 +138,7 @@ class Encoding(Generic[AnyItem]):
 
 
 def encode_rows(
-    rows: Sequence[Row], codec: Codec, *, max_tokens: int, too_long: Literal["error", "drop"]
+    rows: Sequence[Row], codec: "Codec", *, max_tokens: int, too_long: Literal["error", "drop"]
 ) -> Encoding[EncodedRow]:
     """Encode `messages` and `text` rows.
 
@@ -157,7 +159,7 @@ def encode_rows(
 
 
 def encode_pairs(
-    rows: Sequence[Row], codec: Codec, *, max_tokens: int, too_long: Literal["error", "drop"]
+    rows: Sequence[Row], codec: "Codec", *, max_tokens: int, too_long: Literal["error", "drop"]
 ) -> Encoding[EncodedPair]:
     """Encode `preference` rows: the prompt with each of its two answers, of which only the answer counts.
 
@@ -174,7 +176,7 @@ def encode_pairs(
 
 
 def encode_prompts(
-    rows: Sequence[Row], codec: Codec, *, max_tokens: int, too_long: Literal["error", "drop"]
+    rows: Sequence[Row], codec: "Codec", *, max_tokens: int, too_long: Literal["error", "drop"]
 ) -> Encoding[EncodedPrompt]:
     """Encode questions: `verifiable` and `episode` rows, `choice` rows (the answer is the right choice's text), and
     `messages` rows (the last turn is the answer).
@@ -242,7 +244,7 @@ def _within(
     return Encoding(tuple(kept), tuple(dropped))
 
 
-def _tokens(row: Row, codec: Codec) -> tuple[list[int], list[bool]]:
+def _tokens(row: Row, codec: "Codec") -> tuple[list[int], list[bool]]:
     if row.format == "text":
         ids = codec.encode(row.value["text"], special=True)
         return ids, [i > 0 for i in range(len(ids))]
@@ -255,7 +257,7 @@ def _tokens(row: Row, codec: Codec) -> tuple[list[int], list[bool]]:
 
 
 def _chat(
-    row: Row, messages: Sequence[dict[str, str]], codec: Codec, *, answers: int | None = None
+    row: Row, messages: Sequence[dict[str, str]], codec: "Codec", *, answers: int | None = None
 ) -> tuple[list[int], list[bool]]:
     try:
         encoded = codec.encode_chat(messages, answers=answers)
@@ -264,7 +266,7 @@ def _chat(
     return encoded.ids, encoded.counted
 
 
-def _pair(row: Row, codec: Codec) -> EncodedPair:
+def _pair(row: Row, codec: "Codec") -> EncodedPair:
     if row.format != "preference":
         raise DataError(
             f"{row.place}: found a row of format '{row.format}', expected preference.",
@@ -282,7 +284,7 @@ def _pair(row: Row, codec: Codec) -> EncodedPair:
     return EncodedPair(row.source, row.id, chosen, rejected)
 
 
-def _prompt(row: Row, codec: Codec) -> EncodedPrompt:
+def _prompt(row: Row, codec: "Codec") -> EncodedPrompt:
     turns, answer = question_of(row)
     try:
         ids = codec.encode_prompt(turns)

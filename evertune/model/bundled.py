@@ -15,7 +15,6 @@ from pathlib import Path
 
 from evertune.errors import CheckpointError
 from evertune.hashing import digest_file
-from evertune.model.tiny import write_tiny_random
 
 SMOLLM2, TINY = "smollm2-135m", "tiny-random"
 BUNDLED = (SMOLLM2, TINY)
@@ -55,6 +54,8 @@ def resolve_base(name_or_path: str, *, folder: Path | None = None) -> Path:
             )
         place = _imported(path)
     if name_or_path == TINY and not place.is_dir():
+        from evertune.model.tiny import write_tiny_random
+
         _publish(place, write_tiny_random)
     if not place.is_dir():
         raise CheckpointError(

@@ -5,12 +5,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evertune.check.estimate import RESUME_BYTES, amounts, shapes_of
+from evertune.check.lengths import Length
 from evertune.data.quotas import Mixing
 from evertune.data.stream import Stream
 from evertune.hashing import digest_json
@@ -43,8 +43,7 @@ SECOND = """\
 def test_rows_and_steps_are_those_of_the_stream(
     new: list[int], pool: int, share: float, epochs: float | None, steps: int, batch_rows: int
 ) -> None:
-    row: Any = SimpleNamespace(ids=range(4), counted=np.array([False, False, False, True]))
-    row.rows = (row,)
+    row = Length("s", "s:1", tokens=4, counted=1)
     sizes = {f"s{i}": count for i, count in enumerate(new)}
     stage: Any = SimpleNamespace(
         replay=SimpleNamespace(share=share),
