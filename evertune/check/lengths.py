@@ -1,7 +1,8 @@
 """How long rows are in tokens, remembered between checks: who changes a recipe checks the same rows again and again.
 
 Kept beside the fetched models, under a digest of all that the lengths follow from; a speed-up only. Where nothing can
-be kept, or what was kept cannot be read, rows are encoded.
+be kept, or what was kept cannot be read, rows are encoded. A model's files are known by path, size and time, as they
+are everywhere in a check; `evertune verify` reads them.
 """
 
 import contextlib
@@ -10,9 +11,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from evertune import __version__
 from evertune.data.encode import DroppedRow, Encoding, counted_of, tokens_of
 from evertune.data.rows import Row
 from evertune.errors import WorkspaceError
@@ -21,8 +24,9 @@ from evertune.model.bundled import home
 from evertune.model.checkpoint import Checkpoint
 
 LENGTHS_VERSION = 1  # raised by hand when rows are encoded otherwise
-# Of so many sources, for each model, encoder and limit of length; those that were made first go first.
-KEPT = 256
+# Of so many sources, for each model, encoder and limit of length, and so many bytes; what was made first goes first.
+KEPT, KEPT_BYTES = 256, 1 << 28
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +65,13 @@ def key_of_tokenizer(base: Checkpoint) -> str:
 
 
 def known_lengths(key: str) -> Lengths | None:
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+    with contextlib.suppress(*_UNREADABLE):
         found = json.loads(_place(key).read_bytes())
         source = found["source"]
         rows = tuple(Length(source, str(one), int(tokens), int(counted)) for one, tokens, counted in found["rows"])
         dropped = tuple(DroppedRow(source, str(place), int(tokens)) for place, tokens in found["dropped"])
-        return Lengths(rows, dropped)
+        if all(one.tokens >= one.counted >= 0 for one in rows):
+            return Lengths(rows, dropped)
     return None
 
 
@@ -78,7 +83,7 @@ def keep_lengths(key: str, source: str, found: Lengths) -> None:
 
 def known_words(key: str) -> int | None:
     """How many tokens a tokenizer knows in which a check has found nothing wrong."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+    with contextlib.suppress(*_UNREADABLE):
         return int(json.loads(_place(key).read_bytes())["words"])
     return None
 
@@ -88,8 +93,8 @@ def keep_words(key: str, words: int) -> None:
 
 
 def _key(what: str, base: Checkpoint, *parts: Any) -> str:
-    libraries = [version(one) for one in ("tokenizers", "jinja2")]
-    return digest_json([LENGTHS_VERSION, *libraries, what, base.base.digest, *parts])
+    made_by = [__version__, version("tokenizers"), version("jinja2")]
+    return digest_json([LENGTHS_VERSION, *made_by, what, base.base.digest, *parts])
 
 
 def _place(key: str) -> Path:
@@ -103,6 +108,8 @@ def _keep(key: str, value: dict[str, Any]) -> None:
     with contextlib.suppress(OSError, WorkspaceError):
         place.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(place, json.dumps(value).encode())
-        files = sorted(place.parent.glob("*.json"), key=lambda file: file.stat().st_mtime_ns)
-        for file in files[:-KEPT]:
-            file.unlink(missing_ok=True)
+        files = sorted(place.parent.glob("*.json"), key=lambda file: -file.stat().st_mtime_ns)
+        sizes = accumulate(file.stat().st_size for file in files)
+        for i, (file, size) in enumerate(zip(files, sizes, strict=True)):
+            if i >= KEPT or size > KEPT_BYTES:
+                file.unlink(missing_ok=True)

@@ -212,7 +212,8 @@ def read_models(look: Look) -> None:
     for place, written in _named_checkpoints(look):
         found = look.attempt(place, describe, look.loaded.resolve(written), cache=digest_cache())
         codec = look.attempt(place, _load_codec, found.base.path) if found is not None else None
-        if codec is not None and look.words is not None and codec.digest != look.read_codec().digest:
+        own = look.attempt("base", look.read_codec) if codec is not None and look.words is not None else None
+        if codec is not None and own is not None and codec.digest != own.digest:
             told = f"{written} has another tokenizer or chat template than the base."
             look.say("error", place, told, "Name a checkpoint that stands on the same base.")
 
@@ -226,7 +227,8 @@ def _load_codec(folder: Path) -> "Codec":
 def _look_at_tokenizer(look: Look, base: Checkpoint) -> None:
     """Whether rows can be read; where a check before this one has found that they can, nothing is read again."""
     key = key_of_tokenizer(base)
-    look.words = known_words(key)
+    if os.access(base.base.path / "tokenizer.json", os.R_OK):
+        look.words = known_words(key)
     if look.words is not None:
         return
     codec = look.attempt("base", _load_codec, base.base.path)

@@ -259,7 +259,8 @@ def _exact_tokenizer(file: Path) -> tuple[Tokenizer, bytes]:
         before, *after = body.split(_TRIM)
         tokenizer = Tokenizer.from_buffer(_TRIM.join([before, *(_TRUE.sub(b": false", one, count=1) for one in after)]))
     except Exception as error:  # the tokenizers library raises bare Exception
-        raise CheckpointError(f"{file}: not a tokenizer: {error}.", remedy="Fetch the model folder again.") from error
+        told = str(error).removeprefix("Cannot instantiate Tokenizer from buffer: ")
+        raise CheckpointError(f"{file}: not a tokenizer: {told}.", remedy="Fetch the model folder again.") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer, body

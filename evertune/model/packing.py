@@ -106,7 +106,7 @@ def packed_hidden(
     tree = grow([row.tolist() for row in rows], budget=sys.maxsize)[0] if grows else None
     kind: dict[str, Any]
     if tree is None or (not forward_only and len(tree.ids) == sum(map(len, rows))):
-        read = [*rows, *_filler(sum(map(len, rows)), device)]
+        read = [*rows, *_filler(rows, device)]
         kind = {ROWS: Rows.apart([len(row) for row in read])}
         ids_1T = torch.cat(read).unsqueeze(0)
         positions_1T = torch.cat([torch.arange(len(row)) for row in read]).unsqueeze(0).to(device)
@@ -128,11 +128,18 @@ def filled(tokens: int) -> int:
     return tokens + -tokens % multiple
 
 
-def _filler(tokens: int, device: torch.device) -> list[Tensor]:
-    """On a GPU one more row, which nobody asks for: matrix products then have one of few shapes. For a new shape the
-    library chooses a kernel, which takes longer than the product."""
-    missing = filled(tokens) - tokens if device.type == "cuda" else 0
-    return [torch.zeros(missing, dtype=torch.int64, device=device)] if missing else []
+def filling(lengths: Sequence[int]) -> list[int]:
+    """Lengths of the rows that fill up rows of these lengths, none longer than the longest of them."""
+    tokens, longest = sum(lengths), max(lengths)
+    whole, rest = divmod(filled(tokens) - tokens, longest)
+    return [longest] * whole + [rest] * (rest > 0)
+
+
+def _filler(rows: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """On a GPU further rows, none longer than the longest, which nobody asks for: matrix products then have one of few
+    shapes. For a new shape the library chooses a kernel, which takes longer than the product."""
+    more = filling([len(row) for row in rows]) if device.type == "cuda" else []
+    return [torch.zeros(count, dtype=torch.int64, device=device) for count in more]
 
 
 def draws_at_random(model: Any) -> bool:
@@ -257,7 +264,7 @@ def _flash(
     found: Tensor = flash_rows(
         *inputs, starts, starts, longest, longest, scale=scale, window_size=seen, **_SHARED_HEADS
     )
-    if found.grad_fn is not None and torch.are_deterministic_algorithms_enabled():
+    if found.grad_fn is not None and torch.is_deterministic_algorithms_warn_only_enabled():
         # Where torch would only warn, it adds gradients in any order.
         found.grad_fn.register_prehook(lambda upstream: torch.use_deterministic_algorithms(True))
         found.grad_fn.register_hook(lambda *_: torch.use_deterministic_algorithms(True, warn_only=True))

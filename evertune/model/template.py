@@ -72,7 +72,7 @@ class Template:
             self._template = self._environment.from_string(tree)
             # A chain of mappings, put together anew for each text; here nothing is added to any of them later.
             self._template.globals = dict(self._template.globals)
-        except (jinja2.TemplateError, RecursionError, OverflowError, MemoryError) as error:
+        except (jinja2.TemplateError, SyntaxError, RecursionError, OverflowError, MemoryError) as error:
             raise TemplateError(f"{place}: the chat template does not compile: {error}") from error
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> Rendered:

@@ -412,9 +412,12 @@ def make_accelerator(*, device: str, track: Sequence[str], logging_dir: Any) -> 
             "each GPU at most.",
             remedy=f"Start fewer ('--nproc-per-node {gpus}'), or set 'numerics: {{device: cpu}}'.",
         )
+    accelerator = Accelerator(
+        cpu=is_cpu, mixed_precision="no", log_with=list(track) or None, project_dir=str(logging_dir)
+    )
     if not is_cpu:
-        prefer_same_bits()
-    return Accelerator(cpu=is_cpu, mixed_precision="no", log_with=list(track) or None, project_dir=str(logging_dir))
+        prefer_same_bits()  # on this process's own GPU, which is known by now
+    return accelerator
 
 
 def prefer_same_bits() -> None:

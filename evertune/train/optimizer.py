@@ -200,8 +200,9 @@ class Incoming:
 
     def forget(self) -> None:
         """Nothing waits any more: after a pass that has broken off."""
-        self._waiting.clear()
-        self._elements = 0
+        for narrow, _ in self._waiting:
+            narrow.grad = None
+        self._waiting, self._elements = [], 0
 
     def _hear(self, master: Tensor, narrow: nn.Parameter) -> None:
         if self._limit and not self._waiting:
@@ -214,7 +215,7 @@ class Incoming:
     @torch.no_grad()
     def _take(self) -> None:
         arrived = [(narrow, master, narrow.grad) for narrow, master in self._waiting if narrow.grad is not None]
-        self.forget()
+        self._waiting, self._elements = [], 0
         if not arrived:
             return
         wide = [torch.empty_like(one, dtype=torch.float32) for *_, one in arrived]

@@ -1,16 +1,26 @@
 """What a check remembers of rows: the second one says what the first did, and what changed is read again."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from evertune.check import CheckReport, Disk, lengths, look
+from evertune.check.lengths import Lengths
+from evertune.data.encode import encode_pairs, encode_prompts, encode_rows
+from evertune.data.rows import Row
+from evertune.errors import CheckpointError
+from evertune.model.codec import load_codec
 from tests.check.folders import chat, said, write_rows
 from tests.check.folders import check as whole_check
 
+# Of the byte-level tokenizer: 9 bytes, the first of which nothing predicts; 3 and the stop token, behind 66 of the prompt and
+# before a line end; a call of 59; both conversations of a pair; the prompt alone.
+LENGTHS = [(9, 8), (71, 4), (127, 60), (144, 10), (66, 0)]
 DROPPED = ("rounds[0].stages[0].sft.max_tokens=100", "rounds[0].stages[0].sft.too_long=drop")
 
 
@@ -86,9 +96,18 @@ def test_another_limit_is_another_question(recipe: Path) -> None:
     assert check(recipe, *DROPPED) == first
 
 
-@pytest.mark.parametrize(
-    "kept", ["{", "[]", '{"rows": 3, "words": []}', '{"source": "a", "rows": [[1]], "dropped": []}']
-)
+DAMAGED = [
+    "{",
+    "[]",
+    "[" * 100_000,
+    '{"rows": 3, "words": []}',
+    '{"source": "a", "rows": [[1]], "dropped": []}',
+    '{"source": "a", "rows": [["x", Infinity, 1]], "dropped": [], "words": Infinity}',
+    '{"source": "a", "rows": [["x", -3, -4]], "dropped": []}',
+]
+
+
+@pytest.mark.parametrize("kept", DAMAGED, ids=lambda kept: kept[:20])
 def test_what_cannot_be_read_is_made_again(recipe: Path, kept: str) -> None:
     first = check(recipe)
     files = list(lengths.home().glob("lengths/*.json"))
@@ -120,3 +139,50 @@ def test_so_many_are_kept_and_no_more(recipe: Path, monkeypatch: pytest.MonkeyPa
     check(recipe)
     check(recipe, *DROPPED)
     assert len(list(lengths.home().glob("lengths/*"))) == 2
+
+
+def test_what_is_kept_has_so_many_bytes_and_no_more(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lengths, "KEPT_BYTES", 600)
+    check(recipe)
+    kept = list(lengths.home().glob("lengths/*"))
+    assert kept and sum(file.stat().st_size for file in kept) <= 600
+
+
+def test_a_checkpoint_with_another_tokenizer_is_told_where_the_base_s_own_cannot_be_read_any_more(
+    recipe: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(tiny_model, recipe.parent / "other")
+    overrides = ("rounds[0].start=other",)
+    assert not said(check(recipe, *overrides), "error")
+    real = look._load_codec
+
+    def read(folder: Path) -> object:
+        if folder.name == "model":
+            raise CheckpointError(f"{folder}: no tokenizer.json.")
+        return real(folder)
+
+    monkeypatch.setattr(look, "_load_codec", read)
+    assert [place for place, _ in said(check(recipe, *overrides), "error")] == ["base"]
+
+
+def test_the_number_goes_up_with_what_the_lengths_mean(tiny_model: Path) -> None:
+    """Where this fails, raise LENGTHS_VERSION: what was kept before is about rows encoded otherwise."""
+    codec = load_codec(tiny_model)
+
+    def row(format: str, **value: object) -> Row:
+        return Row("s", "s:1", 1, Path("s.jsonl"), value, format)
+
+    question, answer = [{"role": "user", "content": "how many?"}], {"role": "assistant", "content": "two"}
+    called = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]}
+    limits: dict[str, Any] = {"max_tokens": 1000, "too_long": "error"}
+    found = [
+        Lengths.of(encode([one], codec, **limits)).rows[0]
+        for encode, one in (
+            (encode_rows, row("text", text="two words")),
+            (encode_rows, row("messages", messages=[*question, answer])),
+            (encode_rows, row("messages", messages=[*question, called])),
+            (encode_pairs, row("preference", prompt=question, chosen="two", rejected="three")),
+            (encode_prompts, row("verifiable", prompt=question, answer="2")),
+        )
+    ]
+    assert (lengths.LENGTHS_VERSION, [(one.tokens, one.counted) for one in found]) == (1, LENGTHS)

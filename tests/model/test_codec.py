@@ -370,6 +370,7 @@ def test_the_generation_mark_cannot_be_forged_by_a_message(tmp_path: Path) -> No
         ("generation_config.json", '{"eos_token_id": 99999}', "eos_token_id"),
         ("generation_config.json", '{"eos_token_id": "two"}', "eos_token_id"),
         ("chat_template.jinja", "{% for %}", "does not compile"),
+        ("chat_template.jinja", "{% break %}", "does not compile"),
     ],
 )
 def test_a_malformed_tokenizer_folder_is_refused_by_file(

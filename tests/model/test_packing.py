@@ -116,6 +116,13 @@ def test_tokens_are_filled_up_to_one_of_few_numbers_and_by_a_32nd_at_most() -> N
     assert all(count <= packing.filled(count) <= count * 33 / 32 for count in range(2048, 8192))
 
 
+@pytest.mark.parametrize("lengths", [[1], [64], [9, 3, 20], [1024] * 64 + [1], [700, 1700]])
+def test_what_fills_up_is_no_longer_row_than_there_is(lengths: list[int]) -> None:
+    more = packing.filling(lengths)
+    assert sum(lengths) + sum(more) == packing.filled(sum(lengths))
+    assert all(0 < count <= max(lengths) for count in more)
+
+
 def test_in_bfloat16_it_is_as_close_to_the_truth_as_torch_s_own() -> None:
     *inputs, slope = _heads(dtype=torch.bfloat16)
     exact = [one.double().requires_grad_() for one in inputs]

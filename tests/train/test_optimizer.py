@@ -112,8 +112,8 @@ def test_a_pass_that_breaks_off_leaves_nothing_to_the_next():
     with pytest.raises(ValueError):
         (broken.sum() + (parameters["a"] * 1.0).sum()).backward()  # the last is gone through first
     masters.zero_gradients()
-    parameters["b"].sum().backward()
-    assert {name: one.tolist() for name, one in masters.gradients().items()} == {"b": [1.0] * 4}
+    (parameters["a"] + parameters["b"]).sum().backward()
+    assert {name: one.tolist() for name, one in masters.gradients().items()} == {"a": [1.0] * 4, "b": [1.0] * 4}
 
 
 def test_clipping_scales_the_joint_norm():
