@@ -15,7 +15,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from evertune import __version__
+import evertune
 from evertune.data.encode import DroppedRow, Encoding, counted_of, tokens_of
 from evertune.data.rows import Row
 from evertune.errors import WorkspaceError
@@ -93,7 +93,7 @@ def keep_words(key: str, words: int) -> None:
 
 
 def _key(what: str, base: Checkpoint, *parts: Any) -> str:
-    made_by = [__version__, version("tokenizers"), version("jinja2")]
+    made_by = [evertune.__version__, version("tokenizers"), version("jinja2")]
     return digest_json([LENGTHS_VERSION, *made_by, what, base.base.digest, *parts])
 
 

@@ -18,8 +18,8 @@ from evertune.model.codec import load_codec
 from tests.check.folders import chat, said, write_rows
 from tests.check.folders import check as whole_check
 
-# Of the byte-level tokenizer: 9 bytes, the first of which nothing predicts; 3 and the stop token, behind 66 of the prompt and
-# before a line end; a call of 59; both conversations of a pair; the prompt alone.
+# Of the byte-level tokenizer: 9 bytes, the first of which nothing predicts; 3 and the stop token, behind 66 of the
+# prompt and before a line end; a call of 59; both conversations of a pair; the prompt alone.
 LENGTHS = [(9, 8), (71, 4), (127, 60), (144, 10), (66, 0)]
 DROPPED = ("rounds[0].stages[0].sft.max_tokens=100", "rounds[0].stages[0].sft.too_long=drop")
 
