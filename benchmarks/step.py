@@ -10,8 +10,8 @@
     python -m benchmarks.step shared                 share of the rows' tokens that are read; --rows may be pairs, too
 
 Model: smollm2-135m; or of random weights, made here: `128k`, with 128,256 words (8 layers of 576), and `1.7b`, of the
-shape of SmolLM2-1.7B, for a GPU. Rows: --rows, a JSONL of
-chats; each contestant sees the same ones, --batch in a step, in bfloat16. Adapters: rank 16 on all linear layers.
+shape of SmolLM2-1.7B, for a GPU. Rows: --rows, a JSONL of chats; each contestant sees the same ones, --batch in a step,
+in bfloat16. Adapters: rank 16 on all linear layers.
 
 A step is forward, backward, clipping and AdamW. `loop` is what one writes by hand: rows sorted by length, padded,
 transformers' own loss on labels, torch's AdamW on the parameters themselves. Further contestants for `--only`:

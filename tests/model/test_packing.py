@@ -19,6 +19,8 @@ from transformers import (
 )
 
 from evertune.model import packing, row_attention
+from evertune.model.checkpoint import describe
+from evertune.model.open import open_model
 from evertune.model.packing import enable_packing, packed_hidden
 from evertune.model.row_attention import BLOCK, RowAttention, Rows
 from evertune.model.tree import ByRuns, grow
@@ -95,6 +97,13 @@ def test_on_a_gpu_gradients_are_the_same_bits_each_time_where_these_are_asked_fo
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(*pair) for again in found[1:] for pair in zip(found[0], again, strict=True))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="cuDNN's attention is a GPU's")
+def test_on_a_gpu_a_model_is_read_without_plans_for_each_length(tiny_model: Path) -> None:
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    open_model(describe(tiny_model), dtype="bfloat16", device="cuda")
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="rows are filled up on a GPU")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from evertune.errors import RecipeError, TrainingError
-from evertune.train import stage
+from evertune.train import loop, stage
 from evertune.train.batch import collate
 from evertune.train.loop import cosines, dropout_seed, make_accelerator
 from evertune.train.penalty import PositionValues
@@ -172,6 +172,16 @@ def test_more_processes_than_gpus_are_an_error_before_they_wait_for_each_other(t
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(TrainingError, match="found 2 processes on a machine with 1 GPU, expected one for each"):
         make_accelerator(device="auto", track=[], logging_dir=tmp_path)
+
+
+def test_a_process_has_its_own_gpu_before_it_multiplies_on_one(tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(loop, "Accelerator", lambda **settings: done.append("device"))
+    monkeypatch.setattr(loop, "prefer_same_bits", lambda: done.append("product"))
+    make_accelerator(device="cuda", track=[], logging_dir=tmp_path)
+    assert done == ["device", "product"]
 
 
 @pytest.mark.parametrize(
